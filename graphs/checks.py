@@ -1,0 +1,193 @@
+"""What must hold of a traced graph after trace and between passes.
+
+A pass that breaks one of these would show much later, as a wrong image or a plugin that refuses its inputs; here it
+shows at once and names the node. That the *function* is kept is proved by running it (`graphs.float_model`).
+"""
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from graphs import names
+from graphs.ops import OPS, register
+from graphs.ops.spec import OpSpec, Shape
+from graphs.passes.patterns import LINEAR_OPS, is_lrq
+from graphs.traced import LinearWeight, TracedGraph
+
+
+class GraphError(ValueError):
+    """The graph breaks a rule; the message says where, what was found and what was needed."""
+
+    def __init__(self, where: str, found: str, needed: str):
+        super().__init__(f"{where}: {found}, needed {needed}")
+
+
+def check(traced: TracedGraph) -> None:
+    """Raise GraphError for the first rule that the graph breaks."""
+    _check_order(traced.graph)
+    for node in traced.graph.nodes:
+        _check_no_lrq_inside(node)
+        if node.domain == names.DOMAIN:
+            _check_lrq_node(node, traced)
+    _check_placeholders(traced)
+    _check_model(traced.to_onnx())
+
+
+def check_preserved(before: TracedGraph, after: TracedGraph) -> None:
+    """Raise GraphError unless both have the same model inputs and outputs: names, types and shapes, in one order."""
+    for what, had, has in (
+        ("model inputs", before.model_inputs(), after.model_inputs()),
+        ("outputs", before.graph.outputs, after.graph.outputs),
+    ):
+        had, has = ([_signature(tensor) for tensor in tensors] for tensors in (had, has))
+        lost, new = ([each for each in a if each not in b] for a, b in ((had, has), (has, had)))
+        if lost or new:
+            raise GraphError(f"the graph's {what}", f"got {', '.join(new) or 'none new'}", ", ".join(lost) or "no more")
+        if had != has:
+            raise GraphError(f"the graph's {what}", f"got the order {', '.join(has)}", ", ".join(had))
+
+
+def _signature(tensor: gs.Tensor) -> str:
+    shape = "" if tensor.shape is None else ", ".join(map(str, tensor.shape))
+    return f"{tensor.dtype}[{shape}] {tensor.name}"
+
+
+def _check_order(graph: gs.Graph) -> None:
+    """Every tensor is defined once, by one tensor object to a name, before it is read."""
+    known = {}
+    for tensor in graph.inputs:
+        _define(known, tensor, f"graph input {tensor.name!r}")
+    for node in graph.nodes:
+        where = _where(node)
+        for tensor in node.inputs:
+            if tensor.is_empty():
+                continue
+            if isinstance(tensor, gs.Constant):
+                known.setdefault(tensor.name, tensor)
+            if tensor.name not in known:
+                raise GraphError(where, f"reads {tensor.name!r} that nothing before it computes", _EARLIER)
+            if known[tensor.name] is not tensor:
+                raise GraphError(where, f"reads a second tensor named {tensor.name!r}", "one tensor to a name")
+        for tensor in node.outputs:
+            if not tensor.is_empty():
+                _define(known, tensor, where)
+    for tensor in graph.outputs:
+        if known.get(tensor.name) is not tensor:
+            raise GraphError(f"graph output {tensor.name!r}", "nothing computes it", "an output of a node")
+
+
+_EARLIER = "an input of the graph, a constant or the output of an earlier node"
+
+
+def _define(known: dict[str, gs.Tensor], tensor: gs.Tensor, where: str) -> None:
+    if tensor.name in known:
+        raise GraphError(where, f"defines {tensor.name!r}, which is defined already", "a name of its own")
+    known[tensor.name] = tensor
+
+
+def _check_no_lrq_inside(node: gs.Node) -> None:
+    """Passes look at the main graph only, so an lrq node in the branch of an If would be missed in silence."""
+    for subgraph in node.subgraphs(recursive=True):
+        for inner in subgraph.nodes:
+            if inner.domain == names.DOMAIN:
+                raise GraphError(_where(inner), f"sits in a subgraph of {_where(node)}", "lrq nodes in the main graph")
+
+
+def _check_lrq_node(node: gs.Node, traced: TracedGraph) -> None:
+    where = _where(node)
+    if node.op not in OPS:
+        raise GraphError(where, f"{node.op} is not an op of the dialect", f"one of {', '.join(OPS)}")
+    spec = OPS[node.op]
+    if (len(node.inputs), len(node.outputs)) != (len(spec.inputs), len(spec.outputs)):
+        raise GraphError(
+            where, f"has {len(node.inputs)} inputs and {len(node.outputs)} outputs",
+            f"{', '.join(tensor.name for tensor in spec.inputs)} and one output",
+        )  # fmt: skip
+    _check_attributes_and_shapes(node, spec)
+    inputs = dict(zip((tensor.name for tensor in spec.inputs), node.inputs, strict=True))
+    if node.op == "HadamardRotate":
+        _check_rotation(node, inputs["signs"], traced)
+    elif "codes" in inputs:
+        _check_weight(node, inputs, traced)
+
+
+def _check_attributes_and_shapes(node: gs.Node, spec: OpSpec) -> None:
+    try:
+        attributes = spec.node_attributes(**node.attrs)
+        inferred = spec.infer_shape([_shape(tensor) for tensor in node.inputs], attributes)
+    except (ValueError, TypeError) as error:
+        raise GraphError(_where(node), str(error), "what the op's definition says (graphs/ops)") from error
+    for tensor, shape in zip(node.outputs, inferred, strict=True):
+        if not _agree(_shape(tensor), shape):
+            raise GraphError(_where(node), f"its output {tensor.name!r} is declared {_shape(tensor)}", f"{shape}")
+
+
+def _check_rotation(node: gs.Node, signs: gs.Tensor, traced: TracedGraph) -> None:
+    output = node.outputs[0]
+    if not output.outputs and not any(output is each for each in traced.graph.outputs):
+        raise GraphError(_where(node), "nobody reads the rotated tensor", "a reader, or the node removed")
+    if signs.name not in traced.signs:
+        return
+    if not isinstance(signs, gs.Constant) or not (abs(signs.values) == 1).all():
+        raise GraphError(_where(node), f"its signs {signs.name!r} are in the table of signs", "a constant of +-1")
+    if traced.signs[signs.name] is None and not (signs.values == 1).all():
+        raise GraphError(_where(node), f"its signs {signs.name!r} are not all one", "ones where the table has no seed")
+
+
+def _check_weight(node: gs.Node, inputs: dict[str, gs.Tensor], traced: TracedGraph) -> None:
+    """The packed inputs and attributes of a node are those of one row of the weight table."""
+    where, codes = _where(node), inputs["codes"].name
+    weight = traced.linears.get(codes)
+    if weight is None:
+        raise GraphError(where, f"its codes {codes!r} are in no row of the weight table", "a LinearWeight")
+    for role in ("codes", "exponents", "scale"):
+        if role in inputs and inputs[role].name != weight.tensor(role):
+            raise GraphError(where, f"its {role} are {inputs[role].name!r}", repr(weight.tensor(role)))
+    for name, needed in _table_attributes(node, weight).items():
+        if node.attrs.get(name, needed) != needed:
+            raise GraphError(where, f"{name} is {node.attrs[name]}", f"{needed} as {weight.layer} in the weight table")
+
+
+def _table_attributes(node: gs.Node, weight: LinearWeight) -> dict[str, int]:
+    """What the weight table says of the attributes of a node that reads the weight."""
+    rows, cols = weight.weight.shape
+    attributes = {"rows": rows, "cols": cols, "bits": weight.bits, "group_size": weight.group_size}
+    return attributes | ({"act_bits": weight.act_bits} if is_lrq(node, *LINEAR_OPS) else {})
+
+
+def _check_placeholders(traced: TracedGraph) -> None:
+    """Every row of the tables is a graph input that is read, of the shape that its expression has."""
+    inputs = {tensor.name: tensor for tensor in traced.graph.inputs}
+    for name in [*traced.linears, *traced.tensors]:
+        if name not in inputs:
+            raise GraphError(f"weight {name!r}", "the table has it but the graph does not", "a graph input")
+        if not inputs[name].outputs:
+            raise GraphError(f"weight {name!r}", "nobody reads it", "a reader, or the weight forgotten")
+    for name, expression in traced.tensors.items():
+        shape = _shape(inputs[name])
+        if shape != expression.shape:
+            raise GraphError(f"weight {name!r}", f"its graph input has shape {shape}", f"{expression.shape}")
+
+
+def _check_model(model: onnx.ModelProto) -> None:
+    register()
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise GraphError("the ONNX checker", " ".join(str(error).split()), "a valid model") from error
+
+
+def _where(node: gs.Node) -> str:
+    return f"{node.op} {node.name!r}"
+
+
+def _shape(tensor: gs.Tensor) -> Shape:
+    """The shape with every size that is not a number as a name or None, as `OpSpec.infer_shape` takes it."""
+    return None if tensor.shape is None else tuple(tensor.shape)
+
+
+def _agree(left: Shape, right: Shape) -> bool:
+    """Whether two shapes may be one: equal ranks, and equal sizes where both are numbers."""
+    if left is None or right is None:
+        return True
+    numbers = [(a, b) for a, b in zip(left, right, strict=False) if isinstance(a, int) and isinstance(b, int)]
+    return len(left) == len(right) and all(a == b for a, b in numbers)

@@ -1,0 +1,78 @@
+"""The traced graph in floating point, its weights fed at run time: what a pass must not change (parity rung R3).
+
+    TwinLogDequant(codes, ...), Int8Dequant(codes, ...)   ->  W                      W is the input `<codes>.float`
+    TwinLogLinear(x, codes, ..., bias), Int8Linear(...)   ->  MatMul(x, Wᵀ) + bias   x is not quantized
+
+Rotations stay and keep their bodies, so one that was folded wrongly shows. Weights are graph inputs, not initializers:
+protobuf ends at 2 GiB, and one array in memory feeds the models before and after a pass, most of whose weights are equal.
+Whoever evaluates them may keep arrays by `Expression`: equal expressions are equal weights.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from graphs import names
+from graphs.expressions import Expression
+from graphs.ops import attach_bodies
+from graphs.passes.patterns import DEQUANT_OPS, LINEAR_OPS, is_lrq, redirect_readers
+from graphs.traced import TracedGraph
+
+
+def float_name(codes: str) -> str:
+    """The input of the float model that takes the weight (rows, cols) whose codes tensor is `codes`."""
+    return f"{codes}.float"
+
+
+def weight_names(traced: TracedGraph) -> dict[str, Expression]:
+    """What the float model of `traced` is fed beside the model's own inputs: input name -> its weight, as float32."""
+    return {float_name(codes): weight.weight for codes, weight in traced.linears.items()} | traced.tensors
+
+
+def float_model(traced: TracedGraph, tensors: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """The function of `traced` without any quantization, for stock ONNX Runtime; `traced` stays as it is.
+
+    Its inputs are the model's own, then those of `weight_names`, for which `tensors` is what will be fed: it is checked
+    here and not stored. Raises ValueError for a weight that is missing there or has another shape, and for a rotation
+    fused into a linear node, which only a plugin target may hold.
+    """
+    _check_tensors(weight_names(traced), tensors)
+    floating = traced.copy()
+    graph = floating.graph
+    weights = {
+        codes: gs.Variable(float_name(codes), np.float32, weight.weight.shape) for codes, weight in traced.linears.items()
+    }
+    for node in [node for node in graph.nodes if is_lrq(node, *DEQUANT_OPS)]:
+        redirect_readers(node.outputs[0], weights[node.inputs[0].name])
+    for node in [node for node in graph.nodes if is_lrq(node, *LINEAR_OPS)]:
+        _open(graph, node, weights[node.inputs[1].name])
+    kept = [tensor for tensor in graph.inputs if tensor.name in traced.tensors]
+    graph.inputs = [*floating.model_inputs(), *kept, *weights.values()]
+    floating.forget_unused()
+    model = gs.export_onnx(graph)
+    model.ir_version = names.IR_VERSION
+    return attach_bodies(model)
+
+
+def _check_tensors(expressions: dict[str, Expression], tensors: Mapping[str, np.ndarray]) -> None:
+    for name, expression in expressions.items():
+        if name not in tensors:
+            raise ValueError(f"no tensor for the weight {name!r} {expression.shape}")
+        if tensors[name].shape != expression.shape:
+            raise ValueError(f"the weight {name!r} has shape {tensors[name].shape}, needed {expression.shape}")
+
+
+def _open(graph: gs.Graph, node: gs.Node, weight: gs.Variable) -> None:
+    """Let MatMul(x, Transpose(W)) + bias compute what the linear `node` did, but for the quantization."""
+    if node.attrs.get("rotation", "none") != "none":
+        raise ValueError(f"{node.op} {node.name!r}: rotation {node.attrs['rotation']!r} is fused, needed 'none'")
+    x, bias, outputs = node.inputs[0], node.inputs[-1], list(node.outputs)
+    node.outputs.clear()
+    transposed, product = (gs.Variable(f"{weight.name}.{part}", np.float32) for part in ("transposed", "product"))
+    graph.nodes += [
+        gs.Node("Transpose", f"{node.name}.transpose", {"perm": [1, 0]}, [weight], [transposed]),
+        gs.Node("MatMul", f"{node.name}.matmul", {}, [x, transposed], [product]),
+        gs.Node("Add", f"{node.name}.add", {}, [product, bias], outputs),
+    ]

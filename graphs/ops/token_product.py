@@ -1,0 +1,108 @@
+"""What TwinLogLinear and Int8Linear share: quantize each token, multiply integers, dequantize, add the bias.
+
+With a = act_bits and limit = 2^(a-1) - 1 (DESIGN.md 3), per token (the last axis of x), in float32:
+
+    s = max|x| / limit            an all-zero token uses s = 1: its result is the bias
+    q = clamp(round_half_even(x / s), -limit, limit)
+    acc = q w^T                   exact integers
+    y = (acc s) scale[row] + bias
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from graphs.ops.hadamard import transform
+from graphs.ops.spec import Attribute, AttributeValue, Shape, Tensor, dims, same
+
+ACTIVATION_BITS = (8, 6)
+
+
+def quantize_tokens(x: np.ndarray, act_bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """x (..., cols) of any float type -> q (..., cols) int8, s (..., 1) float32."""
+    limit = np.float32((1 << (act_bits - 1)) - 1)
+    values = x.astype(np.float32)
+    scale = np.abs(values).max(axis=-1, keepdims=True) / limit
+    scale = np.where(scale > 0, scale, np.float32(1))
+    return np.clip(np.rint(values / scale), -limit, limit).astype(np.int8), scale
+
+
+def token_product(
+    x: np.ndarray, weight: np.ndarray, scale: np.ndarray, bias: np.ndarray, *, act_bits: int
+) -> np.ndarray:
+    """x (..., cols) times integers w (rows, cols) int8 -> y (..., rows) of x's type; scale and bias (rows,) float32."""
+    quantized, token_scale = quantize_tokens(x, act_bits)
+    # float64 holds every sum below 2^53 exactly and, unlike numpy's integer product, runs on BLAS.
+    product = (quantized.astype(np.float64) @ weight.astype(np.float64).T).astype(np.float32)
+    return (product * token_scale * scale.astype(np.float32) + bias.astype(np.float32)).astype(x.dtype)
+
+
+def rotated(x: np.ndarray, rotation: str, block: int) -> np.ndarray:
+    """x, or x H on blocks of channels if the rotation is fused into the node (plugin targets only)."""
+    return x if rotation == "none" else transform(x, block)
+
+
+def product_shape(x: Shape, bias: Shape, attributes: Mapping[str, AttributeValue]) -> Shape:
+    """The shape (..., rows) of y. Raises ValueError if x or bias does not fit the weights."""
+    same("bias", dims("bias", bias, 1)[0], attributes["rows"])
+    rotation, block = attributes["rotation"], attributes["block"]
+    if rotation != "none" and (block < 1 or attributes["cols"] % block):
+        raise ValueError(f"block {block} of rotation {rotation!r} does not divide the {attributes['cols']} columns")
+    if x is None:
+        return None
+    if not x:
+        raise ValueError("x is a scalar, needed (..., cols)")
+    same("the last axis of x", x[-1], attributes["cols"])
+    return (*x[:-1], attributes["rows"])
+
+
+def body_valid(attributes: Mapping[str, AttributeValue]) -> str | None:
+    """None, or why the body does not compute this node."""
+    if attributes["rotation"] == "none":
+        return None
+    return f"rotation {attributes['rotation']!r} is fused into the node; only a plugin computes that, the body does not"
+
+
+X = Tensor("x", "T", "(..., cols)")
+BIAS = Tensor("bias", "float", "(rows,); zeros if the layer has none")
+Y = Tensor("y", "T", "(..., rows)")
+
+PRODUCT_ATTRIBUTES = (
+    Attribute("act_bits", int, "bits of a quantized activation", choices=ACTIVATION_BITS),
+    Attribute("rotation", str, "rotation fused into the node; other than 'none' in plugin targets only", "none",
+              choices=("none", "hadamard")),
+    Attribute("block", int, "channels that the fused rotation mixes; 0 without one", 0),
+)  # fmt: skip
+
+FLOAT_ACCUMULATION = (
+    "the body accumulates integers in float32, exact below 2^24: always up to 1040 columns, in practice at any width; "
+    "float16 rounds the result"
+)
+
+# Reads x, scale, bias and `weight`, the integer-valued float (rows, cols).
+BODY = """
+    act_bits_i = Constant<value_int: int = @act_bits>()
+    limits = Constant<value_floats = [0.0, 0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0]>()
+    limit = Gather(limits, act_bits_i)
+    limit_low = Neg(limit)
+    last = Constant<value_ints = [-1]>()
+    x_f = Cast<to = 1>(x)
+    x_abs = Abs(x_f)
+    peak = ReduceMax<keepdims = 1>(x_abs, last)
+    step_or_zero = Div(peak, limit)
+    no_step = Constant<value_float = 0.0>()
+    any_step = Constant<value_float = 1.0>()
+    is_live = Greater(step_or_zero, no_step)
+    token_scale = Where(is_live, step_or_zero, any_step)
+    x_steps = Div(x_f, token_scale)
+    x_round = Round(x_steps)
+    x_codes = Clip(x_round, limit_low, limit)
+    weight_t = Transpose<perm = [1, 0]>(weight)
+    sums = MatMul(x_codes, weight_t)
+    in_tokens = Mul(sums, token_scale)
+    in_rows = Mul(in_tokens, scale)
+    y_f = Add(in_rows, bias)
+    y = CastLike(y_f, x)
+"""

@@ -1,0 +1,322 @@
+"""TwinLogDequant: W (rows, cols) from packed twin-log codes, by shifts and adds only.
+
+A b-bit code is a sign bit (most significant) and a magnitude index q of b - 1 bits. For each (row, group, sign) three
+small integers base, step, offset are stored. With F = fraction_bits and I = integer_bits (DESIGN.md 3; equations
+(7)-(10) of the LRQ-DiT paper with its log offset, made exactly representable):
+
+    v = base + step q                                            exponent in units of 2^-F
+    f = v >> F,  r = v & (2^F - 1)
+    m = SHIFT(M[r], f - I) - offset,  M[r] = round(2^(r / 2^F + I))     right shifts round half up
+    w = +-m with 0 <= m <= 127,  W = scale[row] w
+
+Every step is exact in integers, and the body does the same in integer-valued float32, so torch, numpy, ONNX, C++ and
+CUDA agree bit for bit. Groups share the scale of their row: one INT8 product serves grouped weights too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from graphs.ops import packing
+from graphs.ops.spec import Attribute, AttributeValue, Example, OpSpec, Shape, Tensor, Tolerance, dims, same
+
+MAX_LEVEL = 127  # |w| fits INT8 with a sign
+MAX_FRACTION_BITS = 7
+MAX_INTEGER_BITS = 8
+MAX_LEFT_SHIFT = 8  # M >= 1, so a shift by 8 is beyond MAX_LEVEL + the largest offset, and so is any larger one
+
+
+def mantissas(fraction_bits: int, integer_bits: int) -> np.ndarray:
+    """M[r] = round(2^(r / 2^F + I)), (2^F,) int32. Raises ValueError for F outside 0..7 or I outside 0..8."""
+    if not 0 <= fraction_bits <= MAX_FRACTION_BITS or not 0 <= integer_bits <= MAX_INTEGER_BITS:
+        raise ValueError(
+            f"fraction_bits {fraction_bits} and integer_bits {integer_bits}: "
+            f"needed 0..{MAX_FRACTION_BITS} and 0..{MAX_INTEGER_BITS}"
+        )
+    steps = 1 << fraction_bits
+    return np.rint(np.exp2(np.arange(steps) / steps + integer_bits)).astype(np.int32)
+
+
+def levels(exponents: np.ndarray, bits: int, fraction_bits: int, integer_bits: int) -> np.ndarray:
+    """The magnitudes m[..., q] int32 of shape (rows, groups, 2, 2^(bits-1)) from exponents (rows, groups, 2, 3) int8.
+
+    Shifts are limited to what can matter, so any exponents give a defined result; only those that
+    `validate_exponents` accepts are weights.
+    """
+    base, step, offset = (exponents[..., i, None].astype(np.int32) for i in range(3))
+    exponent = base + step * np.arange(1 << (bits - 1), dtype=np.int32)
+    mantissa = mantissas(fraction_bits, integer_bits)[exponent & ((1 << fraction_bits) - 1)]
+    shift = (exponent >> fraction_bits) - integer_bits
+    left = np.clip(shift, 0, MAX_LEFT_SHIFT)
+    right = np.clip(-shift, 0, integer_bits + 3)  # M <= 2^(I+1): from there on every shift gives 0
+    half = (1 << right) >> 1
+    return (((mantissa << left) + half) >> right) - offset
+
+
+def table(exponents: np.ndarray, bits: int, fraction_bits: int, integer_bits: int) -> np.ndarray:
+    """The signed value of every code, (rows, groups, 2^bits) int32: the lower half positive, the upper negative."""
+    magnitude = levels(exponents, bits, fraction_bits, integer_bits)
+    return np.concatenate([magnitude[:, :, 0], -magnitude[:, :, 1]], axis=-1)
+
+
+def validate_exponents(exponents: np.ndarray, bits: int, fraction_bits: int, integer_bits: int) -> None:
+    """Raise ValueError unless exponents are (rows, groups, 2, 3) int8 with step >= 0 and every level in 0..127."""
+    if exponents.dtype != np.int8 or exponents.ndim != 4 or exponents.shape[2:] != (2, 3):
+        raise ValueError(f"exponents are {exponents.dtype}{list(exponents.shape)}, needed int8[rows, groups, 2, 3]")
+    magnitude = levels(exponents, bits, fraction_bits, integer_bits)
+    bad = (exponents[..., 1] < 0) | (magnitude < 0).any(-1) | (magnitude > MAX_LEVEL).any(-1)
+    if bad.any():
+        row, group, sign = (int(i) for i in np.argwhere(bad)[0])
+        base, step, offset = exponents[row, group, sign].tolist()
+        raise ValueError(
+            f"exponents of row {row}, group {group}, {'negative' if sign else 'positive'} side "
+            f"(base {base}, step {step}, offset {offset}) give levels {magnitude[row, group, sign].tolist()}, "
+            f"needed step >= 0 and levels in 0..{MAX_LEVEL}"
+        )
+
+
+def integer_weight(
+    codes: np.ndarray,
+    exponents: np.ndarray,
+    *,
+    bits: int,
+    group_size: int,
+    cols: int,
+    fraction_bits: int = 4,
+    integer_bits: int = 6,
+) -> np.ndarray:
+    """The integers w (rows, cols) int8 from packed elements (rows, planes, elements) of int8 or int4.
+
+    Raises ValueError for exponents that are not valid, or shapes that do not fit together.
+    """
+    validate_exponents(exponents, bits, fraction_bits, integer_bits)
+    index = packing.unpack_elements(codes, bits, cols)
+    groups = cols // group_size
+    if groups * group_size != cols or exponents.shape[:2] != (len(index), groups):
+        raise ValueError(
+            f"exponents {exponents.shape} do not fit {len(index)} rows of {cols} columns in groups of {group_size}"
+        )
+    values = table(exponents, bits, fraction_bits, integer_bits).astype(np.int8)
+    grouped = index.reshape(len(index), groups, group_size)
+    return np.take_along_axis(values, grouped, axis=2).reshape(len(index), cols)
+
+
+def twin_log_dequant(
+    codes: np.ndarray,
+    exponents: np.ndarray,
+    scale: np.ndarray,
+    *,
+    bits: int,
+    group_size: int,
+    rows: int,
+    cols: int,
+    fraction_bits: int = 4,
+    integer_bits: int = 6,
+    **_: str,
+) -> np.ndarray:
+    """W (rows, cols) float32 = scale (rows,) float32 * w, one rounding per weight."""
+    weight = integer_weight(
+        codes,
+        exponents,
+        bits=bits,
+        group_size=group_size,
+        cols=cols,
+        fraction_bits=fraction_bits,
+        integer_bits=integer_bits,
+    )
+    if scale.shape != (rows,) or len(weight) != rows:
+        raise ValueError(f"scale {scale.shape} and codes of {len(weight)} rows, needed {rows} rows")
+    return scale.astype(np.float32)[:, None] * weight.astype(np.float32)
+
+
+def check_packed_shapes(codes: Shape, exponents: Shape, scale: Shape, attributes: Mapping[str, AttributeValue]) -> None:
+    """Raise ValueError if the shapes of packed weights do not agree with the attributes of their node."""
+    bits, rows, cols, group = (attributes[name] for name in ("bits", "rows", "cols", "group_size"))
+    if group < 1 or cols % group:
+        raise ValueError(f"group_size {group} does not divide the {cols} columns")
+    mantissas(attributes["fraction_bits"], attributes["integer_bits"])
+    for axis, needed in enumerate(packing.layout(bits).shape(rows, cols)):
+        same(f"axis {axis} of codes", dims("codes", codes, 3)[axis], needed)
+    for axis, needed in enumerate((rows, cols // group, 2, 3)):
+        same(f"axis {axis} of exponents", dims("exponents", exponents, 4)[axis], needed)
+    same("scale", dims("scale", scale, 1)[0], rows)
+
+
+def random_exponents(rng: np.random.Generator, rows: int, groups: int, bits: int) -> np.ndarray:
+    """Valid exponents (rows, groups, 2, 3) int8 for F = 4, I = 6 whose levels are all different."""
+    shape = (rows, groups, 2)
+    base = rng.integers(32, 48, shape)  # from 2^2 up, neighbours 6/16 of an octave apart differ after rounding
+    step = rng.integers(6, (111 - base) // ((1 << (bits - 1)) - 1) + 1)  # 2^(111/16) = 122.6
+    offset = rng.integers(-4, 5, shape)  # the lowest level is at least 4
+    return np.stack([base, step, offset], axis=-1).astype(np.int8)
+
+
+def _infer_shape(shapes: Sequence[Shape], attributes: Mapping[str, AttributeValue]) -> Sequence[Shape]:
+    check_packed_shapes(*shapes, attributes)
+    return ((attributes["rows"], attributes["cols"]),)
+
+
+def _examples(rng: np.random.Generator) -> Sequence[Example]:
+    cases = [(4, 6, 24, 24), (3, 6, 24, 24), (2, 6, 24, 24), (4, 5, 32, 8), (3, 5, 32, 8), (2, 3, 30, 10)]
+    cases += [(bits, 3, 13, 13) for bits in (2, 3, 4)] + [(bits, 2, 3, 3) for bits in (2, 3, 4)]
+    return [_example(rng, *case) for case in cases]
+
+
+def _example(rng: np.random.Generator, bits: int, rows: int, cols: int, group_size: int) -> Example:
+    codes = packing.typed_elements(packing.pack(rng.integers(0, 1 << bits, (rows, cols)), bits))
+    exponents = random_exponents(rng, rows, cols // group_size, bits)
+    scale = rng.uniform(0.001, 0.01, rows).astype(np.float32)
+    return Example((codes, exponents, scale), {"bits": bits, "group_size": group_size, "rows": rows, "cols": cols})
+
+
+# Powers of two come from a list, not from Pow, which is inexact on some devices; only M is rounded and so may use it.
+_SHIFTS = ", ".join(repr(2.0**shift) for shift in range(-MAX_INTEGER_BITS - 3, MAX_LEFT_SHIFT + 1))
+
+# Reads codes and exponents; gives `weight`, the integers w (rows, cols) as float.
+INTEGER_BODY = f"""
+    one = Constant<value_float = 1.0>()
+    element = DequantizeLinear(codes, one)
+    exponent = DequantizeLinear(exponents, one)
+
+    zero = Constant<value_int = 0>()
+    one_i = Constant<value_int = 1>()
+    four = Constant<value_int = 4>()
+    eight = Constant<value_int = 8>()
+    half = Constant<value_float = 0.5>()
+    axis0 = Constant<value_ints = [0]>()
+    axis1 = Constant<value_ints = [1]>()
+    axis3 = Constant<value_ints = [3]>()
+    rest = Constant<value_ints = [-1]>()
+    n_bits = Constant<value_int: int = @bits>()
+    n_rows = Constant<value_int: int = @rows>()
+    n_cols = Constant<value_int: int = @cols>()
+    n_group = Constant<value_int: int = @group_size>()
+    n_fraction = Constant<value_int: int = @fraction_bits>()
+    n_integer = Constant<value_int: int = @integer_bits>()
+    rows_1d = Unsqueeze(n_rows, axis0)
+    cols_1d = Unsqueeze(n_cols, axis0)
+    group_1d = Unsqueeze(n_group, axis0)
+    powers = Constant<value_floats = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0]>()
+
+    # Fields (rows, planes, elements, per) of an element, low first. 4-bit fields fill an INT4, narrower share an INT8.
+    planes = Shape<start = 1, end = 2>(element)
+    plane_count = Squeeze(planes, axis0)
+    width = Div(n_bits, plane_count)
+    is_int4 = Equal(width, four)
+    element_bits = Where(is_int4, four, eight)
+    per = Div(element_bits, width)
+    element_range = Gather(powers, element_bits)
+    wraps = Div(element, element_range)
+    wraps_floor = Floor(wraps)
+    wraps_low = Mul(wraps_floor, element_range)
+    unsigned = Sub(element, wraps_low)
+    unsigned_4d = Unsqueeze(unsigned, axis3)
+    slot = Range(zero, per, one_i)
+    slot_bit = Mul(slot, width)
+    slot_power = Gather(powers, slot_bit)
+    field_high = Div(unsigned_4d, slot_power)
+    field_floor = Floor(field_high)
+    field_range = Gather(powers, width)
+    field = Mod<fmod = 1>(field_floor, field_range)
+
+    # code (rows, groups, group_size) = sum over planes of field << (width * plane)
+    plane = Range(zero, plane_count, one_i)
+    plane_bit = Mul(plane, width)
+    plane_power = Gather(powers, plane_bit)
+    to_planes = Constant<value_ints = [1, -1, 1, 1]>()
+    plane_weight = Reshape(plane_power, to_planes)
+    weighted = Mul(field, plane_weight)
+    padded = ReduceSum<keepdims = 0>(weighted, axis1)
+    flat_shape = Concat<axis = 0>(rows_1d, rest)
+    flat = Reshape(padded, flat_shape)
+    start = Constant<value_ints = [0]>()
+    code = Slice(flat, start, cols_1d, axis1)
+    grouped_shape = Concat<axis = 0>(rows_1d, rest, group_1d)
+    code_grouped = Reshape(code, grouped_shape)
+    code_index = Cast<to = 6>(code_grouped)
+
+    # levels (rows, groups, 2, 2^(bits - 1)): v = base + step q, M[r] shifted by f - I, minus the offset
+    base, step, offset = Split<axis = 3, num_outputs = 3>(exponent)
+    magnitude_bits = Sub(n_bits, one_i)
+    magnitude_count_f = Gather(powers, magnitude_bits)
+    magnitude_count = Cast<to = 7>(magnitude_count_f)
+    q_i = Range(zero, magnitude_count, one_i)
+    q = Cast<to = 1>(q_i)
+    climb = Mul(step, q)
+    v = Add(base, climb)
+    unit = Gather(powers, n_fraction)
+    v_octaves = Div(v, unit)
+    f = Floor(v_octaves)
+    f_low = Mul(f, unit)
+    r = Sub(v, f_low)
+    unit_i = Cast<to = 7>(unit)
+    fraction_i = Range(zero, unit_i, one_i)
+    fraction = Cast<to = 1>(fraction_i)
+    fraction_octaves = Div(fraction, unit)
+    integer_f = Cast<to = 1>(n_integer)
+    mantissa_log = Add(fraction_octaves, integer_f)
+    two = Constant<value_float = 2.0>()
+    mantissa_exact = Pow(two, mantissa_log)
+    mantissas = Round(mantissa_exact)
+    r_i = Cast<to = 7>(r)
+    mantissa = Gather(mantissas, r_i)
+    shift = Sub(f, integer_f)
+    lowest = Constant<value_float = {-MAX_INTEGER_BITS - 3}.0>()
+    highest = Constant<value_float = {MAX_LEFT_SHIFT}.0>()
+    shift_bounded = Clip(shift, lowest, highest)
+    shift_from_zero = Sub(shift_bounded, lowest)
+    shift_i = Cast<to = 7>(shift_from_zero)
+    shift_powers = Constant<value_floats = [{_SHIFTS}]>()
+    shift_power = Gather(shift_powers, shift_i)
+    product = Mul(mantissa, shift_power)
+    product_up = Add(product, half)
+    shifted = Floor(product_up)
+    level = Sub(shifted, offset)
+
+    # table (rows, groups, 2^bits): the positive side, then the negated negative side; w = table[code]
+    side_sign = Constant<value_floats = [1.0, -1.0]>()
+    to_sides = Constant<value_ints = [2, 1]>()
+    side_column = Reshape(side_sign, to_sides)
+    signed_level = Mul(level, side_column)
+    table_shape = Constant<value_ints = [0, 0, -1]>()
+    table = Reshape(signed_level, table_shape)
+    value = GatherElements<axis = 2>(table, code_index)
+    weight_shape = Concat<axis = 0>(rows_1d, cols_1d)
+    weight = Reshape(value, weight_shape)
+"""
+
+_BODY = f"""{INTEGER_BODY}
+    scale_column = Unsqueeze(scale, axis1)
+    w = Mul(weight, scale_column)
+"""
+
+PACKED_INPUTS = (
+    Tensor("codes", "C", "(rows, planes, elements), see graphs.ops.packing"),
+    Tensor("exponents", "int8", "(rows, groups, 2, 3): sign +, -; base, step, offset"),
+    Tensor("scale", "float", "(rows,)"),
+)
+
+PACKED_ATTRIBUTES = (
+    Attribute("bits", int, "bits of a code, its sign included", choices=(2, 3, 4)),
+    Attribute("group_size", int, "columns that share exponents; divides cols; cols itself is per channel"),
+    Attribute("fraction_bits", int, "F: exponents are in units of 2^-F", 4),
+    Attribute("integer_bits", int, "I: mantissas carry I bits before they are shifted", 6),
+    Attribute("rows", int, "rows of W, output channels"),
+    Attribute("cols", int, "columns of W, input channels"),
+)
+
+TWIN_LOG_DEQUANT = OpSpec(
+    name="TwinLogDequant",
+    doc="W (rows, cols) from packed twin-log codes: shifts, adds and one scale per row.",
+    inputs=PACKED_INPUTS,
+    outputs=(Tensor("w", "float", "(rows, cols)"),),
+    attributes=PACKED_ATTRIBUTES,
+    type_vars={"C": ("int4", "int8")},
+    reference=twin_log_dequant,
+    body=_BODY,
+    infer_shape=_infer_shape,
+    tolerance=Tolerance(nmse={"float": 0.0}, reason="integers up to 127 and one multiplication: every bit is defined"),
+    examples=_examples,
+)

@@ -1,0 +1,109 @@
+"""Fold the rotation before an attention output projection into the value projection.
+
+    HadamardRotate<block>(merge_heads(P · split_heads(x Wᵀ + b)))  =  merge_heads(P · split_heads(x W'ᵀ + b'))
+
+with W' = Rᵀ W and b' = b R: attention mixes tokens, never the channels of a head, so a rotation whose blocks lie within
+heads commutes with it (P is any token-mixing matrix: softmax of self- or cross-attention, masked or not). split_heads is
+Reshape (..., heads, width) then Transpose (0, 2, 1, 3); merge_heads is the reverse. Signs may differ between heads.
+"""
+
+import onnx_graphsurgeon as gs
+
+from graphs.expressions import RotateOutput
+from graphs.passes.patterns import (
+    OpenLinear,
+    is_graph_output,
+    is_lrq,
+    open_linear,
+    producer,
+    redirect_readers,
+    sole_consumer,
+)
+from graphs.passes.result import PassResult
+from graphs.traced import TracedGraph
+
+SWAP_HEADS_AND_TOKENS = [0, 2, 1, 3]
+
+
+class NoMatch(Exception):
+    """The path from the rotation up to the value projection broke; the text says where."""
+
+
+def fold_rotation_into_value(traced: TracedGraph) -> PassResult:
+    result = PassResult()
+    for node in [node for node in traced.graph.nodes if is_lrq(node, "HadamardRotate")]:
+        try:
+            value = value_projection(node, traced)
+        except NoMatch as reason:
+            result.skip(node, str(reason))
+            continue
+        step = RotateOutput(int(node.attrs["block"]), traced.signs[node.inputs[1].name])
+        traced.rotate_output(value.codes.name, value.bias.name if value.bias is not None else None, step)
+        redirect_readers(node.outputs[0], node.inputs[0])
+        result.fired += 1
+    if result.fired:
+        traced.forget_unused()
+    return result
+
+
+def value_projection(rotation: gs.Node, traced: TracedGraph) -> OpenLinear:
+    """Walk from a rotation up to the value projection that can absorb it; raises NoMatch with the reason."""
+    graph = traced.graph
+    if rotation.inputs[1].name not in traced.signs:
+        raise NoMatch("its signs are not in the table of signs")
+    if is_graph_output(rotation.outputs[0], graph):
+        raise NoMatch("the rotated tensor is an output of the graph")
+    merge = _step_up(rotation.inputs[0], "Reshape", graph)
+    swap_back = _step_up(merge.inputs[0], "Transpose", graph)
+    mix = _step_up(swap_back.inputs[0], "MatMul", graph)
+    swap = _step_up(mix.inputs[1], "Transpose", graph)
+    split = _step_up(swap.inputs[0], "Reshape", graph)
+    for transpose in (swap, swap_back):
+        if transpose.attrs.get("perm") != SWAP_HEADS_AND_TOKENS:
+            raise NoMatch(f"a transpose permutes by {transpose.attrs.get('perm')}, needed {SWAP_HEADS_AND_TOKENS}")
+    linear = _linear_ending_in(split.inputs[0], graph)
+    _check_heads(linear, split.outputs[0], merge.outputs[0], int(rotation.attrs["block"]))
+    if sole_consumer(linear.output, graph) is not split:
+        raise NoMatch("the value projection is also read elsewhere")
+    if not linear.owns_its_weight(graph):
+        raise NoMatch("the value projection's weight is also read elsewhere")
+    if linear.bias is not None and (linear.bias.name not in traced.tensors or len(linear.bias.outputs) != 1):
+        raise NoMatch("the value projection's bias is not a weight of its own")
+    return linear
+
+
+def _step_up(tensor: gs.Tensor, op: str, graph: gs.Graph) -> gs.Node:
+    node = producer(tensor)
+    found = "an input of the graph" if node is None else node.op
+    if node is None or node.op != op:
+        raise NoMatch(f"not behind an attention: {found} stands where an attention has its {op}")
+    if sole_consumer(tensor, graph) is None:
+        raise NoMatch(f"the output of {op} is also read elsewhere")
+    return node
+
+
+def _check_heads(linear: OpenLinear, split: gs.Tensor, merged: gs.Tensor, block: int) -> None:
+    """linear (..., rows), split (batch, tokens, heads, width), merged (..., channels) must agree; block lie in a head.
+
+    Row-major order then makes channel `head * width + i` of all three the same, whatever the leading axes are.
+    """
+    if split.shape is None or len(split.shape) != 4 or not all(isinstance(dim, int) for dim in split.shape[2:]):
+        raise NoMatch(f"the head split has shape {split.shape}, needed (batch, tokens, heads, width) with fixed heads")
+    heads, width = split.shape[2:]
+    if not merged.shape or merged.shape[-1] != heads * width:
+        raise NoMatch(f"the heads merge into shape {merged.shape}, needed {heads} x {width} channels last")
+    if linear.dequant.attrs["rows"] != heads * width:
+        raise NoMatch(f"the value projection has {linear.dequant.attrs['rows']} rows, needed {heads} x {width}")
+    if width % block:
+        raise NoMatch(f"blocks of {block} channels straddle heads of width {width}")
+
+
+def _linear_ending_in(tensor: gs.Tensor, graph: gs.Graph) -> OpenLinear:
+    node = producer(tensor)
+    if node is not None and node.op == "Add":
+        candidates = [producer(operand) for operand in node.inputs]
+        node = next((each for each in candidates if each is not None and each.op == "MatMul"), None)
+    linear = open_linear(node, graph) if node is not None else None
+    if linear is None or linear.output is not tensor:
+        raise NoMatch("the value operand is not a quantized linear layer")
+    return linear

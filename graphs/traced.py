@@ -1,0 +1,137 @@
+"""A graph whose weights are still expressions: what trace produces, passes rewrite and bind completes.
+
+Every weight tensor of the graph is a graph input without a value; `linears` and `tensors` say what each will be. On
+disk it is one small ONNX file, the tables as JSON in its metadata.
+"""
+
+import copy
+import json
+from dataclasses import asdict, dataclass, field, replace
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from graphs import names
+from graphs.expressions import Expression
+
+METADATA_KEY = "lrq.weights"
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """The quantized weight of one linear layer, keyed in `TracedGraph.linears` by the name of its codes tensor."""
+
+    layer: str  # module path in the source model
+    weight: Expression  # (rows, cols)
+    bits: int
+    group_size: int  # columns that share exponents; cols when per channel
+    act_bits: int
+
+    def tensor(self, role: str) -> str:
+        """Name of the graph tensor that holds `codes`, `exponents` or `scale`."""
+        return f"{self.layer}.{role}"
+
+
+@dataclass
+class TracedGraph:
+    """`graph` with its weights as named placeholders, and the tables that say what they stand for."""
+
+    graph: gs.Graph
+    linears: dict[str, LinearWeight] = field(default_factory=dict)  # codes tensor -> quantized weight
+    tensors: dict[str, Expression] = field(default_factory=dict)  # tensor -> weight kept in floating point
+    signs: dict[str, int | None] = field(default_factory=dict)  # constant tensor of ±1 -> its seed, None for all ones
+
+    def copy(self) -> "TracedGraph":
+        """A copy that a pass may edit while this one stays as it is; expressions are immutable and shared."""
+        graph = gs.import_onnx(gs.export_onnx(self.graph))
+        return TracedGraph(graph, dict(self.linears), dict(self.tensors), dict(self.signs))
+
+    def placeholders(self) -> set[str]:
+        """Names of the graph inputs that stand for weights."""
+        roles = ("codes", "exponents", "scale")
+        return {weight.tensor(role) for weight in self.linears.values() for role in roles} | set(self.tensors)
+
+    def model_inputs(self) -> list[gs.Tensor]:
+        """The graph inputs that the model itself has, in order: all but the placeholders."""
+        weights = self.placeholders()
+        return [tensor for tensor in self.graph.inputs if tensor.name not in weights]
+
+    def rotate_output(self, codes: str, bias: str | None, step) -> None:
+        """Append `step` (a RotateOutput) to a linear's weight and to its bias."""
+        self.linears[codes] = replace(self.linears[codes], weight=self.linears[codes].weight.then(step))
+        if bias is not None:
+            self.tensors[bias] = self.tensors[bias].then(step)
+
+    def forget_unused(self) -> None:
+        """Drop nodes, weights and signs that no output needs, and restore topological order; model inputs all stay."""
+        weights = self.placeholders()
+        self.graph.cleanup(remove_unused_graph_inputs=False)
+        sort_nodes(self.graph)
+        used = {tensor.name for node in self.graph.nodes for tensor in _read_by(node)}
+        self.graph.inputs = [t for t in self.graph.inputs if t.name in used or t.name not in weights]
+        self.linears = {codes: weight for codes, weight in self.linears.items() if codes in used}
+        self.tensors = {name: expression for name, expression in self.tensors.items() if name in used}
+        self.signs = {name: seed for name, seed in self.signs.items() if name in used}
+
+    def to_onnx(self) -> onnx.ModelProto:
+        """The graph as an ONNX model with placeholders as inputs and the weight tables in its metadata."""
+        model = gs.export_onnx(self.graph)
+        model.ir_version = names.IR_VERSION
+        tables = {
+            "linears": {
+                codes: asdict(weight) | {"weight": weight.weight.to_json()} for codes, weight in self.linears.items()
+            },
+            "tensors": {name: expression.to_json() for name, expression in self.tensors.items()},
+            "signs": self.signs,
+        }
+        onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(tables, sort_keys=True)})
+        return model
+
+    @classmethod
+    def from_onnx(cls, model: onnx.ModelProto) -> "TracedGraph":
+        """Inverse of `to_onnx`; raises ValueError for a model without weight tables."""
+        properties = {entry.key: entry.value for entry in model.metadata_props}
+        if METADATA_KEY not in properties:
+            raise ValueError(f"the model carries no {METADATA_KEY!r} metadata, so it is not a traced graph")
+        tables = json.loads(properties[METADATA_KEY])
+        bare = copy.deepcopy(model)
+        del bare.metadata_props[:]
+        return cls(
+            gs.import_onnx(bare),
+            {
+                codes: LinearWeight(**row | {"weight": Expression.from_json(row["weight"])})
+                for codes, row in tables["linears"].items()
+            },
+            {name: Expression.from_json(row) for name, row in tables["tensors"].items()},
+            tables["signs"],
+        )
+
+
+def sort_nodes(graph: gs.Graph) -> None:
+    """Put every node behind those it reads from, and otherwise leave the order as it is.
+
+    gs.Graph.toposort recurses once per level, past Python's limit on a deep transformer whose nodes are out of order.
+    """
+    producer = {tensor.name: node for node in graph.nodes for tensor in node.outputs if not tensor.is_empty()}
+    ordered: dict[int, gs.Node] = {}
+    for last in graph.nodes:
+        stack = [last]
+        while stack:
+            node = stack[-1]
+            sources = [producer[tensor.name] for tensor in _read_by(node) if tensor.name in producer]
+            missing = [source for source in sources if id(source) not in ordered]
+            if missing and len(stack) <= len(graph.nodes):
+                stack += missing[:1]
+            elif missing:
+                raise ValueError(f"the graph has a cycle through {node.op} {node.name!r}")
+            else:
+                ordered.setdefault(id(stack.pop()), node)
+    graph.nodes = list(ordered.values())
+
+
+def _read_by(node: gs.Node) -> list[gs.Tensor]:
+    """The tensors that a node reads, those that only its subgraphs read among them."""
+    inner = []
+    for subgraph in node.subgraphs(recursive=True):
+        inner += [*subgraph.outputs, *(tensor for each in subgraph.nodes for tensor in each.inputs)]
+    return [*node.inputs, *inner]

@@ -1,0 +1,142 @@
+"""Quantize and bind: evaluate each weight expression, quantize it in its own basis, put it into the rewritten graph.
+
+Layer by layer, each stored as soon as it is done: a killed build goes on at the next layer. At no time are the
+floating-point weights of the model in memory together.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from graphs.expressions import RotateOutput
+from graphs.ops import packing
+from graphs.passes.patterns import is_lrq
+from graphs.traced import LinearWeight, TracedGraph
+from lrq_export.calibrate.statistics import Statistics
+from lrq_export.checkpoint import Checkpoint, TensorFile, check_finite
+from lrq_export.evaluate import evaluate
+from lrq_export.onnx_file import WeightTensor, write_model
+from lrq_export.package import save_tensors_atomic
+from lrq_export.plan import LayerPlan
+from lrq_export.quant import twin_log, uniform
+from lrq_export.quant.weight import dequantize
+from lrq_export.quantized import (
+    INT8_BITS,
+    LayerRecord,
+    LayerTensors,
+    QuantizedFile,
+    as_bytes,
+    onnx_float,
+    write_quantized,
+)
+
+
+def quantize_layers(
+    traced: TracedGraph,
+    plans: list[LayerPlan],
+    checkpoint: Checkpoint,
+    statistics: Statistics,
+    folder: Path,
+    done: Callable[[str], None] = lambda layer: None,
+) -> None:
+    """Quantize every linear of the rewritten graph into `folder`, one file a layer; files already there are kept.
+
+    Raises InputError for weights that are NaN or Inf. `done` is told each layer's name, for progress.
+    """
+    plan_of = {plan.name: plan for plan in plans}
+
+    def read(name: str) -> torch.Tensor:
+        tensor = checkpoint.read(name)
+        check_finite(name, tensor)
+        return tensor
+
+    for codes, weight in traced.linears.items():
+        path = layer_file(folder, weight.layer)
+        if not path.exists():
+            record = _record(traced, codes, weight, plan_of[weight.layer])
+            layer = quantize_layer(evaluate(weight.weight, read), _second_moment(statistics, record), record)
+            write_quantized(path, [layer], {})
+        done(weight.layer)
+    floats = folder / "floats.safetensors"
+    if not floats.exists():
+        save_tensors_atomic(floats, {name: evaluate(each, read) for name, each in traced.tensors.items()})
+
+
+def quantize_layer(weight: torch.Tensor, second_moment: torch.Tensor | None, record: LayerRecord) -> LayerTensors:
+    """Quantize W (rows, cols) as `record` says, weighting columns by E[x²] (cols,); fills in the errors."""
+    if record.bits == INT8_BITS:
+        quantized = uniform.quantize(weight, second_moment)
+        codes, exponents = quantized.codes, None
+    else:
+        quantized = twin_log.quantize(weight, second_moment, bits=record.bits, group_size=record.group_size)
+        codes = as_bytes(packing.pack(quantized.codes.numpy(), record.bits))
+        exponents = quantized.exponents
+    error, power = (dequantize(quantized) - weight).double().square(), weight.double().square()
+    importance = torch.ones(record.cols) if second_moment is None else second_moment
+    importance = importance.double()
+    measured = {
+        "weight_nmse": _ratio(error.sum(), power.sum()),
+        "weighted_nmse": _ratio((error @ importance).sum(), (power @ importance).sum()),
+    }
+    return LayerTensors(LayerRecord(**vars(record) | measured), codes, exponents, quantized.scale)
+
+
+def assemble(traced: TracedGraph, folder: Path, path: Path) -> None:
+    """Join the per-layer files of `quantize_layers` into the package's quantized.safetensors."""
+    floats = TensorFile(folder / "floats.safetensors")
+    layers = (
+        QuantizedFile(layer_file(folder, weight.layer)).layer(weight.layer) for weight in traced.linears.values()
+    )
+    write_quantized(path, layers, floats.read_all())
+
+
+def write_portable(traced: TracedGraph, quantized: QuantizedFile, path: Path, **options) -> int:
+    """Write model.onnx: the rewritten graph with its codes, bodies attached. Returns the bytes of its weights."""
+    return write_model(path, traced.to_onnx(), portable_weights(traced, quantized), **options)
+
+
+def portable_weights(traced: TracedGraph, quantized: QuantizedFile) -> Iterator[WeightTensor]:
+    for weight in traced.linears.values():
+        yield from quantized.layer(weight.layer).onnx_weights()
+    for name in traced.tensors:
+        yield onnx_float(name, quantized.read(name))
+
+
+def layer_file(folder: Path, layer: str) -> Path:
+    return folder / f"{layer}.safetensors"
+
+
+def _record(traced: TracedGraph, codes: str, weight: LinearWeight, plan: LayerPlan) -> LayerRecord:
+    """What the rewritten graph made of a planned layer."""
+    reader = next(node for node in traced.graph.nodes if any(tensor.name == codes for tensor in node.inputs))
+    online, bias = _surroundings(reader)
+    folded = [step for step in weight.weight.maps if isinstance(step, RotateOutput)]
+    rotated_by = "nothing" if not plan.block else "HadamardRotate" if online else "value projection"
+    return LayerRecord(
+        layer=weight.layer, rows=weight.weight.shape[0], cols=weight.weight.shape[1], bits=weight.bits,
+        group_size=weight.group_size, act_bits=weight.act_bits, block=plan.block, signs_seed=plan.signs_seed,
+        rotated_by=rotated_by, reason=plan.reason,
+        output_rotations=[{"block": step.block, "signs_seed": step.signs_seed} for step in folded],
+        bias=bias if bias in traced.tensors else None,
+    )  # fmt: skip
+
+
+def _surroundings(reader) -> tuple[bool, str | None]:
+    """Whether the input of a quantized linear is rotated by a node, and the name of its bias tensor."""
+    if is_lrq(reader, "TwinLogLinear", "Int8Linear"):
+        x, bias = reader.inputs[0], reader.inputs[-1].name
+    else:  # an open linear, activations in floating point: Dequant -> Transpose -> MatMul -> Add
+        matmul = reader.outputs[0].outputs[0].outputs[0].outputs[0]
+        x, following = matmul.inputs[0], matmul.outputs[0].outputs
+        bias = next((t.name for t in following[0].inputs if not t.inputs), None) if following[0].op == "Add" else None
+    return bool(x.inputs) and is_lrq(x.inputs[0], "HadamardRotate"), bias
+
+
+def _second_moment(statistics: Statistics, record: LayerRecord) -> torch.Tensor:
+    moments = statistics.layer(record.layer)
+    return moments.rotated_second_moment if record.block else moments.second_moment
+
+
+def _ratio(error: torch.Tensor, power: torch.Tensor) -> float:
+    return float(error / power) if power > 0 else 0.0

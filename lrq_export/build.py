@@ -1,0 +1,286 @@
+"""`build`: the stages load -> calibrate -> trace -> rewrite -> quantize -> engine -> verify, in order, resumable.
+
+Every stage reads files and writes files, each whole or not at all. The package grows in OUT.partial, whose name carries
+the fingerprint of all inputs; a killed build goes on where it stopped, and OUT is swapped in complete at the end.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from graphs.checks import check, check_preserved
+from graphs.passes import PIPELINE
+from graphs.traced import TracedGraph
+from lrq_export import __version__
+from lrq_export.bind import assemble, quantize_layers, write_portable
+from lrq_export.calibrate.run import observe
+from lrq_export.calibrate.statistics import Moments, Statistics
+from lrq_export.engine.onnxruntime import build_engine
+from lrq_export.errors import CheckFailed, UsageError
+from lrq_export.package import (
+    GRAPHS,
+    LAYERS,
+    MODEL,
+    ONNXRUNTIME_ENGINE,
+    QUANTIZED,
+    RECIPE,
+    REPORT,
+    REPORT_PAGE,
+    STATS,
+    Workspace,
+    is_package,
+    load_manifest,
+    open_workspace,
+    require_free_disk,
+    verify_hashes,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_manifest,
+)
+from lrq_export.plan import LayerPlan, plan_layers
+from lrq_export.progress import Progress, Silent, stage
+from lrq_export.quantized import QuantizedFile
+from lrq_export.recipe import Recipe, to_toml
+from lrq_export.sampling import scheduler_from
+from lrq_export.source import Inputs, Source, conditions_path, fingerprint, gather_inputs, open_source
+from lrq_export.trace import trace
+from lrq_export.verify.reference import Reference, write_reference
+from lrq_export.verify.report_page import write_report_page
+from lrq_export.verify.run import climb
+
+STAGES = ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")
+LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "safetensors", "numpy")
+
+
+@dataclass
+class BuildResult:
+    """Where the package is, whether every check held, and what was found. `report` is None when stopped early."""
+
+    out: Path
+    passed: bool
+    report: dict[str, Any] | None
+    stopped_after: str | None = None
+    up_to_date: bool = False
+
+
+@dataclass
+class Job:
+    """What every stage of one build needs."""
+
+    source: Source
+    recipe: Recipe
+    plans: list[LayerPlan]
+    inputs: Inputs
+    workspace: Workspace
+    progress: Progress
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return self.workspace.path
+
+    @property
+    def layers(self) -> Path:
+        """Per-layer results; not part of the package."""
+        return self.workspace.partial / LAYERS
+
+
+def build(
+    source: str | Path,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    calibration: str | Path | None = None,
+    conditions: str | Path | None = None,
+    until: str = STAGES[-1],
+    progress: Progress | None = None,
+) -> BuildResult:
+    """Compile the diffusers folder `source` into the package `out`.
+
+    `calibration` holds recorded denoiser inputs, `conditions` rows of embeddings to sample with (default: the
+    source's own conditions.safetensors). `until` stops after a stage and leaves the work for a later call to finish.
+    Raises an LrqError subclass for everything a user can get wrong; a failed check is `passed` False, not an error.
+    """
+    recipe, progress, out = recipe or Recipe(), progress or Silent(), Path(out)
+    if until not in STAGES:
+        raise UsageError(f"until: got {until!r}, needed one of {', '.join(STAGES)}")
+    calibration, conditions = (Path(path) if path is not None else None for path in (calibration, conditions))
+    timings: dict[str, float] = {}
+    with stage(progress, "load", timings):
+        opened = open_source(Path(source))
+        plans = plan_layers(opened.model(), opened.family, recipe)
+        inputs = gather_inputs(opened, recipe, calibration, conditions)
+        scheduler_from(recipe.sampling.scheduler, opened.scheduler_config())
+        files = [calibration, conditions_path(opened, conditions)]
+        key = fingerprint(opened, to_toml(recipe), files, libraries() | {"lrq-export": __version__})
+    if until == "load":
+        return BuildResult(out, True, None, "load")
+    if is_package(out) and load_manifest(out).get("fingerprint") == key:
+        verify_hashes(out)
+        return BuildResult(out, True, None, up_to_date=True)
+    with open_workspace(out, key) as workspace:
+        require_free_disk(workspace.partial, _estimated_bytes(opened, plans))
+        job = Job(opened, recipe, plans, inputs, workspace, progress, timings)
+        return _run(job, until, key)
+
+
+def _run(job: Job, until: str, key: str) -> BuildResult:
+    write_bytes_atomic(job.path / RECIPE, to_toml(job.recipe).encode())
+    last = STAGES.index(until)
+    for name, run in (("calibrate", _calibrate), ("trace", _trace), ("rewrite", _rewrite), ("quantize", _quantize),
+                      ("engine", _engine)):  # fmt: skip
+        if STAGES.index(name) <= last:
+            run(job)
+    if until != STAGES[-1]:
+        return BuildResult(job.path, True, None, until)
+    report, samples = _verify(job)
+    write_json_atomic(job.path / REPORT, report)
+    write_report_page(job.path / REPORT_PAGE, report, samples)
+    write_manifest(job.path, _facts(job, key))
+    if job.layers.exists():
+        shutil.rmtree(job.layers)
+    job.workspace.commit()
+    passed = all(rung["passed"] is not False for rung in report["ladder"])
+    return BuildResult(job.workspace.out, passed, report)
+
+
+def _calibrate(job: Job) -> None:
+    """Run the floating-point model: statistics of every planned layer, and its answers to judge others by."""
+    recipe, source = job.recipe, job.source
+    if (job.path / STATS).exists() and Reference.exists(job.path):
+        return
+    steps = recipe.sampling.steps
+    with stage(job.progress, "calibrate", job.timings, len(job.inputs.calibration["hidden_states"]) + steps):
+        model = source.load(source.model())
+        if not (job.path / STATS).exists():
+            statistics = observe(
+                source.family, model, job.plans, job.inputs.calibration, recipe.calibration.batch,
+                lambda count: [job.progress.advance() for _ in range(count)],
+            )  # fmt: skip
+            statistics.save(job.path / STATS)
+        statistics = Statistics.load(job.path / STATS)
+        summary = {plan.name: _summary(statistics.layer(plan.name)) for plan in job.plans}
+        scheduler = scheduler_from(recipe.sampling.scheduler, source.scheduler_config())
+        write_reference(job.path, source, model, scheduler, job.inputs, recipe.sampling, summary)
+
+
+def _trace(job: Job) -> None:
+    path = job.path / GRAPHS / "0-trace.onnx"
+    if path.exists():
+        return
+    with stage(job.progress, "trace", job.timings):
+        traced = trace(job.source.family, job.source.config, job.plans)
+        check(traced)
+        _save_graph(path, traced)
+
+
+def _rewrite(job: Job) -> None:
+    """Run the pass pipeline; the graph after each pass is kept, for inspection and for parity rung R3."""
+    missing = [i for i, step in enumerate(PIPELINE) if not pass_file(job.path, i, step.__name__).exists()]
+    if not missing:
+        return
+    with stage(job.progress, "rewrite", job.timings, len(PIPELINE)):
+        before = load_graph(job.path / GRAPHS / "0-trace.onnx")
+        for index, step in enumerate(PIPELINE):
+            after = before.copy()
+            result = step(after)
+            check(after)
+            check_preserved(before, after)
+            skipped = [{"node": each.node, "reason": each.reason} for each in result.skipped]
+            outcome = {"name": step.__name__, "fired": result.fired, "skipped": skipped}
+            _save_graph(pass_file(job.path, index, step.__name__), after, outcome)
+            job.progress.advance(step.__name__)
+            before = after
+
+
+def _quantize(job: Job) -> None:
+    traced, path = rewritten_graph(job.path), job.path
+    if not (path / QUANTIZED).exists():
+        with stage(job.progress, "quantize", job.timings, len(traced.linears)):
+            statistics = Statistics.load(path / STATS)
+            advance = job.progress.advance
+            quantize_layers(traced, job.plans, job.source.checkpoint, statistics, job.layers, advance)
+            assemble(traced, job.layers, path / QUANTIZED)
+    if not (path / MODEL).exists():
+        with stage(job.progress, "bind", job.timings):
+            write_portable(traced, QuantizedFile(path / QUANTIZED), path / MODEL)
+
+
+def _engine(job: Job) -> None:
+    folder = job.path / ONNXRUNTIME_ENGINE
+    if (folder / "session.json").exists():  # written last
+        return
+    with stage(job.progress, "engine", job.timings):
+        build_engine(rewritten_graph(job.path), QuantizedFile(job.path / QUANTIZED), folder)
+
+
+def _verify(job: Job) -> tuple[dict[str, Any], Any]:
+    with stage(job.progress, "verify", job.timings, 6):
+        report, samples = climb(job.path, job.recipe, job.source.config, job.source, advance=job.progress.advance)
+    report["warnings"] = job.inputs.warnings + report["warnings"]
+    report["timings"] = [{"stage": name, "seconds": round(seconds, 2)} for name, seconds in job.timings.items()]
+    report["tool"] = {"name": "lrq-export", "version": __version__, "libraries": libraries()}
+    report["source"] |= {"path_name": job.source.checkpoint.path.resolve().name}
+    return report, samples
+
+
+def _facts(job: Job, key: str) -> dict[str, Any]:
+    """What the manifest says besides the hashes."""
+    records = QuantizedFile(job.path / QUANTIZED).records
+    return {
+        "tool": {"name": "lrq-export", "version": __version__, "libraries": libraries()},
+        "fingerprint": key,
+        "source": {"fingerprint": job.source.checkpoint.fingerprint(), "config": _plain(job.source.config)},
+        "scheduler": job.source.scheduler_config(),
+        "recipe": job.recipe.model_dump(mode="json", by_alias=True),
+        "layers": {name: vars(record) for name, record in records.items()},
+        "warnings": job.inputs.warnings,
+    }
+
+
+def _summary(moments: Moments) -> dict[str, float]:
+    """What the report shows of a layer's input: J of the LRQ-DiT paper measures size, the others outliers."""
+    return {"rms": moments.rms, "kurtosis": moments.kurtosis, "peak_to_rms": moments.peak_to_rms}
+
+
+def libraries() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
+
+
+def pass_file(folder: Path, index: int, name: str) -> Path:
+    return folder / GRAPHS / f"{index + 1}-{name}.onnx"
+
+
+def load_graph(path: Path) -> TracedGraph:
+    return TracedGraph.from_onnx(onnx.load(path))
+
+
+def rewritten_graph(folder: Path) -> TracedGraph:
+    """The graph after the last pass."""
+    return load_graph(pass_file(folder, len(PIPELINE) - 1, PIPELINE[-1].__name__))
+
+
+def _save_graph(path: Path, traced: TracedGraph, outcome: dict[str, Any] | None = None) -> None:
+    model = traced.to_onnx()
+    if outcome is not None:
+        model.metadata_props.add(key="lrq.pass", value=json.dumps(outcome, sort_keys=True))
+    write_bytes_atomic(path, model.SerializeToString(deterministic=True))
+
+
+def _estimated_bytes(source: Source, plans: list[LayerPlan]) -> int:
+    """Disk that a build takes at most: per-layer files, quantized file, portable model, INT8 engine, kept floats."""
+    planned = {f"{plan.name}.weight" for plan in plans}
+    kept = [name for name in source.checkpoint.names() if name not in planned]
+    floats = sum(4 * torch.Size(source.checkpoint.shape(name)).numel() for name in kept)
+    codes = sum(plan.rows * plan.cols for plan in plans)
+    return codes * 5 // 2 + 4 * floats + (16 << 20)
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in sorted(config.items())}

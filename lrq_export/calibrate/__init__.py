@@ -1,0 +1,1 @@
+"""What the floating-point model sees: recorded or synthetic inputs, and streaming statistics of every linear layer."""

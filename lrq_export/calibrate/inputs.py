@@ -1,0 +1,168 @@
+"""Denoiser inputs for calibration: read from a recorded file and checked, or synthetic; then grouped into batches.
+
+Inputs are a dict of float32 tensors named as the model's forward arguments (nested ones dotted, as in
+`added_cond_kwargs.resolution`); the first axis of each counts samples. Integers up to 2^24 are exact in float32, and
+timesteps and masks stay far below.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from lrq_export.checkpoint import TensorFile, check_finite
+from lrq_export.errors import InputError
+from lrq_export.models.base import SAMPLES, InputSpec
+from lrq_export.recipe import nearest
+
+TIMESTEP = "timestep"
+SYNTHETIC_UNITS = 16  # size of a free dimension that the caller leaves open, in units of its multiple_of
+PIXELS_PER_LATENT = 8  # of the image autoencoders that diffusion transformers use
+_GOLDEN_STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, made odd
+
+
+def load_inputs(path: Path, expected: Mapping[str, InputSpec], samples: int | None = None) -> dict[str, torch.Tensor]:
+    """Recorded inputs in the order of `expected`, float32; at most `samples` rows, spread over the file.
+
+    Raises InputError for a damaged file, a missing or unknown name, a wrong rank or size, sizes that disagree between
+    tensors, no rows, NaN or Inf.
+    """
+    file = TensorFile(path)
+    _check_names(file, expected)
+    sizes = _check_shapes(file, expected)
+    rows = spread_rows(sizes[SAMPLES], sizes[SAMPLES] if samples is None else samples)
+    inputs = {}
+    for name in expected:
+        if name in file.entries:
+            tensor = file.read(name)
+            check_finite(f"{path}: {name}", tensor)
+            inputs[name] = tensor[rows].to(torch.float32)
+    return inputs
+
+
+def synthetic_inputs(
+    expected: Mapping[str, InputSpec],
+    samples: int,
+    timesteps: int,
+    seed: int,
+    num_train_timesteps: int = 1000,
+    sizes: Mapping[str, int] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Gaussian inputs for a model nobody recorded: `samples` rows over `timesteps` steps, evenly from last to first.
+
+    `sizes` gives the free dimensions by name, for example {"height": 32, "width": 32, "text": 120}. Optional inputs
+    are left out. They show a model pure noise at every timestep, so prefer recorded inputs.
+    """
+    sizes = {**_free_sizes(expected), **(sizes or {}), SAMPLES: samples}
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.linspace(num_train_timesteps - 1, 0, timesteps, dtype=torch.float64).round().to(torch.float32)
+    inputs = {}
+    for name, spec in expected.items():
+        if spec.optional:
+            continue
+        shape = [sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape]
+        if name == TIMESTEP:
+            inputs[name] = steps[torch.arange(samples) % timesteps].clone()
+        elif (size_condition := _size_condition(name, sizes)) is not None:
+            inputs[name] = torch.tensor(size_condition, dtype=torch.float32).expand(shape).clone()
+        else:
+            inputs[name] = torch.randn(shape, generator=generator)
+    return inputs
+
+
+def batches(inputs: Mapping[str, torch.Tensor], batch: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of at most `batch` rows that share one timestep, the latest (noisiest) timestep first.
+
+    Without a timestep input, batches follow the order of the rows.
+    """
+    count = next(iter(inputs.values())).shape[0]
+    timestep = inputs.get(TIMESTEP, torch.zeros(count))
+    for value in torch.unique(timestep, sorted=True).flip(0):
+        for rows in torch.nonzero(timestep == value).flatten().split(batch):
+            yield {name: tensor[rows] for name, tensor in inputs.items()}
+
+
+def spread_rows(total: int, samples: int) -> list[int]:
+    """`samples` of `total` rows (all, if there are fewer), ascending, evenly spread in every sense that matters.
+
+    Taking every k-th row would fall in step with the pattern of the rows: always one timestep of a trajectory, or only
+    the unconditional half of guided batches. Rows of lowest `priority` are as evenly spread but never in step.
+    """
+    return sorted(sorted(range(total), key=priority)[:samples])
+
+
+def priority(row: int) -> int:
+    """Row numbers walked by the golden ratio: the lowest lie at near-even gaps, in step with no period."""
+    return row * _GOLDEN_STEP % 2**64
+
+
+def _check_names(file: TensorFile, expected: Mapping[str, InputSpec]) -> None:
+    unknown = sorted(file.entries.keys() - expected.keys())
+    missing = [name for name, spec in expected.items() if not spec.optional and name not in file.entries]
+    if unknown:
+        near = nearest(unknown[0], missing or expected)
+        raise InputError(
+            f"{file.path}: got an input {unknown[0]}, needed names of the model's forward arguments",
+            hint=f"did you mean {near}?" if near else f"the model takes {', '.join(expected)}",
+        )
+    if missing:
+        held = ", ".join(file.entries) or "nothing"
+        raise InputError(
+            f"{file.path}: {missing[0]} is missing: got {held}, needed {', '.join(missing)} too",
+            hint="record it with lrq_export.record(pipeline, prompts, path)",
+        )
+
+
+def _check_shapes(file: TensorFile, expected: Mapping[str, InputSpec]) -> dict[str, int]:
+    """Sizes of the free dimensions by name. Raises InputError when one is wrong or two tensors disagree on it."""
+    sizes: dict[str, int] = {}
+    source: dict[str, str] = {}
+    for name, spec in expected.items():
+        if name not in file.entries:
+            continue
+        got = file.entries[name].shape
+        if not _fits(got, spec):
+            raise _wrong_shape(file, name, got, spec, "record it from the model that the checkpoint holds")
+        for extent, size in zip(spec.shape, got, strict=True):
+            if isinstance(extent, int):
+                continue
+            unit = 1 if extent == SAMPLES else spec.multiple_of
+            if size == 0 or size % unit:
+                raise _wrong_shape(file, name, got, spec, f"{extent} must be a positive multiple of {unit}")
+            if sizes.setdefault(extent, size) != size:
+                hint = f"{source[extent]} has {extent} = {sizes[extent]}, all tensors must agree on it"
+                raise _wrong_shape(file, name, got, spec, hint)
+            source.setdefault(extent, name)
+    return sizes
+
+
+def _fits(shape: tuple[int, ...], spec: InputSpec) -> bool:
+    """Whether the rank and the fixed dimensions are right."""
+    return len(shape) == len(spec.shape) and all(
+        isinstance(needed, str) or needed == got for got, needed in zip(shape, spec.shape, strict=True)
+    )
+
+
+def _wrong_shape(file: TensorFile, name: str, got: tuple[int, ...], spec: InputSpec, hint: str) -> InputError:
+    needed = ", ".join(str(extent) for extent in spec.shape)
+    return InputError(f"{file.path}: {name}: got shape {got}, needed ({needed})", hint=hint)
+
+
+def _free_sizes(expected: Mapping[str, InputSpec]) -> dict[str, int]:
+    """A default size for every free dimension."""
+    sizes: dict[str, int] = {}
+    for spec in expected.values():
+        for extent in spec.shape:
+            if isinstance(extent, str):
+                sizes.setdefault(extent, SYNTHETIC_UNITS * spec.multiple_of)
+    return sizes
+
+
+def _size_condition(name: str, sizes: Mapping[str, int]) -> tuple[float, ...] | None:
+    """Inputs that tell a model its image size: noise in their place would be an image size that no one asks for."""
+    if not name.endswith((".resolution", ".aspect_ratio")) or not {"height", "width"} <= sizes.keys():
+        return None
+    height, width = sizes["height"], sizes["width"]
+    if name.endswith(".aspect_ratio"):
+        return (height / width,)
+    return (float(height * PIXELS_PER_LATENT), float(width * PIXELS_PER_LATENT))

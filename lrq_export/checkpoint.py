@@ -1,0 +1,458 @@
+"""A diffusers checkpoint on disk, read one tensor at a time.
+
+`open_checkpoint` looks at names, shapes and dtypes only; `Checkpoint.read` maps the file, hands out one tensor and lets
+the mapping go with it, so a 12-billion-parameter model is never in memory whole. Every file is checked before
+anything maps it: a truncated, renamed or hostile file is one InputError, never a crash in a reader below.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lrq_export.errors import InputError
+from lrq_export.recipe import nearest
+
+# safetensors' dtype codes that torch can hold; the sub-byte floats are left out.
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+LENGTH_BYTES = 8  # a safetensors file starts with the length of its JSON header: u64, little endian
+MOST_HEADER_BYTES = 100_000_000  # safetensors' own bound
+MOST_JSON_BYTES = 100_000_000
+
+CONFIG = "config.json"
+PIPELINE_INDEX = "model_index.json"
+TRANSFORMER = "transformer"
+WEIGHTS = "diffusion_pytorch_model"
+# Full precision first: a variant is a rounded copy.
+SINGLE_FILES = tuple(f"{WEIGHTS}{variant}.safetensors" for variant in ("", ".bf16", ".fp16"))
+INDEX_FILES = (
+    f"{WEIGHTS}.safetensors.index.json",
+    *(f"{WEIGHTS}.safetensors.index.{variant}.json" for variant in ("bf16", "fp16")),
+    *(f"{WEIGHTS}.{variant}.safetensors.index.json" for variant in ("bf16", "fp16")),
+)
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CONVERT = "convert it to safetensors: load it with diffusers, then save_pretrained(folder, safe_serialization=True)"
+
+# What a file that is no safetensors starts with, and what to do about it.
+IMPOSTORS = (
+    (b"version https://git-lfs", "it is a Git LFS pointer: run git lfs pull"),
+    (b"PK\x03\x04", f"it is a pickled torch file: {CONVERT}"),
+    (b"\x80\x02", f"it is a pickle: {CONVERT}"),
+    (b"<", "it is a web page: download the file itself"),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: dtype, shape, and its bytes [begin, end) counted from the end of the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class TensorFile:
+    """One checked safetensors file: `.path`, `.entries` by name, `.metadata`; `read` maps one tensor.
+
+    Raises InputError when the file is not a whole, well-formed safetensors file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        header, data_bytes = _header(self.path)
+        self.metadata: dict[str, str] = _metadata(self.path, header.pop("__metadata__", {}))
+        self.entries = {name: _entry(self.path, name, raw) for name, raw in header.items()}
+        _check_layout(self.path, self.entries, data_bytes)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in its own dtype. The mapping lives as long as the tensor. Raises InputError."""
+        require_name(name, self.entries, str(self.path))
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{self.path}: {name}: cannot be read: {_one_line(error)}", hint="fetch the file again"
+            ) from error
+
+    def read_all(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name, for files that fit in memory."""
+        return {name: self.read(name) for name in self.entries}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened transformer folder; `pipeline_path` is the pipeline's folder when it was opened through one."""
+
+    path: Path
+    config: Mapping[str, Any]
+    files: tuple[Path, ...]
+    pipeline_path: Path | None
+    _home: Mapping[str, TensorFile]  # by tensor name
+
+    @property
+    def class_name(self) -> str:
+        return self.config["_class_name"]
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._home)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, mapped from its file, in its own dtype. Raises InputError."""
+        self._entry(name)
+        return self._home[name].read(name)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the config's and every weight file's name, size and bytes; read once, then remembered."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path in (self.path / CONFIG, *self.files):
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def _entry(self, name: str) -> Entry:
+        require_name(name, self._home, str(self.path))
+        return self._home[name].entries[name]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a transformer folder (config.json), or the transformer of a whole pipeline folder (model_index.json).
+
+    Raises InputError, saying which file is missing, damaged or leads out of the folder.
+    """
+    given = Path(path)
+    if not given.is_dir():
+        problem = "is a file" if given.exists() else "does not exist"
+        raise InputError(
+            f"{given}: got a path that {problem}, needed a folder in diffusers layout",
+            hint=f"pass the folder that holds {CONFIG} or {PIPELINE_INDEX}",
+        )
+    root = given.resolve()
+    pipeline_path = None
+    if not (root / CONFIG).exists() and (root / PIPELINE_INDEX).exists():
+        pipeline_path = root
+    folder = _transformer_folder(root) if pipeline_path else root
+    config = _read_config(folder, root)
+    files = _weight_files(folder, root)
+    return Checkpoint(folder, config, tuple(file.path for file in files), pipeline_path, _homes(files))
+
+
+def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, Sequence[int]]) -> None:
+    """Raise InputError unless the checkpoint holds exactly the expected names, each in the expected shape."""
+    names = checkpoint.names()
+    missing = sorted(expected.keys() - set(names))
+    extra = sorted(set(names) - expected.keys())
+    if missing:
+        near = nearest(missing[0], extra)
+        raise InputError(
+            f"{checkpoint.path}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)",
+            hint=f"the nearest name that is there is {near}"
+            if near
+            else f"check that {CONFIG} belongs to these weights",
+        )
+    if extra:
+        near = nearest(extra[0], expected)
+        raise InputError(
+            f"{checkpoint.path}: tensor {extra[0]} is unknown to {checkpoint.class_name} ({len(extra)} are)",
+            hint=f"the nearest known name is {near}" if near else f"check that {CONFIG} belongs to these weights",
+        )
+    for name in names:
+        got, needed = checkpoint.shape(name), tuple(expected[name])
+        if got != needed:
+            raise InputError(
+                f"{checkpoint.path}: {name}: got shape {got}, needed {needed}",
+                hint=f"check that {CONFIG} belongs to these weights",
+            )
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise InputError when a floating-point tensor holds a NaN or an infinity, saying how many and where first."""
+    if not tensor.is_floating_point():
+        return
+    # Two bytes a value are enough to tell, and the 1-byte floats have no isfinite of their own.
+    bad = ~torch.isfinite(tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor)
+    if not bool(bad.any()):
+        return
+    first = tuple(int(index) for index in bad.nonzero()[0])
+    value = "NaN" if bool(tensor[first].isnan()) else "Inf"
+    raise InputError(
+        f"{name}: got {int(bad.sum())} NaN or Inf among {tensor.numel()} values, the first {value} at {list(first)}, "
+        "needed finite values",
+        hint="train or convert the source again",
+    )
+
+
+def require_name(name: str, known: Iterable[str], where: str) -> None:
+    """Raise InputError when `name` is not among the tensors of `where`, naming the nearest."""
+    if name in known:
+        return
+    near = nearest(name, known)
+    raise InputError(f"{where}: no tensor {name}", hint=f"the nearest name is {near}" if near else "check the file")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object. Raises InputError for anything else."""
+    try:
+        size = path.stat().st_size
+        if size > MOST_JSON_BYTES:
+            raise InputError(f"{path}: got {size} bytes, needed at most {MOST_JSON_BYTES}", hint="check the file")
+        return _json_object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", hint="check the file") from error
+
+
+def _transformer_folder(root: Path) -> Path:
+    folder = root / TRANSFORMER
+    if not folder.is_dir():
+        parts = ", ".join(sorted(entry.name for entry in root.iterdir() if entry.is_dir())) or "no folders"
+        raise InputError(
+            f"{root}: got a pipeline with {parts}, needed a {TRANSFORMER}/ folder",
+            hint="only pipelines that denoise with a transformer are supported",
+        )
+    return folder
+
+
+def _read_config(folder: Path, root: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise InputError(
+            f"{path}: is missing", hint=f"save the model with diffusers' save_pretrained, which writes {CONFIG}"
+        )
+    _check_inside(path, root)
+    config = read_json_object(path)
+    name = config.get("_class_name")
+    if not isinstance(name, str) or not name.isidentifier():
+        got = "nothing" if name is None else repr(name)
+        raise InputError(
+            f"{path}: _class_name: got {got}, needed the name of a diffusers model class",
+            hint='add for example "_class_name": "PixArtTransformer2DModel"',
+        )
+    return config
+
+
+def _weight_files(folder: Path, root: Path) -> list[TensorFile]:
+    """The checked safetensors files of a folder: the single file, else the shards of its index."""
+    for name in SINGLE_FILES:
+        if os.path.lexists(folder / name):
+            _check_inside(folder / name, root)
+            return [TensorFile(folder / name)]
+    for name in INDEX_FILES:
+        if os.path.lexists(folder / name):
+            _check_inside(folder / name, root)
+            return _shards(folder, root, folder / name)
+    found = sorted(entry.name for entry in folder.iterdir() if entry.name != CONFIG)
+    pickled = [name for name in found if name.endswith(PICKLE_SUFFIXES)]
+    if pickled:
+        raise InputError(f"{folder / pickled[0]}: got a pickle checkpoint, needed safetensors", hint=CONVERT)
+    renamed = [name for name in found if name.endswith(".safetensors")]
+    shown = ", ".join(renamed or found[:5]) or "nothing else"
+    raise InputError(
+        f"{folder}: got {shown}, needed {SINGLE_FILES[0]} or {INDEX_FILES[0]}",
+        hint=f"rename {renamed[0]} to {SINGLE_FILES[0]}" if len(renamed) == 1 else "copy the weights into the folder",
+    )
+
+
+def _shards(folder: Path, root: Path, index: Path) -> list[TensorFile]:
+    """The shards that an index names, each holding exactly the tensors that the index promises."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(
+            f"{index}: weight_map: got {type(weight_map).__name__}, needed an object that is not empty",
+            hint="fetch it again",
+        )
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not is_plain_relative(shard) or "/" in shard:
+            raise InputError(
+                f"{index}: {name}: got the file {shard!r}, needed a file name in the same folder",
+                hint="do not use this checkpoint unless you trust its source",
+            )
+    files = []
+    for shard in sorted(set(weight_map.values())):
+        path = folder / shard
+        if not os.path.lexists(path):
+            raise InputError(f"{path}: is missing, {index.name} names it", hint="fetch every shard")
+        _check_inside(path, root)
+        files.append(TensorFile(path))
+    _check_index(index, weight_map, files)
+    return files
+
+
+def _check_index(index: Path, weight_map: Mapping[str, str], files: Sequence[TensorFile]) -> None:
+    for file in files:
+        promised = {name for name, shard in weight_map.items() if shard == file.path.name}
+        for name in sorted(promised ^ file.entries.keys()):
+            held = "does not hold it" if name in promised else "holds it too"
+            raise InputError(
+                f"{index}: {name}: the index names {weight_map.get(name, 'no file')}, but {file.path.name} {held}",
+                hint="fetch the index and all shards of one version",
+            )
+
+
+def _homes(files: Sequence[TensorFile]) -> dict[str, TensorFile]:
+    return {name: file for file in files for name in file.entries}
+
+
+def is_plain_relative(name: str) -> bool:
+    """Whether a path taken from a file stays below the folder that it is joined to, on any system."""
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and not set(name) & {"\\", "\0", ":"}
+
+
+def _check_inside(path: Path, root: Path) -> None:
+    """Raise InputError when a path leads out of `root` through a link, unless into its own Hugging Face cache."""
+    target = path.resolve()
+    allowed = [root]
+    snapshots = next((parent for parent in (root, *root.parents) if parent.name == "snapshots"), None)
+    if snapshots is not None:
+        # The cache keeps files as models--owner--name/snapshots/<revision>/x -> ../../blobs/<hash>.
+        allowed.append(snapshots.parent / "blobs")
+    if not any(target.is_relative_to(folder) for folder in allowed):
+        raise InputError(
+            f"{path}: got a link to {target}, needed a file inside {root}",
+            hint="replace the link by the file if you trust where it leads",
+        )
+    if not target.is_file():
+        raise InputError(
+            f"{path}: got {'a folder' if target.is_dir() else 'a broken link'}, needed a file", hint="fetch it again"
+        )
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """(JSON header, bytes of data after it), with every length checked against the file's size."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(LENGTH_BYTES)
+            length = int.from_bytes(start, "little")
+            if size < LENGTH_BYTES or not 2 <= length <= MOST_HEADER_BYTES:
+                file.seek(0)
+                raise _not_safetensors(path, size, file.read(64), length)
+            if LENGTH_BYTES + length > size:
+                raise _truncated(path, size, LENGTH_BYTES + length, "for the header alone")
+            header = _json_object(file.read(length), f"{path}: header")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", hint="check the file") from error
+    return header, size - LENGTH_BYTES - length
+
+
+def _not_safetensors(path: Path, size: int, start: bytes, length: int) -> InputError:
+    hint = next((hint for prefix, hint in IMPOSTORS if start.lstrip().startswith(prefix)), "fetch the file again")
+    if size < LENGTH_BYTES:
+        return InputError(f"{path}: got {size} bytes, needed at least {LENGTH_BYTES} of a safetensors file", hint=hint)
+    return InputError(
+        f"{path}: not a safetensors file: got a header of {length} bytes, needed 2 to {MOST_HEADER_BYTES}", hint=hint
+    )
+
+
+def _truncated(path: Path, size: int, needed: int, what: str) -> InputError:
+    return InputError(f"{path}: truncated: got {size} bytes, needed {needed} {what}", hint="fetch the file again")
+
+
+def _json_object(text: bytes, where: str) -> dict[str, Any]:
+    """Parse one JSON object, refusing repeated keys: two readers could see two different files."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ValueError(f"the key {key!r} appears twice")
+            result[key] = value
+        return result
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON: {_one_line(error)}", hint="fetch the file again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: got a JSON {type(value).__name__}, needed an object", hint="fetch the file again")
+    return value
+
+
+def _metadata(path: Path, raw: Any) -> dict[str, str]:
+    if not isinstance(raw, dict) or not all(isinstance(value, str) for value in raw.values()):
+        raise InputError(f"{path}: __metadata__: needed an object of strings", hint="fetch the file again")
+    return raw
+
+
+def _entry(path: Path, name: str, raw: Any) -> Entry:
+    """One checked entry of a header: a known dtype, a shape, and as many bytes as they take."""
+    fields = raw if isinstance(raw, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(f"{path}: {name}: got dtype {dtype!r}, needed one of {', '.join(DTYPES)}", hint="convert it")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise InputError(
+            f"{path}: {name}: got shape {shape!r} at {offsets!r}, needed lists of sizes", hint="fetch the file again"
+        )
+    begin, end = offsets
+    needed = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != needed:
+        raise InputError(
+            f"{path}: {name}: got {end - begin} bytes, needed {needed} for {dtype} of shape {tuple(shape)}",
+            hint="fetch the file again",
+        )
+    return Entry(DTYPES[dtype], tuple(shape), begin, end)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _check_layout(path: Path, entries: Mapping[str, Entry], data_bytes: int) -> None:
+    """Raise InputError unless the tensors follow one another and end where the file does."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != end:
+            raise InputError(
+                f"{path}: {name}: got data at offset {entry.begin}, needed {end}", hint="fetch the file again"
+            )
+        end = entry.end
+    if data_bytes < end:
+        size = path.stat().st_size
+        raise _truncated(path, size, size - data_bytes + end, f"for {len(entries)} tensors")
+    if data_bytes > end:
+        raise InputError(
+            f"{path}: got {data_bytes - end} bytes after the last tensor, needed none", hint="fetch the file again"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,246 @@
+"""The command line: parse, call one library function, print, exit with the code that DESIGN 5 gives each outcome."""
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lrq_export import __version__
+from lrq_export.errors import Interrupted, LrqError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Compile a diffusion transformer into a low-bit deployable package.",
+)  # fmt: skip
+
+Stage = Enum("Stage", {name: name for name in ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")})
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines instead of tables and bars.")]
+Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"lrq-export {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def build(
+    source: Annotated[Path, typer.Argument(help="Folder in diffusers layout: a transformer, or a whole pipeline.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the package.")],
+    preset: Annotated[str | None, typer.Option(help="w4a8 (default), w3a8, w4a6 or w8a8.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe in TOML; overrides the preset.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One recipe key, e.g. weights.bits=3.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Recorded denoiser inputs (safetensors).")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line, to record calibration from.")] = None,
+    conditions: Annotated[Path | None, typer.Option(help="Embeddings to sample with (safetensors).")] = None,
+    until: Annotated[Stage, typer.Option(help="Stop after this stage.")] = Stage.verify,
+    as_json: Json = False,
+) -> None:
+    """Quantize, trace, rewrite, bind and verify SOURCE into a package."""
+    from lrq_export.build import build as run
+    from lrq_export.calibrate.pipeline import record_prompts
+    from lrq_export.recipe import load_recipe
+
+    settings = load_recipe(preset, recipe, _overrides(set_ or []))
+    if prompts is not None:
+        calibration = record_prompts(source, prompts, calibration, settings, beside=out)
+    with _progress(as_json) as progress:
+        result = run(
+            source, out, recipe=settings, calibration=calibration, conditions=conditions, until=until.value,
+            progress=progress,
+        )  # fmt: skip
+    if result.up_to_date:
+        print(json.dumps({"event": "up to date", "out": str(result.out)}) if as_json else f"{out} is up to date")
+    elif result.report is None:
+        where = "nothing was written" if result.stopped_after == "load" else f"its work is in {result.out}"
+        print(
+            json.dumps({"event": "stopped", "stage": result.stopped_after, "out": str(result.out)})
+            if as_json
+            else f"stopped after {result.stopped_after}: {where}; run again without --until to finish"
+        )
+    else:
+        _show_report(result.report, as_json)
+        if not as_json:
+            print(f"package: {result.out}\nreport:  {result.out / 'report.html'}")
+    raise typer.Exit(0 if result.passed else 1)
+
+
+@app.command()
+def verify(
+    package: Package,
+    source: Annotated[Path | None, typer.Option(help="The source folder: measures R0 again, R3 on real weights.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every hash, then climb the parity ladder again from the package's files."""
+    from lrq_export.verify.run import verify as run
+
+    report, _ = run(package, source=source)
+    _show_report(report, as_json)
+    raise typer.Exit(0 if all(rung["passed"] is not False for rung in report["ladder"]) else 1)
+
+
+@app.command()
+def sample(
+    package: Package,
+    out: Annotated[Path, typer.Option("-o", "--out", help="PNG of the samples, or .safetensors of the latents.")],
+    images: Annotated[int | None, typer.Option(help="How many; default: the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first latents; default: the recipe's.")] = None,
+    rows: Annotated[str | None, typer.Option(help="Rows of the conditions, e.g. 3,1,4.")] = None,
+    pipeline: Annotated[Path | None, typer.Option(help="A diffusers pipeline folder to decode latents with.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; needs --pipeline.")] = None,
+) -> None:
+    """Draw samples through diffusers' scheduler with the engine in place of the transformer."""
+    from lrq_export.sample import sample_conditions, sample_prompts
+
+    if (pipeline is None) != (prompts is None):
+        raise LrqError("--pipeline and --prompts go together", hint="pass both, or neither")
+    if pipeline is not None:
+        written = sample_prompts(package, out, pipeline, prompts, steps=steps, seed=seed)
+    else:
+        chosen = None if rows is None else _numbers("--rows", rows)
+        written = sample_conditions(package, out, images=images, steps=steps, seed=seed, rows=chosen)
+    print(written)
+
+
+@app.command()
+def inspect(
+    package: Package,
+    passes: Annotated[bool, typer.Option("--passes", help="What each rewrite did, and near misses with reasons.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="One line a quantized layer.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a package holds."""
+    from lrq_export.inspect import describe, describe_layers, describe_passes
+
+    sections = [describe(package)]
+    if passes:
+        sections.append(describe_passes(package))
+    if layers:
+        sections.append(describe_layers(package))
+    for section in sections:
+        print(json.dumps(section.data) if as_json else section.text())
+
+
+@app.command()
+def report(
+    package: Package,
+    out: Annotated[Path, typer.Option("-o", "--out", help="HTML page to write.")],
+    source: Annotated[Path | None, typer.Option(help="The source folder, for figures that need its weights.")] = None,
+) -> None:
+    """Verify a package and write the findings as one offline HTML page."""
+    from lrq_export.verify.report_page import write_report_page
+    from lrq_export.verify.run import verify as run
+
+    found, samples = run(package, source=source)
+    write_report_page(out, found, samples)
+    print(out)
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(help="Recipe file to write.")] = Path("recipe.toml"),
+    preset: Annotated[str | None, typer.Option(help="w4a8 (default), w3a8, w4a6 or w8a8.")] = None,
+) -> None:
+    """Write a recipe with every key spelled out, to edit and pass to build --recipe."""
+    from lrq_export.errors import UsageError
+    from lrq_export.package import write_bytes_atomic
+    from lrq_export.recipe import load_recipe, to_toml
+
+    if out.exists():
+        raise UsageError(f"{out}: already exists", hint="choose another name or remove it")
+    write_bytes_atomic(out, to_toml(load_recipe(preset)).encode())
+    print(out)
+
+
+def _show_report(report: dict, as_json: bool) -> None:
+    if as_json:
+        for rung in report["ladder"]:
+            print(json.dumps({"event": "rung"} | rung))
+        print(json.dumps({"event": "sizes"} | report["sizes"]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("rung", "compares", "metric", "value", "bound", "")
+    for rung in report["ladder"]:
+        verdict = {True: "ok", False: "FAILED", None: "reported"}[rung["passed"]]
+        bound = "–" if rung["bound"] is None else f"{rung['bound']:.3g}"
+        value = "–" if rung["value"] is None else f"{rung['value']:.3g}"
+        table.add_row(rung["rung"], rung["title"], rung["metric"], value, bound, verdict)
+    console = Console()
+    console.print(table)
+    for warning in report["warnings"]:
+        console.print(f"warning: {warning}", markup=False)
+    sizes = report["sizes"]
+    console.print(f"packed weights: {sizes['packed_ratio']:.3f} of their fp16 bytes")
+    failed = [rung for rung in report["ladder"] if rung["passed"] is False]
+    if failed:
+        console.print(f"first broken rung: {failed[0]['rung']}, which blames {failed[0]['blames']}", markup=False)
+
+
+def _overrides(pairs: list[str]) -> dict[str, str]:
+    from lrq_export.errors import UsageError
+
+    overrides = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--set: got {pair!r}, needed KEY=VALUE", hint="e.g. --set weights.bits=3")
+        overrides[key] = value
+    return overrides
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    from lrq_export.errors import UsageError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag}: got {text!r}, needed whole numbers separated by commas") from None
+
+
+class _progress:
+    """Chooses how work shows itself, and takes the bar down when it ends."""
+
+    def __init__(self, as_json: bool):
+        from lrq_export.progress import Bar, JsonLines
+
+        self.shown = JsonLines() if as_json else Bar()
+
+    def __enter__(self):
+        return self.shown
+
+    def __exit__(self, *_) -> None:
+        if hasattr(self.shown, "stop"):
+            self.shown.stop()
+
+
+def main() -> None:
+    """Run the command line; a user error is one line on standard error and its exit code."""
+    try:
+        app(standalone_mode=False)
+    except LrqError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail(Interrupted("interrupted", hint="run the same command again to resume"))
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except typer.Abort:
+        sys.exit(5)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # click's usage errors, whose class typer does not export
+        if usage is None:
+            raise
+        print(f"lrq-export: {' '.join(usage().split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _fail(error: LrqError) -> None:
+    print(f"lrq-export: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)

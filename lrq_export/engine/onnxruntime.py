@@ -1,0 +1,140 @@
+"""The ONNX Runtime engine: the same model with weights decoded to INT8 ahead of time and real integer products.
+
+    TwinLogLinear(x, ...)  ->  q = uint8(round(x / s) + 128), s per token;  MatMulIntegerToFloat(q, wᵀ, zero point 128)
+
+ONNX Runtime multiplies unsigned activations by signed weights about 20 times faster than signed by signed where the
+processor has VNNI or AMX. Where it has neither, that product saturates in 16 bits and is *wrong*; the session option
+`session.x64quantprecision` makes it exact there and does nothing elsewhere, so it is part of the engine.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from graphs import names
+from graphs.passes.patterns import is_lrq
+from graphs.traced import TracedGraph
+from lrq_export.onnx_file import WeightTensor, write_model
+from lrq_export.package import write_json_atomic
+from lrq_export.quantized import QuantizedFile, onnx_float
+
+MODEL = "model.onnx"
+SESSION = "session.json"
+SESSION_CONFIG = {"session.x64quantprecision": "1"}
+PROVIDERS = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+CONTRIB = "com.microsoft"
+ZERO_POINT = 128
+SMALLEST = np.finfo(np.float32).tiny  # stands in for the scale of an all-zero token, whose codes are then all zero
+
+
+def build_engine(traced: TracedGraph, quantized: QuantizedFile, folder: Path, **options) -> int:
+    """Write engine/onnxruntime/model.onnx and session.json. Returns the bytes of its weights."""
+    lowered = traced.copy()
+    weights = lower_linears(lowered)
+    model = lowered.to_onnx()
+    if not any(entry.domain == CONTRIB for entry in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
+    total = write_model(folder / MODEL, model, _engine_weights(lowered, quantized, weights), **options)
+    write_json_atomic(folder / SESSION, {"config": SESSION_CONFIG, "providers": PROVIDERS})
+    return total
+
+
+def open_session(folder: Path, threads: int | None = None):
+    """An `onnxruntime.InferenceSession` of the engine with the options it needs to be exact."""
+    import onnxruntime
+
+    settings = json.loads((folder / SESSION).read_text())
+    options = onnxruntime.SessionOptions()
+    for key, value in settings["config"].items():
+        options.add_session_config_entry(key, value)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    available = onnxruntime.get_available_providers()
+    providers = [name for name in settings["providers"] if name in available]
+    return onnxruntime.InferenceSession(str(folder / MODEL), options, providers=providers)
+
+
+def lower_linears(traced: TracedGraph) -> list[str]:
+    """Replace every TwinLogLinear and Int8Linear by standard and contrib ops; returns the names of their layers.
+
+    Siblings that read one input share its quantization.
+    """
+    graph, quantized_inputs, layers = traced.graph, {}, []
+    for node in [node for node in graph.nodes if is_lrq(node, "TwinLogLinear", "Int8Linear")]:
+        layer = traced.linears[node.inputs[1].name].layer
+        x, act_bits = node.inputs[0], int(node.attrs["act_bits"])
+        key = (id(x), act_bits)
+        if key not in quantized_inputs:
+            quantized_inputs[key] = _quantize_tokens(graph, x, act_bits, f"{layer}.x")
+        codes, token_scale = quantized_inputs[key]
+        _integer_product(graph, node, layer, codes, token_scale)
+        layers.append(layer)
+    traced.forget_unused()
+    graph.inputs = [tensor for tensor in graph.inputs if tensor.outputs]
+    return layers
+
+
+def _quantize_tokens(graph: gs.Graph, x: gs.Tensor, act_bits: int, prefix: str) -> tuple[gs.Variable, gs.Variable]:
+    """uint8 codes around 128, (..., cols), and the scale of each token, (..., 1)."""
+
+    def scalar(name: str, value) -> gs.Constant:
+        return gs.Constant(f"{prefix}.{name}", np.asarray(value))
+
+    def step(op: str, *inputs, **attrs) -> gs.Variable:
+        output = gs.Variable(f"{prefix}.{op.lower()}", np.float32)
+        graph.nodes.append(gs.Node(op, f"{prefix}.{op}", attrs, list(inputs), [output]))
+        return output
+
+    peak = step("ReduceMax", step("Abs", x), scalar("axis", np.array([-1])), keepdims=1)
+    limit = scalar("limit", np.float32(2 ** (act_bits - 1) - 1))
+    token_scale = step("Max", step("Div", peak, limit), scalar("smallest", np.float32(SMALLEST)))
+    # A name of its own: the prefix already has a Div.
+    steps = gs.Variable(f"{prefix}.steps", np.float32)
+    graph.nodes.append(gs.Node("Div", f"{prefix}.Steps", {}, [x, token_scale], [steps]))
+    shifted = step("Add", step("Round", steps), scalar("zero", np.float32(ZERO_POINT)))
+    codes = step("Cast", shifted, to=int(onnx.TensorProto.UINT8))
+    codes.dtype = np.uint8
+    return codes, token_scale
+
+
+def _integer_product(graph: gs.Graph, node: gs.Node, layer: str, codes: gs.Variable, token_scale: gs.Variable) -> None:
+    """y = (codes - 128) wᵀ · row_scale · token_scale + bias, into the output that `node` had."""
+    rows, cols = int(node.attrs["rows"]), int(node.attrs["cols"])
+    weight = gs.Variable(f"{layer}.int8", np.int8, (cols, rows))
+    graph.inputs.append(weight)
+    scale, bias = node.inputs[-2], node.inputs[-1]
+    one = gs.Constant(f"{layer}.unit", np.float32(1))
+    zero_point = gs.Constant(f"{layer}.zero_point", np.uint8(ZERO_POINT))
+    in_rows, in_tokens = (gs.Variable(f"{layer}.{part}", np.float32) for part in ("in_rows", "in_tokens"))
+    outputs = list(node.outputs)
+    node.outputs.clear()
+    graph.nodes += [
+        gs.Node(
+            "MatMulIntegerToFloat", f"{layer}.product", {}, [codes, weight, one, scale, zero_point], [in_rows],
+            domain=CONTRIB,
+        ),
+        gs.Node("Mul", f"{layer}.Tokens", {}, [in_rows, token_scale], [in_tokens]),
+        gs.Node("Add", f"{layer}.Bias", {}, [in_tokens, bias], outputs),
+    ]  # fmt: skip
+
+
+def _engine_weights(traced: TracedGraph, quantized: QuantizedFile, layers: list[str]) -> Iterator[WeightTensor]:
+    lowered = set(layers)
+    for name in layers:
+        record = quantized.records[name]
+        shape = (record.cols, record.rows)
+
+        def read(name=name) -> bytes:
+            return np.ascontiguousarray(quantized.layer(name).integer_weight().numpy().T).tobytes()
+
+        yield WeightTensor(f"{name}.int8", onnx.TensorProto.INT8, shape, record.rows * record.cols, read)
+        yield WeightTensor.of(f"{name}.scale", quantized.read(f"{name}.scale").numpy())
+    for weight in traced.linears.values():  # activations in floating point: these keep their codes and bodies
+        if weight.layer not in lowered:
+            yield from quantized.layer(weight.layer).onnx_weights()
+    for name in traced.tensors:
+        yield onnx_float(name, quantized.read(name))

@@ -1,0 +1,48 @@
+"""Evaluate weight expressions (`graphs.expressions`) in torch."""
+
+from collections.abc import Callable
+
+import torch
+
+from graphs import expressions
+from graphs.expressions import Expression, RotateInput, RotateOutput, StackRows
+from lrq_export.errors import InputError
+from lrq_export.quant.rotation import Rotation
+
+ReadTensor = Callable[[str], torch.Tensor]
+
+
+def evaluate(expression: Expression, read: ReadTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The tensor that `expression` stands for, in `dtype` (float32 or float64), shape `expression.shape`.
+
+    `read` returns a source tensor by name. Raises InputError when a source's shape is not the one written down.
+    """
+    value = _source(expression, read, dtype)
+    for step in expression.maps:
+        if isinstance(step, StackRows):
+            value = torch.cat([value, *(evaluate(other, read, dtype) for other in step.others)])
+        elif isinstance(step, RotateInput):
+            value = rotation_of(step, value.shape[1]).apply(value)
+        elif isinstance(step, RotateOutput):
+            value = rotation_of(step, value.shape[0]).apply(value.mT.contiguous() if value.ndim == 2 else value)
+            value = value.mT.contiguous() if value.ndim == 2 else value
+        else:
+            raise TypeError(f"no evaluation is defined for the map {type(step).__name__}")
+    return value
+
+
+def rotation_of(step: expressions.Rotation, width: int) -> Rotation:
+    """The torch rotation of `width` channels that a map names."""
+    return Rotation(width, step.block, step.signs_seed)
+
+
+def _source(expression: Expression, read: ReadTensor, dtype: torch.dtype) -> torch.Tensor:
+    if expression.source is None:
+        return torch.zeros(expression.source_shape, dtype=dtype)
+    value = read(expression.source)
+    if tuple(value.shape) != expression.source_shape:
+        raise InputError(
+            f"{expression.source}: got shape {tuple(value.shape)}, needed {expression.source_shape}",
+            hint="the config.json and the weights belong to different models",
+        )
+    return value.to(dtype)

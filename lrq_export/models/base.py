@@ -1,0 +1,71 @@
+"""What the compiler needs to know of a model family; one file per family implements it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+SAMPLES = "samples"  # the first axis of every input
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Shape of one forward argument: an int is fixed, a string names a free dimension, equal names are equal sizes."""
+
+    shape: tuple[int | str, ...]
+    multiple_of: int = 1  # what every free dimension but the samples must be a multiple of
+    optional: bool = False  # absent means all ones (a mask that masks nothing)
+
+
+class ModelFamily(Protocol):
+    """A family of diffusers transformers. Everything is derived from the checkpoint's config."""
+
+    class_name: str
+    keep: tuple[str, ...]  # shell patterns of linear layers that stay in floating point by default
+
+    def construct(self, config: dict[str, Any]) -> nn.Module:
+        """The true diffusers model, in eval mode, its parameters on the meta device."""
+
+    def inputs(self, config: dict[str, Any]) -> dict[str, InputSpec]:
+        """Forward arguments by name, in graph order. Nested ones are dotted: `added_cond_kwargs.resolution`."""
+
+    def make_traceable(self, model: nn.Module) -> nn.Module:
+        """Edit the diffusers model so that it exports with dynamic shapes; same function (parity rung R0)."""
+
+    def call(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Run the model, diffusers' or traceable, on inputs named as in `inputs`; returns the denoised sample."""
+
+    def head_width(self, model: nn.Module, layer: str) -> int | None:
+        """Channels per head if `layer` projects an attention's output, so that its rotation can fold; else None."""
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Construct modules whose parameters take no memory, while buffers computed in __init__ keep their values."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def nest(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Undo the dotted names: {"a.b": t} becomes {"a": {"b": t}}, as the model's forward takes it."""
+    nested: dict[str, Any] = {}
+    for name, tensor in inputs.items():
+        outer, _, inner = name.partition(".")
+        if inner:
+            nested.setdefault(outer, {})[inner] = tensor
+        else:
+            nested[outer] = tensor
+    return nested

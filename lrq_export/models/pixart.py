@@ -1,0 +1,103 @@
+"""PixArt-alpha and PixArt-Sigma: `diffusers.PixArtTransformer2DModel` (Chen et al. 2023, 2024)."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lrq_export.models.base import SAMPLES, InputSpec, nest, parameters_on_meta
+
+
+class PixArt:
+    class_name = "PixArtTransformer2DModel"
+    # Embedders, adaLN, caption projection and final projection: under 4 % of the parameters of PixArt-XL/2, and the
+    # adaLN scales multiply every channel. (pos_embed.proj is a convolution and is not a candidate.)
+    keep = ("adaln_single.*", "caption_projection.*", "proj_out")
+
+    def construct(self, config: dict[str, Any]) -> nn.Module:
+        from diffusers import PixArtTransformer2DModel
+
+        with parameters_on_meta():
+            return PixArtTransformer2DModel.from_config(config).eval()
+
+    def inputs(self, config: dict[str, Any]) -> dict[str, InputSpec]:
+        latent = (SAMPLES, config["in_channels"], "height", "width")
+        specs = {
+            "hidden_states": InputSpec(latent, multiple_of=config["patch_size"]),
+            "encoder_hidden_states": InputSpec((SAMPLES, "text", config["caption_channels"])),
+            "timestep": InputSpec((SAMPLES,)),
+            "encoder_attention_mask": InputSpec((SAMPLES, "text"), optional=True),
+        }
+        if uses_additional_conditions(config):
+            specs["added_cond_kwargs.resolution"] = InputSpec((SAMPLES, 2))
+            specs["added_cond_kwargs.aspect_ratio"] = InputSpec((SAMPLES, 1))
+        return specs
+
+    def call(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(**nest(inputs), return_dict=False)[0]
+
+    def make_traceable(self, model: nn.Module) -> nn.Module:
+        model.set_attn_processor(BroadcastMaskAttention())
+        model.pos_embed = DynamicPatchEmbed(model.pos_embed)
+        return model
+
+    def head_width(self, model: nn.Module, layer: str) -> int | None:
+        if layer.endswith((".attn1.to_out.0", ".attn2.to_out.0")):
+            return model.config.attention_head_dim
+        return None
+
+
+def uses_additional_conditions(config: dict[str, Any]) -> bool:
+    """Resolution and aspect ratio are inputs of the 1024-pixel models (sample_size 128) unless the config says."""
+    stated = config.get("use_additional_conditions")
+    return config.get("sample_size", 128) == 128 if stated is None else stated
+
+
+class BroadcastMaskAttention:
+    """diffusers' AttnProcessor2_0, with the mask broadcast over heads instead of repeated in memory.
+
+    The repeat (`Attention.prepare_attention_mask`) depends on sizes in a way that the exporter cannot keep dynamic.
+    """
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **_
+    ) -> torch.Tensor:
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+
+        def split_heads(tensor: torch.Tensor) -> torch.Tensor:  # (batch, tokens, n) -> (batch, heads, tokens, width)
+            return tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        query, key, value = (split_heads(y) for y in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)))
+        bias = None if attention_mask is None else attention_mask[:, None]  # (batch, 1, 1, tokens)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+class DynamicPatchEmbed(nn.Module):
+    """diffusers' PatchEmbed with the sine-cosine position embedding computed for the size at hand, in float32.
+
+    The original caches it for one size and recomputes it in float64 for others, which neither stays dynamic in the
+    graph nor parses in TensorRT. Arguments of the sines stay below base_size, so float32 loses nothing that matters.
+    """
+
+    def __init__(self, original: nn.Module):
+        super().__init__()
+        self.proj, self.base_size, self.scale = original.proj, original.base_size, original.interpolation_scale
+        self.width = original.pos_embed.shape[-1]
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        patches = self.proj(latent)  # (batch, width, rows, columns)
+        rows, columns = patches.shape[-2:]
+        along_rows = self.axis_embedding(rows)[:, None].expand(-1, columns, -1)
+        along_columns = self.axis_embedding(columns)[None].expand(rows, -1, -1)
+        position = torch.cat([along_columns, along_rows], dim=-1).reshape(1, rows * columns, self.width)
+        return patches.flatten(2).transpose(1, 2) + position.to(patches.dtype)
+
+    def axis_embedding(self, size: int) -> torch.Tensor:
+        """(size, width / 2): sines then cosines of the positions, rescaled to the size the model was trained at."""
+        quarter = self.width // 4
+        frequency = (1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)).float()
+        position = torch.arange(size, dtype=torch.float32) / (size / self.base_size) / self.scale
+        angle = position[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)

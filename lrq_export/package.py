@@ -1,0 +1,528 @@
+"""The package folder on disk: its files, atomic writes, the manifest that seals it, and the swap that publishes it.
+
+A reader sees a file whole or not at all, and a package old or new, never half of each:
+
+- one file: written under a temporary name in its folder, fsync, rename, fsync of the folder;
+- the package: built in OUT.partial/package, then OUT -> OUT.previous and OUT.partial/package -> OUT. A build killed
+  between the two renames leaves OUT.previous whole, and the next build puts it back.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from lrq_export.checkpoint import DTYPES, LENGTH_BYTES, is_plain_relative
+from lrq_export.errors import InputError, MissingError, UsageError
+
+FORMAT = "lrq-export package"
+SCHEMA = 1
+MANIFEST = "manifest.json"
+RECIPE = "recipe.toml"
+STATS = "stats.safetensors"
+QUANTIZED = "quantized.safetensors"
+MODEL = "model.onnx"
+MODEL_DATA = "model.onnx.data"
+GRAPHS = "graphs"  # the graph after trace and after each pass
+ENGINE = "engine"
+ONNXRUNTIME_ENGINE = "engine/onnxruntime"
+TENSORRT_ENGINE = "engine/tensorrt"
+TENSORRT_RTX_ENGINE = "engine/tensorrt-rtx"
+REPORT = "report.json"
+REPORT_PAGE = "report.html"
+# The files at the top of a package; engines lie in folders below ENGINE.
+FILES = (MANIFEST, RECIPE, STATS, QUANTIZED, MODEL, MODEL_DATA, REPORT, REPORT_PAGE)
+# Hold timings, so they differ between two builds of the same inputs; no other file may.
+TIMED_FILES = frozenset({REPORT, REPORT_PAGE})
+
+LAYERS = "layers"  # beside the unfinished package: results of single layers, gone when it is whole
+TEMPORARY = ".lrq-writing"  # suffix of a file that is not finished
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class CountingWriter(io.BufferedWriter):
+    """A buffered file that counts the bytes it was asked to hold."""
+
+    asked = 0
+
+    def write(self, data: Any) -> int:
+        # Counted first: when the disk is full, the write that fails is part of what was needed.
+        self.asked += memoryview(data).nbytes
+        return super().write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[CountingWriter]:
+    """A binary file that appears at `path`, whole and flushed to disk, when the block ends without an error.
+
+    On any error the temporary file is removed and what was at `path` is untouched.
+    Raises MissingError when the disk, a quota or a file-size limit is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    file: CountingWriter | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        file = CountingWriter(io.FileIO(temporary, "xb"))
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        _discard(temporary, file)
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise _disk_full(path, file.asked if file else 0, error) from error
+        raise
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Replace the file at `path` by `data`, whole or not at all. Raises MissingError on a full disk."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def json_bytes(value: Any) -> bytes:
+    """The one spelling of a JSON value in a package: sorted keys, two spaces, UTF-8, a line end. No NaN."""
+    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode("utf-8")
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write `json_bytes(value)`. Raises ValueError for NaN, which JSON cannot hold, and MissingError on a full disk."""
+    write_bytes_atomic(path, json_bytes(value))
+
+
+def save_tensors_atomic(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file whose bytes depend on the tensors and metadata alone.
+
+    safetensors' own writer keeps metadata in a hash map, whose order changes between runs; here keys are sorted and
+    tensors lie widest dtype first (which keeps each aligned), then by name. One tensor at a time is copied.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        code, shape = _CODES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % LENGTH_BYTES)  # so that the data starts aligned
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
+        file.write(text)
+        for name in names:
+            file.write(tensor_bytes(tensors[name]))
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's values as they lie in a file: row-major, in its own dtype; no copy if it already is."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Seal a package: write manifest.json with `facts`, and hash and size of every other file. Returns it.
+
+    `content_sha256` covers names and bytes of all files but TIMED_FILES: the same inputs give the same digest.
+    Raises ValueError when a fact is NaN or takes a name of the manifest's own.
+    """
+    own = {"format": FORMAT, "schema": SCHEMA}
+    files = {}
+    for name in list_files(folder):
+        if name != MANIFEST:
+            path = folder / name
+            files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    own |= {"files": files, "content_sha256": _content_digest(files)}
+    clash = own.keys() & facts.keys()
+    if clash:
+        raise ValueError(f"facts take the manifest's own names {sorted(clash)}")
+    manifest = {**facts, **own}
+    manifest["manifest_sha256"] = _seal(manifest)
+    write_json_atomic(folder / MANIFEST, manifest)
+    return manifest
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a package, unedited. Raises InputError when `folder` holds none or any byte of it was changed."""
+    path = Path(folder) / MANIFEST
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        previous = _beside(Path(folder), ".previous")
+        hint = (
+            f"run the same build again, it restores {previous}"
+            if previous.exists()
+            else "build it with lrq-export build"
+        )
+        raise InputError(f"{folder}: not an lrq-export package: {MANIFEST}: {error.strerror}", hint=hint) from error
+    try:
+        manifest = json.loads(data)
+        whole = isinstance(manifest, dict) and json_bytes(manifest) == data
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}", hint="build the package again") from error
+    if not whole or manifest.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: got bytes that lrq-export does not write, needed an {FORMAT}", hint="build the package again"
+        )
+    if manifest.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path}: got schema {manifest.get('schema')!r}, needed {SCHEMA}", hint="use the lrq-export that built it"
+        )
+    needed = manifest.get("manifest_sha256")
+    got = _seal({key: value for key, value in manifest.items() if key != "manifest_sha256"})
+    if got != needed:
+        raise _edited(path, got, needed)
+    _check_files_table(path, manifest.get("files"))
+    return manifest
+
+
+def verify_hashes(folder: Path) -> dict[str, Any]:
+    """Raise InputError naming the first file that was edited, is missing or was added; return the manifest.
+
+    Only files found in the folder are opened, so a hostile manifest cannot lead anywhere else.
+    """
+    folder = Path(folder)
+    manifest = load_manifest(folder)
+    files, present = manifest["files"], set(list_files(folder)) - {MANIFEST}
+    for name in sorted(files.keys() | present):
+        path = folder / name
+        if name not in present:
+            raise InputError(f"{path}: is missing, {MANIFEST} names it", hint="build the package again")
+        if name not in files:
+            raise InputError(f"{path}: does not belong to the package, {MANIFEST} does not name it", hint="remove it")
+        got, needed = path.stat().st_size, files[name]["bytes"]
+        if got != needed:
+            raise InputError(f"{path}: was edited: got {got} bytes, needed {needed}", hint="build the package again")
+        digest = sha256_file(path)
+        if digest != files[name]["sha256"]:
+            raise _edited(path, digest, files[name]["sha256"])
+    return manifest
+
+
+def list_files(folder: Path) -> list[str]:
+    """Every file below `folder` as a relative path with slashes, sorted. Raises InputError for a link or a device."""
+    names = []
+    for root, folders, files in os.walk(folder):
+        for name in folders + files:
+            path = Path(root) / name
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise InputError(f"{path}: got a link or a device, needed a plain file", hint="remove it")
+        names += [(Path(root) / name).relative_to(folder).as_posix() for name in files]
+    return sorted(names)
+
+
+def require_free_disk(path: Path, needed: int) -> None:
+    """Raise MissingError unless the disk that holds `path` (or will) has `needed` free bytes."""
+    free = _free_bytes(path)
+    if free < needed:
+        raise MissingError(
+            f"{path}: got {free} free bytes on its disk, needed {needed}",
+            hint=f"free {needed - free} bytes or build elsewhere",
+        )
+
+
+class Workspace:
+    """OUT.partial while a package is built in it; made by `open_workspace`, used in a with block.
+
+    `.path` is the folder to build in, `.layers` one for work that the package will not hold (the caller creates it),
+    `.resumed` says whether an earlier build of the same fingerprint left work, `.notes` is a dict that survives a kill
+    once `remember` stored a value. Leaving the block without `commit` releases the lock and keeps the work for the next
+    run; `commit` removes it.
+    """
+
+    def __init__(self, out: Path, fingerprint: str):
+        self.out, self.fingerprint = out, fingerprint
+        self.partial, self.previous = _beside(out, ".partial"), _beside(out, ".previous")
+        self.path, self.layers = self.partial / "package", self.partial / LAYERS
+        self._state, self._lock_path = self.partial / "state.json", self.partial / "lock"
+        self.notes: dict[str, Any] = {}
+        self.resumed = False
+        self._lock: int | None = None
+
+    def remember(self, key: str, value: Any) -> None:
+        """Keep a JSON value in `notes` across a kill, for example a finished layer."""
+        self.notes[key] = value
+        write_json_atomic(self._state, {"fingerprint": self.fingerprint, "notes": self.notes})
+
+    def commit(self) -> None:
+        """Swap the finished package in for OUT and remove everything else. Its manifest must be written.
+
+        Raises UsageError when OUT was filled with something else meanwhile.
+        """
+        assert (self.path / MANIFEST).is_file(), "commit before write_manifest"
+        _refuse_foreign(self.out)
+        _remove_unfinished(self.path)
+        _sync_tree(self.path)
+        if self.out.exists():
+            os.rename(self.out, self.previous)
+        os.rename(self.path, self.out)
+        sync_folder(self.out.parent)
+        self._discard_previous()
+        _remove_folder(self.layers)
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock; keep unfinished work, leave nothing behind when there is none."""
+        if self._lock is None:
+            return
+        if not self.path.exists():
+            self._state.unlink(missing_ok=True)
+        # Removed while still held, so that whoever opens the old file next sees that it is no longer in place.
+        self._lock_path.unlink(missing_ok=True)
+        os.close(self._lock)
+        self._lock = None
+        with contextlib.suppress(OSError):  # it holds work, or another build has opened it already
+            self.partial.rmdir()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        """Take the lock, undo a half-done swap, then keep or wipe what an earlier build left."""
+        self._acquire()
+        _remove_unfinished(self.partial)
+        if self.previous.exists() and not self.out.exists():
+            os.rename(self.previous, self.out)
+            sync_folder(self.out.parent)
+        elif self.previous.exists():
+            self._discard_previous()
+        state = _read_state(self._state)
+        self.resumed = state.get("fingerprint") == self.fingerprint and self.path.is_dir()
+        if self.resumed:
+            self.notes = state.get("notes", {})
+            return
+        # The state goes first: without it, what is left of the work is never taken for whole.
+        self._state.unlink(missing_ok=True)
+        _remove_folder(self.path)
+        _remove_folder(self.layers)
+        self.path.mkdir()
+        write_json_atomic(self._state, {"fingerprint": self.fingerprint, "notes": {}})
+
+    def _acquire(self) -> None:
+        while self._lock is None:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                in_place = os.path.exists(self._lock_path) and os.path.samestat(
+                    os.fstat(lock), os.stat(self._lock_path)
+                )
+            except BlockingIOError as error:
+                os.close(lock)
+                raise UsageError(
+                    f"{self.out}: another build is writing it", hint="wait for it to end, or build to another folder"
+                ) from error
+            if in_place:
+                self._lock = lock
+            else:
+                os.close(lock)  # its owner removed it between our open and our lock
+
+    def _discard_previous(self) -> None:
+        """Remove OUT.previous. It is moved first, so that a kill never leaves half a package under that name."""
+        discarded = self.partial / "discarded"
+        _remove_folder(discarded)
+        if self.previous.exists():
+            os.rename(self.previous, discarded)
+            _remove_folder(discarded)
+
+
+def open_workspace(out: Path, fingerprint: str) -> Workspace:
+    """Lock OUT and open OUT.partial: resumed when it was left by the same fingerprint, else started empty.
+
+    Raises UsageError when OUT, OUT.partial or OUT.previous holds something that lrq-export did not write, or when
+    another build holds the lock; MissingError when the disk is full.
+    """
+    out = Path(out).resolve()
+    if out.parent == out or os.path.ismount(out):
+        raise UsageError(
+            f"{out}: got a mount point, needed a folder that can be renamed", hint=f"build to {out / 'package'}"
+        )
+    workspace = Workspace(out, fingerprint)
+    _refuse_foreign(out)
+    _refuse_foreign(workspace.previous)
+    _refuse_foreign_partial(workspace.partial)
+    try:
+        workspace._open()
+    except OSError as error:
+        workspace.close()
+        if error.errno in DISK_ERRORS:
+            raise _disk_full(out, 0, error) from error
+        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or error.errno == errno.EROFS:
+            raise UsageError(
+                f"{error.filename}: cannot write: {error.strerror}", hint="choose another output folder"
+            ) from error
+        raise
+    except BaseException:
+        workspace.close()
+        raise
+    return workspace
+
+
+def is_package(folder: Path) -> bool:
+    """Whether a folder holds a manifest of ours, edited or not."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's names to disk, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise UsageError unless the path is free, an empty folder, or a package that may be replaced."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise UsageError(f"{folder}: got a file, needed a folder or a free name", hint="choose another output folder")
+    if any(folder.iterdir()) and not is_package(folder):
+        raise UsageError(
+            f"{folder}: holds {_first_name(folder)} but no {MANIFEST} of ours, needed an empty folder or a package",
+            hint="choose another output folder, or empty this one yourself",
+        )
+
+
+def _refuse_foreign_partial(partial: Path) -> None:
+    """Raise UsageError unless OUT.partial holds only what Workspace puts there: its content will be wiped."""
+    if not os.path.lexists(partial):
+        return
+    ours = {"package", LAYERS, "state.json", "lock", "discarded"}
+    if partial.is_symlink() or not partial.is_dir():
+        problem = "got a file or a link"
+    else:
+        names = {entry.name for entry in partial.iterdir() if not entry.name.endswith(TEMPORARY)} - ours
+        problem = f"holds {min(names)}" if names else None
+    if problem:
+        raise UsageError(
+            f"{partial}: {problem}, needed a name that the build may use",
+            hint="move it away, or choose another output folder",
+        )
+
+
+def _first_name(folder: Path) -> str:
+    return min(entry.name for entry in folder.iterdir())
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The state of an earlier build, or {} when there is none that can be trusted."""
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) and isinstance(state.get("notes", {}), dict) else {}
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files of a build that was killed."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            if name.endswith(TEMPORARY):
+                os.unlink(os.path.join(root, name))
+
+
+def _remove_folder(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Flush every file and folder: engines are written by other tools, which do not."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            with open(os.path.join(root, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(root))
+
+
+def _check_files_table(path: Path, files: Any) -> None:
+    """Raise InputError unless `files` maps plain relative paths to {"sha256": str, "bytes": int}."""
+    if not isinstance(files, dict):
+        raise InputError(f"{path}: files: got {type(files).__name__}, needed an object", hint="build the package again")
+    for name, facts in files.items():
+        if not is_plain_relative(name):
+            raise InputError(
+                f"{path}: files: got the path {name!r}, needed one inside the package",
+                hint="do not use this package unless you trust its source",
+            )
+        if (
+            not isinstance(facts, dict)
+            or not isinstance(facts.get("sha256"), str)
+            or type(facts.get("bytes")) is not int
+        ):
+            raise InputError(f"{path}: files: {name}: needed sha256 and bytes", hint="build the package again")
+
+
+def _content_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [f"{files[name]['sha256']} {name}\n" for name in sorted(files) if name not in TIMED_FILES]
+    return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """The manifest's hash of itself, without the field that holds it."""
+    return hashlib.sha256(json_bytes(manifest)).hexdigest()
+
+
+def _edited(path: Path, got: str, needed: Any) -> InputError:
+    return InputError(
+        f"{path}: was edited: got sha256 {got[:12]}, needed {str(needed)[:12]}", hint="build the package again"
+    )
+
+
+def _disk_full(path: Path, asked: int, error: OSError) -> MissingError:
+    needed = f"at least {asked} bytes" if asked else "more"
+    return MissingError(
+        f"{path}: {error.strerror}: got {_free_bytes(path)} free bytes, needed {needed}",
+        hint="free disk space or raise the quota, then run the same command: it resumes",
+    )
+
+
+def _free_bytes(path: Path) -> int:
+    """Free bytes of the disk that holds `path`, or would."""
+    path = Path(path).resolve()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _discard(temporary: Path, file: CountingWriter | None) -> None:
+    """Close and remove an unfinished file; closing flushes, which fails again on a full disk."""
+    with contextlib.suppress(OSError):
+        if file is not None:
+            file.close()
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+
+
+def _beside(out: Path, suffix: str) -> Path:
+    """OUT.partial or OUT.previous; OUT need not exist."""
+    out = Path(out).resolve()
+    return out.with_name(out.name + suffix)

@@ -1,0 +1,81 @@
+"""What will be done to each linear layer, decided before the graph is traced, each choice with its reason."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from graphs.ops import hadamard
+from lrq_export.errors import UsageError
+from lrq_export.models.base import ModelFamily
+from lrq_export.recipe import Recipe, select_layers
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear layer y = x Wᵀ + b, W (rows, cols)."""
+
+    name: str
+    rows: int
+    cols: int
+    bits: int
+    group_size: int
+    act_bits: int
+    block: int  # channels a rotation spans; 0 means the input is not rotated
+    signs_seed: int | None
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan_layers(model: nn.Module, family: ModelFamily, recipe: Recipe) -> list[LayerPlan]:
+    """Plan every linear layer that the recipe does not keep in floating point, in module order.
+
+    Raises UsageError for a keep pattern that matches nothing, a rotation block or a group size that does not divide a
+    layer's columns; CheckFailed when nothing is left to quantize.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    patterns = family.keep if recipe.keep is None else recipe.keep
+    quantized, _ = select_layers(list(linears), list(patterns))
+    return [_plan_layer(name, linears[name], model, family, recipe) for name in quantized]
+
+
+def _plan_layer(name: str, linear: nn.Linear, model: nn.Module, family: ModelFamily, recipe: Recipe) -> LayerPlan:
+    rows, cols = linear.weight.shape
+    group_size = recipe.weights.group_size or cols
+    if cols % group_size:
+        raise UsageError(
+            f"{name}: weights.group_size is {group_size}, needed a divisor of its {cols} columns",
+            hint=f"set weights.group_size to one of {_some_divisors(cols)}, or 0 for one group a row",
+        )
+    block, reason = _choose_block(name, cols, family.head_width(model, name), recipe)
+    signs_seed = recipe.rotation.seed if block and recipe.rotation.signs else None
+    return LayerPlan(
+        name, rows, cols, recipe.weights.bits, group_size, recipe.activations.bits, block, signs_seed, reason
+    )
+
+
+def _choose_block(name: str, cols: int, head_width: int | None, recipe: Recipe) -> tuple[int, str]:
+    rotation = recipe.rotation
+    if rotation.kind == "none":
+        return 0, "rotation.kind is none"
+    if head_width is not None and hadamard.supported(head_width):
+        return head_width, f"head width {head_width}: folds into the value projection"
+    if rotation.block:
+        if cols % rotation.block or not hadamard.supported(rotation.block):
+            usable = [d for d in _some_divisors(cols) if hadamard.supported(d)]
+            raise UsageError(
+                f"{name}: rotation.block is {rotation.block}, needed a divisor of its {cols} input channels "
+                "that has a Hadamard matrix",
+                hint=f"set rotation.block to one of {usable}, or 0 for the full width",
+            )
+        return rotation.block, f"rotation.block of the recipe: {rotation.block}"
+    if hadamard.supported(cols):
+        return cols, f"full width {cols}"
+    block = max(d for d in range(1, cols) if cols % d == 0 and hadamard.supported(d))
+    return block, f"no Hadamard matrix of width {cols} is known by Paley's constructions: blocks of {block}"
+
+
+def _some_divisors(number: int) -> list[int]:
+    """Divisors from 16 up to the number: what one would sensibly choose as a block or a group."""
+    return [d for d in range(16, number + 1) if number % d == 0]

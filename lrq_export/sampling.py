@@ -1,0 +1,88 @@
+"""Draw samples through a diffusers scheduler, from stored conditions instead of a text encoder."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lrq_export.errors import UsageError
+from lrq_export.models.base import nest
+
+NEGATIVE = "negative."  # prefix of the unconditional embeddings in a conditions file
+
+
+def scheduler_from(class_name: str, config: dict[str, Any] | None = None):
+    """A diffusers scheduler by class name; raises UsageError when diffusers has none of that name."""
+    import diffusers
+
+    scheduler = getattr(diffusers, class_name, None)
+    if scheduler is None or not hasattr(scheduler, "add_noise"):
+        raise UsageError(f"sampling.scheduler: diffusers has no scheduler {class_name!r}", hint="e.g. DDIMScheduler")
+    return scheduler.from_config(config or {"clip_sample": False, "num_train_timesteps": 1000})
+
+
+class ConditionalSampler:
+    """Draws latents (n, channels, size, size) for rows of `conditions`, the transformer's other forward arguments.
+
+    `transformer` is a diffusers model or what `lrq_export.load` returns. Equal generators draw equal first latents, so two
+    transformers can be compared image by image.
+    """
+
+    def __init__(self, transformer, scheduler, conditions: dict[str, torch.Tensor]):
+        self.transformer, self.scheduler, self.conditions = transformer, scheduler, conditions
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[int],
+        *,
+        num_inference_steps: int = 20,
+        generator: torch.Generator | None = None,
+        guidance_scale: float = 1.0,
+        trajectory: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """`prompts` are row numbers of the conditions. Appends the latents after every step to `trajectory`."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(num_inference_steps)
+        conditions = self._rows(prompts, guidance_scale)
+        latents = self._first_latents(len(prompts), generator) * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            doubled = torch.cat([latents, latents]) if guidance_scale != 1 else latents
+            noise = self._predict(scheduler.scale_model_input(doubled, timestep), timestep, conditions)
+            if guidance_scale != 1:
+                unconditional, conditional = noise.chunk(2)
+                noise = unconditional + guidance_scale * (conditional - unconditional)
+            latents = scheduler.step(noise, timestep, latents, return_dict=False)[0]
+            if trajectory is not None:
+                trajectory.append(latents)
+        return latents
+
+    def _first_latents(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
+        config = self.transformer.config
+        shape = (count, config.in_channels, config.sample_size, config.sample_size)
+        return torch.randn(shape, generator=generator)
+
+    def _rows(self, prompts: Sequence[int], guidance_scale: float) -> dict[str, torch.Tensor]:
+        rows = torch.as_tensor(list(prompts))
+        wanted = {name: tensor for name, tensor in self.conditions.items() if not name.startswith(NEGATIVE)}
+        count = min(len(tensor) for tensor in wanted.values())
+        if len(rows) == 0 or rows.min() < 0 or rows.max() >= count:
+            raise UsageError(f"prompts: got rows {list(prompts)}, needed numbers from 0 to {count - 1}")
+        picked = {name: tensor[rows] for name, tensor in wanted.items()}
+        if guidance_scale == 1:
+            return picked
+        for name in picked:
+            if NEGATIVE + name not in self.conditions:
+                raise UsageError(
+                    f"sampling.guidance_scale is {guidance_scale}, but the conditions hold no '{NEGATIVE}{name}'",
+                    hint="set sampling.guidance_scale to 1 or add the unconditional embedding",
+                )
+            negative = self.conditions[NEGATIVE + name]
+            picked[name] = torch.cat([negative.expand(len(rows), *negative.shape[1:]), picked[name]])
+        return picked
+
+    def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, torch.Tensor]):
+        arguments = {"hidden_states": latents, "timestep": timestep.expand(len(latents))} | conditions
+        noise = self.transformer(**nest(arguments), return_dict=False)[0]
+        return noise[:, : latents.shape[1]]  # models with learned variance predict it in the second half

@@ -1,0 +1,164 @@
+"""What a build starts from: a checkpoint, its model family, and the inputs to calibrate and to judge it with."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrq_export.calibrate.inputs import load_inputs, spread_rows, synthetic_inputs
+from lrq_export.checkpoint import Checkpoint, TensorFile, check_finite, check_tensors, open_checkpoint, read_json_object
+from lrq_export.errors import InputError, UsageError
+from lrq_export.models import family_of
+from lrq_export.models.base import SAMPLES, ModelFamily
+from lrq_export.package import sha256_file
+from lrq_export.recipe import Recipe
+
+CONDITIONS = "conditions.safetensors"
+SCHEDULER = "scheduler_config.json"
+EVALUATION_SAMPLES = 64  # inputs that judge R1, none of them seen by calibration where the file holds enough
+SYNTHETIC_WARNING = (
+    "no calibration was given: statistics come from Gaussian latents, not from real trajectories; "
+    "pass --calibration FILE, or a pipeline folder with --prompts"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened and checked source. `config` is complete: what the file leaves out has diffusers' defaults."""
+
+    checkpoint: Checkpoint
+    family: ModelFamily
+    config: dict[str, Any]
+
+    def model(self) -> nn.Module:
+        """The diffusers model without its weights (parameters on the meta device)."""
+        return self.family.construct(self.config)
+
+    def load(self, model: nn.Module) -> nn.Module:
+        """Give `model` its weights in float32. Raises InputError for NaN or Inf."""
+        for name, parameter in list(model.named_parameters()):
+            tensor = self.checkpoint.read(name)
+            check_finite(name, tensor)
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            module._parameters[leaf] = nn.Parameter(tensor.to(torch.float32).clone(), requires_grad=False)
+            assert parameter.shape == tensor.shape, name  # open_source checked every shape
+        return model
+
+    def scheduler_config(self) -> dict[str, Any] | None:
+        """The scheduler_config.json beside the transformer or in the pipeline; None when there is none."""
+        places = [self.checkpoint.path / SCHEDULER]
+        if self.checkpoint.pipeline_path is not None:
+            places.append(self.checkpoint.pipeline_path / "scheduler" / SCHEDULER)
+        for path in places:
+            if path.is_file():
+                return read_json_object(path)
+        return None
+
+
+def open_source(path: Path) -> Source:
+    """Open a transformer or pipeline folder and check config and tensors against the true class.
+
+    Raises InputError for anything missing, unknown, truncated or of the wrong shape.
+    """
+    checkpoint = open_checkpoint(path)
+    family = family_of(checkpoint.class_name)
+    try:
+        model = family.construct(dict(checkpoint.config))
+    except (TypeError, ValueError, NotImplementedError, KeyError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{checkpoint.path / 'config.json'}: diffusers cannot construct {checkpoint.class_name} from it: {reason}",
+            hint="compare it with the config.json the model was published with",
+        ) from error
+    persistent = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_tensors(checkpoint, persistent)
+    return Source(checkpoint, family, {"_class_name": checkpoint.class_name} | dict(model.config))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Denoiser inputs split in two, conditions to sample with, and what the user should be warned of."""
+
+    calibration: dict[str, torch.Tensor]
+    evaluation: dict[str, torch.Tensor]
+    conditions: dict[str, torch.Tensor]
+    warnings: list[str] = field(default_factory=list)
+
+
+def gather_inputs(source: Source, recipe: Recipe, calibration: Path | None, conditions: Path | None) -> Inputs:
+    """Read or make the inputs of a build. Raises InputError for files of the wrong names, shapes or values."""
+    specs, warnings = source.family.inputs(source.config), []
+    if calibration is not None:
+        everything = load_inputs(calibration, specs)
+    else:
+        warnings.append(SYNTHETIC_WARNING)
+        settings = recipe.calibration
+        size = source.config.get("sample_size")
+        sizes = {"height": size, "width": size} if isinstance(size, int) else {}
+        total = settings.samples + min(settings.samples, EVALUATION_SAMPLES)
+        everything = synthetic_inputs(specs, total, settings.timesteps, settings.seed, sizes=sizes)
+    chosen, rest = _split(len(everything["hidden_states"]), recipe.calibration.samples)
+    if not rest:
+        warnings.append("the calibration file holds too few samples to keep some apart: R1 is judged on seen inputs")
+        rest = chosen
+    rest = [rest[i] for i in spread_rows(len(rest), EVALUATION_SAMPLES)]
+    evaluation = _rows(everything, rest)
+    return Inputs(_rows(everything, chosen), evaluation, _conditions(source, conditions, evaluation), warnings)
+
+
+def fingerprint(source: Source, recipe_text: str, files: list[Path | None], versions: Mapping[str, str]) -> str:
+    """SHA-256 over everything that decides the bytes of a package."""
+    digest = hashlib.sha256()
+    parts = [source.checkpoint.fingerprint(), str(source.scheduler_config()), recipe_text]
+    parts += [sha256_file(path) if path is not None else "-" for path in files]
+    parts += [f"{name}={version}" for name, version in sorted(versions.items())]
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def conditions_path(source: Source, given: Path | None) -> Path | None:
+    """The conditions file to sample with: the given one, else the one beside the transformer, else none."""
+    beside = source.checkpoint.path / CONDITIONS
+    return given if given is not None else beside if beside.is_file() else None
+
+
+def _split(total: int, samples: int) -> tuple[list[int], list[int]]:
+    chosen = spread_rows(total, samples)
+    taken = set(chosen)
+    return chosen, [row for row in range(total) if row not in taken]
+
+
+def _rows(inputs: Mapping[str, torch.Tensor], rows: list[int]) -> dict[str, torch.Tensor]:
+    return {name: tensor[rows] for name, tensor in inputs.items()}
+
+
+def _conditions(source: Source, given: Path | None, evaluation: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Everything the transformer is conditioned on besides latents and timestep, one row a prompt."""
+    path = conditions_path(source, given)
+    if path is None:
+        rest = {name: t for name, t in evaluation.items() if name not in ("hidden_states", "timestep")}
+        return _rows(rest, spread_rows(len(evaluation["hidden_states"]), 8))
+    tensors = TensorFile(path).read_all()
+    specs = source.family.inputs(source.config)
+    for name, tensor in tensors.items():
+        check_finite(f"{path}: {name}", tensor)
+        spec = specs.get(name.removeprefix("negative."))
+        if spec is None or name in ("hidden_states", "timestep"):
+            raise InputError(f"{path}: got {name!r}, needed conditions such as encoder_hidden_states")
+        if len(tensor.shape) != len(spec.shape) or any(
+            isinstance(needed, int) and needed != got for got, needed in zip(tensor.shape, spec.shape, strict=True)
+        ):
+            raise InputError(f"{path}: {name}: got shape {tuple(tensor.shape)}, needed {spec.shape}")
+    for name, spec in specs.items():
+        if not spec.optional and name not in tensors and spec.shape[0] == SAMPLES:
+            if name not in ("hidden_states", "timestep"):
+                raise InputError(f"{path}: {name} is missing", hint="add it, one row a prompt")
+    if not tensors:
+        raise UsageError(f"{path}: holds no conditions")
+    return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}

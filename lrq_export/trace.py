@@ -1,0 +1,194 @@
+"""Export a diffusion transformer to ONNX without its weights.
+
+The model is constructed and exported under fake tensors, so a graph of any size costs seconds and a few hundred
+megabytes. Every planned linear layer becomes HadamardRotate -> MatMul(Transpose(TwinLogDequant(...))) + bias; every
+weight becomes a graph input named after its source tensor, with a `graphs.expressions.Expression` that says what it
+will be.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from torch import nn
+
+from graphs import names
+from graphs.expressions import Expression, RotateInput
+from graphs.ops import packing
+from graphs.ops.hadamard_rotate import rotation_attributes
+from graphs.traced import LinearWeight, TracedGraph
+from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily
+from lrq_export.plan import LayerPlan
+from lrq_export.quant.rotation import hadamard_signs
+
+OUTPUT = "sample"
+# The exporter specializes a dimension whose example is 1, and merges dimensions whose examples are equal.
+EXAMPLE_BATCH, EXAMPLE_SIZES = 2, (24, 32, 40, 48)
+
+
+class TracedLinear(nn.Module):
+    """Stands for a planned linear layer while the model is traced: emits the open form of the dialect."""
+
+    def __init__(self, plan: LayerPlan, bias: nn.Parameter | None):
+        super().__init__()
+        self.plan, self.bias = plan, bias
+        if plan.bits == 8:
+            codes_shape = (plan.rows, plan.cols)
+        else:
+            codes_shape = packing.layout(plan.bits).shape(plan.rows, plan.cols)
+        self.codes = nn.Buffer(torch.empty(codes_shape, dtype=torch.int8))
+        groups = plan.cols // plan.group_size
+        self.exponents = nn.Buffer(torch.empty(plan.rows, groups, 2, 3, dtype=torch.int8))
+        self.scale = nn.Buffer(torch.empty(plan.rows))
+        self.signs = nn.Buffer(torch.empty(plan.cols))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.plan.block:
+            x = self.rotate(x)
+        y = torch.matmul(x, self.dequantize().t())
+        return y if self.bias is None else y + self.bias
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        return symbolic("HadamardRotate", (x, self.signs), rotation_attributes(self.plan.block), x.shape)
+
+    def dequantize(self) -> torch.Tensor:
+        plan, shape = self.plan, (self.plan.rows, self.plan.cols)
+        size = {"rows": plan.rows, "cols": plan.cols}
+        if plan.bits == 8:
+            return symbolic("Int8Dequant", (self.codes, self.scale), size, shape)
+        attributes = {"bits": plan.bits, "group_size": plan.group_size, "fraction_bits": 4, "integer_bits": 6} | size
+        return symbolic("TwinLogDequant", (self.codes, self.exponents, self.scale), attributes, shape)
+
+
+def symbolic(op_type: str, inputs: tuple, attributes: dict[str, Any], shape) -> torch.Tensor:
+    """An lrq node in the exported graph; in torch a tensor of that shape without a meaning."""
+    return torch.onnx.ops.symbolic(
+        f"{names.DOMAIN}::{op_type}", inputs, attributes, dtype=torch.float32, shape=shape, version=names.OPSET
+    )
+
+
+class FlatInputs(nn.Module):
+    """Takes the model's inputs as one positional list, so that the graph's inputs keep their names and order."""
+
+    def __init__(self, model: nn.Module, family: ModelFamily, input_names: list[str]):
+        super().__init__()
+        self.model, self.family, self.input_names = model, family, input_names
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return self.family.call(self.model, dict(zip(self.input_names, tensors, strict=True)))
+
+
+def trace(family: ModelFamily, config: dict[str, Any], plans: list[LayerPlan]) -> TracedGraph:
+    """Export the model of `config` with the planned layers in the dialect and all weights as placeholders."""
+    from torch._subclasses import FakeTensorMode
+
+    specs = family.inputs(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
+        model = _fake_parameters(family.make_traceable(family.construct(config)))
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        for plan in plans:
+            linear = model.get_submodule(plan.name)
+            model.set_submodule(plan.name, TracedLinear(plan, linear.bias))
+        examples, dynamic = _examples(specs)
+        wrapped = FlatInputs(model, family, list(specs))
+        program = torch.export.export(wrapped, examples, dynamic_shapes=(dynamic,), strict=False)
+        exported = torch.onnx.export(
+            program, dynamo=True, opset_version=names.ONNX_OPSET, optimize=False,
+            input_names=list(specs), output_names=[OUTPUT], verbose=False,
+        )  # fmt: skip
+    return _to_traced(exported.model, plans, shapes)
+
+
+def _fake_parameters(model: nn.Module) -> nn.Module:
+    """Parameters were constructed on the meta device, which the exporter refuses to mix with CPU inputs."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape), requires_grad=False)
+    return model
+
+
+def _examples(specs: dict[str, InputSpec]) -> tuple[tuple[torch.Tensor, ...], tuple[dict, ...]]:
+    """Example inputs, and for each the dynamic dimensions by axis."""
+    sizes = iter(EXAMPLE_SIZES)
+    free: dict[str, tuple[int, Any]] = {SAMPLES: (EXAMPLE_BATCH, torch.export.Dim(SAMPLES))}
+    examples, dynamic = [], []
+    for spec in specs.values():
+        for extent in spec.shape:
+            if isinstance(extent, str) and extent not in free:
+                dim = torch.export.Dim(f"{extent}_units" if spec.multiple_of > 1 else extent)
+                free[extent] = next(sizes), spec.multiple_of * dim if spec.multiple_of > 1 else dim
+        examples.append(torch.empty([free[extent][0] if isinstance(extent, str) else extent for extent in spec.shape]))
+        dynamic.append({axis: free[extent][1] for axis, extent in enumerate(spec.shape) if isinstance(extent, str)})
+    return tuple(examples), tuple(dynamic)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """The exporter prints its progress and warns about torchvision; neither means anything to a user."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        registration.setLevel(level)
+
+
+def _to_traced(model, plans: list[LayerPlan], shapes: dict[str, tuple[int, ...]]) -> TracedGraph:
+    """Turn the exporter's model, an onnx_ir one whose initializers are fake, into a TracedGraph."""
+    import onnx_ir
+    from onnxscript import optimizer
+
+    prefix = "model."  # FlatInputs holds the model under this name
+    for name, value in list(model.graph.initializers.items()):
+        if name.startswith(prefix):
+            del model.graph.initializers[name]
+            value.const_value, value.name = None, name.removeprefix(prefix)
+            model.graph.inputs.append(value)
+    optimizer.optimize(model, inline=False)
+    proto = onnx_ir.to_proto(model)
+    for entity in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+        del entity.metadata_props[:]  # stack traces of this machine
+    graph = gs.import_onnx(proto)
+    graph.name = "denoiser"
+    linears = {f"{plan.name}.codes": _linear_weight(plan) for plan in plans}
+    placeholders = {weight.tensor(role) for weight in linears.values() for role in ("codes", "exponents", "scale")}
+    traced = TracedGraph(graph, linears)
+    _bind_signs(traced, plans)
+    for tensor in graph.inputs:
+        if tensor.name in shapes and tensor.name not in placeholders:
+            traced.tensors[tensor.name] = Expression(tensor.name, shapes[tensor.name])
+    traced.forget_unused()
+    return traced
+
+
+def _linear_weight(plan: LayerPlan) -> LinearWeight:
+    weight = Expression(f"{plan.name}.weight", (plan.rows, plan.cols))
+    if plan.block:
+        weight = weight.then(RotateInput(plan.block, plan.signs_seed))
+    return LinearWeight(plan.name, weight, plan.bits, plan.group_size, plan.act_bits)
+
+
+def _bind_signs(traced: TracedGraph, plans: list[LayerPlan]) -> None:
+    """Replace each layer's own signs by one constant for every width and seed, so that equal rotations are seen equal."""
+    constants: dict[str, gs.Constant] = {}
+    by_layer = {}
+    for plan in plans:
+        if plan.block:
+            name = f"signs.{plan.cols}" if plan.signs_seed is None else f"signs.{plan.cols}.{plan.signs_seed}"
+            values = np.ones(plan.cols) if plan.signs_seed is None else hadamard_signs(plan.cols, plan.signs_seed)
+            by_layer[f"{plan.name}.signs"] = constants.setdefault(
+                name, gs.Constant(name, np.asarray(values, np.float32))
+            )
+            traced.signs[name] = plan.signs_seed
+    for node in traced.graph.nodes:
+        node.inputs = [by_layer.get(tensor.name, tensor) for tensor in node.inputs]
+    traced.graph.inputs = [tensor for tensor in traced.graph.inputs if not tensor.name.endswith(".signs")]

@@ -1,0 +1,80 @@
+"""What the floating-point model answered, kept in the package so that `verify` can judge it from the files alone.
+
+reference.safetensors: `inputs.*` and `noise` (R1), `conditions.*` and `latents` (steps, images, ...) of a whole sampling
+trajectory (R5), and in its metadata the NMSE of rung R0.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lrq_export.checkpoint import TensorFile
+from lrq_export.models.base import ModelFamily
+from lrq_export.package import save_tensors_atomic
+from lrq_export.recipe import Sampling
+from lrq_export.source import Inputs, Source
+from lrq_export.verify.ladder import draw, run_torch
+from lrq_export.verify.metrics import nmse
+
+FILE = "reference.safetensors"
+
+
+@dataclass(frozen=True)
+class Reference:
+    inputs: dict[str, torch.Tensor]
+    noise: torch.Tensor
+    conditions: dict[str, torch.Tensor]
+    latents: torch.Tensor  # (steps, images, channels, height, width)
+    adapter_nmse: float  # R0, as measured when the source was at hand
+    statistics: dict[str, dict[str, float]]  # J, kurtosis, peak to RMS of every layer's input
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        return (folder / FILE).exists()
+
+    @classmethod
+    def load(cls, folder: Path) -> "Reference":
+        """Raises InputError when the file is missing or damaged."""
+        file = TensorFile(folder / FILE)
+        tensors = file.read_all()
+
+        def group(prefix: str) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        facts = json.loads(file.metadata["facts"])
+        return cls(group("inputs."), tensors["noise"], group("conditions."), tensors["latents"], **facts)
+
+
+def write_reference(
+    folder: Path, source: Source, model: nn.Module, scheduler, inputs: Inputs, sampling: Sampling, statistics: dict
+) -> None:
+    """Run the loaded floating-point `model` on the evaluation inputs and along a trajectory; leaves it traceable."""
+    noise = run_torch(source.family, model, inputs.evaluation)
+    latents = draw(
+        model, scheduler, inputs.conditions, sampling.images, sampling.steps, sampling.seed, sampling.guidance_scale
+    )
+    facts = {"adapter_nmse": adapter_error(source.family, model, inputs.evaluation), "statistics": statistics}
+    tensors = {f"inputs.{name}": tensor for name, tensor in inputs.evaluation.items()}
+    tensors |= {f"conditions.{name}": tensor for name, tensor in inputs.conditions.items()}
+    tensors |= {"noise": noise, "latents": torch.stack(latents)}
+    metadata = {"format": "lrq-export reference", "facts": json.dumps(facts, sort_keys=True)}
+    save_tensors_atomic(folder / FILE, tensors, metadata)
+
+
+def adapter_error(family: ModelFamily, model: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
+    """R0: NMSE of the traceable form of `model` (edited in place) against the diffusers form, with and without mask."""
+    few = {name: tensor[:4] for name, tensor in inputs.items()}
+    specs = family.inputs(dict(model.config))
+    masked = dict(few)
+    for name, spec in specs.items():
+        if spec.optional:
+            shape = [few["hidden_states"].shape[0], few["encoder_hidden_states"].shape[1]]
+            masked[name] = torch.ones(shape)
+            masked[name][1:, shape[1] // 2 :] = 0  # half of the text is hidden from all but the first sample
+    before = [run_torch(family, model, case) for case in (few, masked)]
+    family.make_traceable(model)
+    after = [run_torch(family, model, case) for case in (few, masked)]
+    return max(nmse(got, was) for got, was in zip(after, before, strict=True))

@@ -1,0 +1,343 @@
+"""Climb the parity ladder over a package: at the end of a build, and again from its files alone with `verify`."""
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from graphs.passes import PIPELINE
+from graphs.traced import TracedGraph
+from lrq_export.engine.onnxruntime import open_session
+from lrq_export.evaluate import rotation_of
+from lrq_export.models import family_of
+from lrq_export.models.base import ModelFamily
+from lrq_export.package import GRAPHS, MODEL, MODEL_DATA, ONNXRUNTIME_ENGINE, QUANTIZED, verify_hashes
+from lrq_export.quantized import LayerTensors, QuantizedFile
+from lrq_export.recipe import Recipe
+from lrq_export.runtime import PackagedTransformer
+from lrq_export.sampling import scheduler_from
+from lrq_export.source import Source, open_source
+from lrq_export.verify import ladder
+from lrq_export.verify.metrics import nmse
+from lrq_export.verify.reference import Reference, adapter_error
+
+HISTOGRAMS = 6  # layers whose weights are drawn against their levels
+FOLD_LIMIT = 100_000_000  # weights; larger models are decoded on every run rather than folded to dense float32
+PARITY_SAMPLES = 4
+
+
+def verify(
+    package: str | Path, *, source: str | Path | None = None, advance: Callable[[str], None] = lambda rung: None
+) -> tuple[dict[str, Any], Any]:
+    """Check hashes, then climb the ladder from the package's files; returns (report, samples).
+
+    With `source`, R0 is measured again and R3 uses the real weights; without, R0 is as recorded and R3 uses random ones.
+    Raises InputError for any edited, missing or added file.
+    """
+    package = Path(package)
+    manifest = verify_hashes(package)
+    recipe = Recipe.model_validate(manifest["recipe"])
+    config = manifest["source"]["config"]
+    opened = open_source(Path(source)) if source is not None else None
+    return climb(package, recipe, config, opened, scheduler=manifest["scheduler"], advance=advance)
+
+
+@dataclass
+class Climb:
+    """What the rungs share."""
+
+    package: Path
+    recipe: Recipe
+    family: ModelFamily
+    config: dict[str, Any]
+    source: Source | None
+    quantized: QuantizedFile
+    reference: Reference
+
+    @property
+    def specs(self):
+        return self.family.inputs(self.config)
+
+    @property
+    def few(self) -> ladder.Inputs:
+        """A handful of evaluation inputs, spread over the timesteps."""
+        count = len(self.reference.inputs["hidden_states"])
+        rows = np.linspace(0, count - 1, min(PARITY_SAMPLES, count)).round().astype(int)
+        return {name: tensor[rows] for name, tensor in self.reference.inputs.items()}
+
+
+def climb(
+    package: Path,
+    recipe: Recipe,
+    config: dict[str, Any],
+    source: Source | None,
+    *,
+    scheduler: dict[str, Any] | None = None,
+    advance: Callable[[str], None] = lambda rung: None,
+) -> tuple[dict[str, Any], Any]:
+    """All rungs over the files of `package`; returns (report, samples)."""
+    family = family_of(config["_class_name"])
+    quantized, reference = QuantizedFile(package / QUANTIZED), Reference.load(package)
+    state = Climb(package, recipe, family, config, source, quantized, reference)
+    rungs = [_r0(state)]
+    advance("R0")
+    model = quantized_model(family, config, quantized)
+    r1, by_timestep = _r1(state, model)
+    advance("R1")
+    r2 = _r2(state, model)
+    advance("R2")
+    del model
+    r3, passes = _r3(state)
+    advance("R3")
+    session = open_session(package / ONNXRUNTIME_ENGINE)
+    r4 = _r4(state, session)
+    advance("R4")
+    scheduler = source.scheduler_config() if source is not None else scheduler
+    r5, trajectory, images, samples = _r5(state, PackagedTransformer(session, config), scheduler)
+    advance("R5")
+    rungs += [r1, r2, r3, r4, r5]
+    report = {
+        "schema": 1,
+        "source": {"class_name": config["_class_name"], "parameters": _parameters(state)},
+        "machine": _machine(),
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "warnings": [],
+        "ladder": [rung.to_json() for rung in rungs],
+        "passes": passes,
+        "layers": _layers(state),
+        "histograms": _histograms(state),
+        "noise_error_by_timestep": by_timestep,
+        "trajectory": trajectory,
+        "images": images,
+        "sizes": _sizes(state),
+        "timings": [],
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    return report, samples
+
+
+def quantized_model(family: ModelFamily, config: dict[str, Any], quantized: QuantizedFile) -> nn.Module:
+    """The diffusers model with every quantized layer replaced by one that computes with exactly the package's codes."""
+    model = family.construct(config)
+    for layer in quantized.records:
+        model.set_submodule(layer, quantized.module(layer))
+    for name in quantized.float_names():
+        owner, _, leaf = name.rpartition(".")
+        if owner in quantized.records:
+            continue  # the bias of a quantized layer, which owns it
+        parameter = nn.Parameter(quantized.read(name).clone(), requires_grad=False)
+        model.get_submodule(owner)._parameters[leaf] = parameter
+    return model
+
+
+def _r0(state: Climb) -> ladder.Rung:
+    value, note = state.reference.adapter_nmse, "as recorded when the package was built"
+    if state.source is not None:
+        model = state.source.load(state.source.model())
+        value, note = adapter_error(state.family, model, state.few), "with and without a text mask"
+    return ladder.at_most(
+        "R0", "traceable model vs diffusers", "the model adapter", value, state.recipe.gates.parity_nmse, note
+    )
+
+
+def _r1(state: Climb, model: nn.Module) -> tuple[ladder.Rung, list[dict[str, float]]]:
+    inputs, noise = state.reference.inputs, state.reference.noise
+    got = ladder.run_torch(state.family, model, inputs)
+    rung = ladder.at_most(
+        "R1", "quantized torch vs floating point", "the method (its loss, not a fault)", nmse(got, noise),
+        state.recipe.gates.noise_nmse, f"predicted noise on {len(noise)} inputs",
+    )  # fmt: skip
+    return rung, ladder.noise_error_by_timestep(got, noise, inputs["timestep"])
+
+
+def _r2(state: Climb, model: nn.Module) -> ladder.Rung:
+    session = portable_session(state)
+    cases = [state.few, ladder.other_shapes(state.specs, state.reference.inputs, seed=2)]
+    pairs = [
+        (ladder.run_session(session, state.specs, case), ladder.run_torch(state.family, model, case)) for case in cases
+    ]
+    return ladder.at_most(
+        "R2", "model.onnx in ONNX Runtime vs quantized torch", "trace and binding",
+        max(nmse(got, reference) for got, reference in pairs), state.recipe.gates.parity_nmse,
+        "the same codes; recorded inputs, and random ones of another batch, size and text length",
+    )  # fmt: skip
+
+
+def _r3(state: Climb) -> tuple[ladder.Rung, list[dict[str, Any]]]:
+    stages, passes = saved_graphs(state.package)
+    read = None if state.source is None else state.source.checkpoint.read
+    errors = ladder.rewrites(stages, read, state.specs, state.few)
+    for row in passes:
+        row["nmse"] = errors[row["name"]]
+    weights = "the real weights" if read is not None else "random weights of the same shapes"
+    worst = max(errors, key=lambda name: errors[name])
+    rung = ladder.at_most(
+        "R3", "graph after each pass vs before it", f"the rewrites (worst: {worst})", errors[worst],
+        state.recipe.gates.parity_nmse, f"in floating point, {weights}, two sets of shapes",
+    )  # fmt: skip
+    return rung, passes
+
+
+def _r4(state: Climb, session) -> ladder.Rung:
+    reference = ladder.run_session(portable_session(state), state.specs, state.few)
+    got = ladder.run_session(session, state.specs, state.few)
+    return ladder.at_most(
+        "R4", "ONNX Runtime INT8 engine vs model.onnx", "lowering and kernels", nmse(got, reference),
+        state.recipe.gates.parity_nmse,
+    )  # fmt: skip
+
+
+def _r5(state: Climb, transformer: PackagedTransformer, scheduler_config: dict[str, Any] | None):
+    sampling, reference = state.recipe.sampling, state.reference
+    scheduler = scheduler_from(sampling.scheduler, scheduler_config)
+    latents = ladder.draw(
+        transformer, scheduler, reference.conditions, reference.latents.shape[1], sampling.steps, sampling.seed,
+        sampling.guidance_scale,
+    )  # fmt: skip
+    trajectory = ladder.trajectory_errors(latents, reference.latents)
+    scheduler.set_timesteps(sampling.steps)
+    for row, timestep in zip(trajectory, scheduler.timesteps.tolist(), strict=False):
+        row["timestep"] = timestep
+    images = ladder.image_errors(latents[-1], reference.latents[-1])
+    rows = min(len(tensor) for tensor in reference.conditions.values())
+    images["labels"] = [str(i % rows) for i in range(len(latents[-1]))]
+    value, bound = images["psnr_total_db"], state.recipe.gates.psnr_db
+    rung = ladder.Rung(
+        "R5", f"{sampling.steps}-step samples of the engine vs floating point", "everything above, as a user sees it",
+        "PSNR dB", value, bound, None if bound is None else value >= bound, f"{len(latents[-1])} images, same seeds",
+    )  # fmt: skip
+    samples = {"float": reference.latents[-1].numpy(), "quantized": latents[-1].numpy()}
+    images["psnr_db"] = [float(min(value, 999.0)) for value in images["psnr_db"]]  # JSON has no infinity
+    images["psnr_total_db"] = float(min(value, 999.0))
+    return rung, trajectory, images, samples
+
+
+def portable_session(state: Climb):
+    """model.onnx in stock ONNX Runtime; weights of small models are folded at load, which only saves time."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    weights = sum(record.rows * record.cols for record in state.quantized.records.values())
+    if weights <= FOLD_LIMIT:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return onnxruntime.InferenceSession(str(state.package / MODEL), options, providers=["CPUExecutionProvider"])
+
+
+def saved_graphs(package: Path) -> tuple[list[tuple[str, TracedGraph]], list[dict[str, Any]]]:
+    """The graphs after trace and after each pass, and what each pass reported."""
+    stages = [("trace", TracedGraph.from_onnx(onnx.load(package / GRAPHS / "0-trace.onnx")))]
+    passes = []
+    for index, step in enumerate(PIPELINE):
+        model = onnx.load(package / GRAPHS / f"{index + 1}-{step.__name__}.onnx")
+        stages.append((step.__name__, TracedGraph.from_onnx(model)))
+        properties = {entry.key: entry.value for entry in model.metadata_props}
+        passes.append(json.loads(properties["lrq.pass"]))
+    return stages, passes
+
+
+def _layers(state: Climb) -> list[dict[str, Any]]:
+    errors = _output_errors(state)
+    rows = []
+    for name, record in state.quantized.records.items():
+        layer = state.quantized.layer(name)
+        rows.append(
+            {
+                "layer": name, "rows": record.rows, "cols": record.cols, "bits": record.bits,
+                "act_bits": record.act_bits, "group_size": record.group_size, "block": record.block,
+                "rotated_by": record.rotated_by, "reason": record.reason, "weight_nmse": record.weight_nmse,
+                "weighted_nmse": record.weighted_nmse, "output_nmse": errors.get(name),
+                "bytes": layer.bytes(), "bytes_fp16": 2 * record.rows * record.cols,
+            } | state.reference.statistics[name]
+        )  # fmt: skip
+    return rows
+
+
+def _output_errors(state: Climb) -> dict[str, float]:
+    """NMSE of every layer on the floating-point model's activations; needs the source."""
+    if state.source is None:
+        return {}
+    model = state.source.load(state.source.model())
+
+    def replacement(name: str):
+        def rotate(y: torch.Tensor) -> torch.Tensor:
+            for step in state.quantized.records[name].output_steps():
+                y = rotation_of(step, y.shape[-1]).apply(y)
+            return y
+
+        return state.quantized.module(name), rotate
+
+    return ladder.layer_output_errors(state.family, model, replacement, list(state.quantized.records), state.few)
+
+
+def _histograms(state: Climb) -> list[dict[str, Any]]:
+    """Integer weights of a few layers: how often each level is used. Real-valued ones where the source is at hand."""
+    names = list(state.quantized.records)
+    chosen = [names[i] for i in sorted({round(j) for j in np.linspace(0, len(names) - 1, HISTOGRAMS)})]
+    return [_histogram(state, state.quantized.layer(name)) for name in chosen]
+
+
+def _histogram(state: Climb, layer: LayerTensors) -> dict[str, Any]:
+    integers = layer.integer_weight().numpy()
+    edges = np.linspace(-160, 160, 81)
+    values = integers.astype(np.float32) if state.source is None else _source_integers(state, layer)
+    counts, _ = np.histogram(values.clip(-160, 160), edges)
+    levels, uses = np.unique(integers[: max(1, len(integers) // 64)], return_counts=True)
+    often = levels[np.argsort(-uses)][: 2 * 2**layer.record.bits]
+    return {
+        "layer": layer.record.layer,
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+        "levels": sorted(float(level) for level in often),
+    }
+
+
+def _source_integers(state: Climb, layer: LayerTensors) -> np.ndarray:
+    """The floating-point weight in the layer's own basis, in units of its row scales."""
+    from lrq_export.evaluate import evaluate
+
+    traced = TracedGraph.from_onnx(onnx.load(state.package / GRAPHS / f"{len(PIPELINE)}-{PIPELINE[-1].__name__}.onnx"))
+    weight = next(each for each in traced.linears.values() if each.layer == layer.record.layer)
+    return (evaluate(weight.weight, state.source.checkpoint.read) / layer.scale[:, None]).numpy()
+
+
+def _sizes(state: Climb) -> dict[str, Any]:
+    layers = [state.quantized.layer(name) for name in state.quantized.records]
+    packed = sum(layer.bytes() for layer in layers)
+    fp16 = sum(2 * layer.record.rows * layer.record.cols for layer in layers)
+    floats = sum(state.quantized.read(name).numel() for name in state.quantized.float_names())
+    data = state.package / MODEL_DATA
+    engine = state.package / ONNXRUNTIME_ENGINE
+    return {
+        "source_fp16_bytes": fp16 + 2 * floats,
+        "packed_bytes": packed,
+        "kept_float_bytes": 4 * floats,
+        "model_bytes": (state.package / MODEL).stat().st_size + (data.stat().st_size if data.exists() else 0),
+        "engine_bytes": sum(file.stat().st_size for file in engine.iterdir()),
+        "packed_ratio": packed / fp16,
+    }
+
+
+def _parameters(state: Climb) -> int:
+    floats = sum(state.quantized.read(name).numel() for name in state.quantized.float_names())
+    return floats + sum(record.rows * record.cols for record in state.quantized.records.values())
+
+
+def _machine() -> dict[str, Any]:
+    """The processor and the features that decide how fast integer products are."""
+    processor, features = "unknown", []
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            lines = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in lines.items()}
+        processor = fields.get("model name", processor)
+        known = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16")
+        features = [name for name in known if name in fields.get("flags", "").split()]
+    return {"processor": processor, "cores": os.cpu_count(), "features": features}

@@ -1,0 +1,210 @@
+import numpy as np
+import pytest
+
+from graphs.checks import check, check_preserved
+from graphs.expressions import RotateOutput
+from graphs.passes import fold_rotation_into_value
+
+SELF = """
+attention (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
+<int64[4] split = {0, 0, 2, 12}, int64[3] merge = {0, 0, 24}>
+{
+    q = Linear<rows = 24, cols = 24>(x)
+    k = Linear<rows = 24, cols = 24>(x)
+    v = Linear<rows = 24, cols = 24>(x)
+    q4 = Reshape(q, split)
+    k4 = Reshape(k, split)
+    v4 = Reshape(v, split)
+    qh = Transpose<perm = [0, 2, 1, 3]>(q4)
+    kh = Transpose<perm = [0, 2, 3, 1]>(k4)
+    vh = Transpose<perm = [0, 2, 1, 3]>(v4)
+    scores = MatMul(qh, kh)
+    p = Softmax(scores)
+    mixed = MatMul(p, vh)
+    back = Transpose<perm = [0, 2, 1, 3]>(mixed)
+    merged = Reshape(back, merge)
+    rotated = Rotate<block = 12, seed = 7>(merged)
+    y = Linear<rows = 24, cols = 24>(rotated)
+}
+"""
+WHOLE_HEAD, V = "Rotate<block = 12, seed = 7>", "v = Linear<rows = 24, cols = 24>(x)"
+MORE_OUTPUTS = "(float[batch, tokens, 24] y, float[batch, tokens, 24] {})"
+
+
+def edited(text, *edits):
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+CROSS = edited(
+    SELF,
+    ("24] x)", "24] x, float[batch, text, 20] caption)"),
+    ("k = Linear<rows = 24, cols = 24>(x)", "k = Linear<rows = 24, cols = 20>(caption)"),
+    (V, "v = Linear<rows = 24, cols = 20>(caption)"),
+)
+FIRES = {
+    "self-attention": SELF,
+    "cross-attention": CROSS,
+    "masked": edited(
+        SELF,
+        ("24] x)", "24] x, float[batch, 1, 1, tokens] mask)"),
+        ("p = Softmax(scores)", "masked = Add(scores, mask) p = Softmax(masked)"),
+    ),
+    "no bias": edited(SELF, (V, "v = Linear<rows = 24, cols = 24, bias = 0>(x)")),
+    "no signs": edited(SELF, (WHOLE_HEAD, "Rotate<block = 12>")),
+    "a divisor of the head width": edited(SELF, (WHOLE_HEAD, "Rotate<block = 4, seed = 7>")),
+    "an 8-bit value": edited(SELF, (V, "v = Linear<rows = 24, cols = 24, bits = 8>(x)")),
+    "a rotated input": edited(SELF, (V, "rx = Rotate<block = 24>(x) v = Linear<rows = 24, cols = 24>(rx)")),
+    "two readers of the rotation": edited(
+        SELF, ("24] y)", "24] y, float[batch, tokens, 24] z)"), ("(rotated)", "(rotated) z = Relu(rotated)")
+    ),
+    "one reader reading it twice": edited(
+        SELF, ("24] y)", "24] y, float[batch, tokens, 24] z)"), ("(rotated)", "(rotated) z = Mul(rotated, rotated)")
+    ),
+    "bias on the left of its Add": SELF.replace("Linear<", "Linear<bias_first = 1, "),
+}
+
+
+@pytest.fixture(params=FIRES.values(), ids=FIRES.keys())
+def traced(request, parse):
+    return parse(request.param)
+
+
+def test_folds_and_keeps_the_function(traced, difference):
+    before = traced.copy()
+    assert fold_rotation_into_value(traced).fired == 1
+    rotations = [node for node in traced.graph.nodes if node.op == "HadamardRotate"]
+    assert "merged" not in [node.inputs[0].name for node in rotations]
+    assert any(isinstance(step, RotateOutput) for step in traced.linears["v.codes"].weight.maps)
+    check(traced)
+    check_preserved(before, traced)
+    assert difference(before, traced) <= 1e-10
+
+
+def test_folding_again_does_nothing(traced):
+    fold_rotation_into_value(traced)
+    before = traced.to_onnx()
+    assert fold_rotation_into_value(traced).fired == 0
+    assert traced.to_onnx() == before
+
+
+REFUSALS = {
+    "block straddles heads": ([(WHOLE_HEAD, "Rotate<block = 24>")], "blocks of 24 channels straddle heads of width 12"),
+    "block does not divide the head": ([(WHOLE_HEAD, "Rotate<block = 8>")], "blocks of 8 channels straddle"),
+    "value leaves the graph": ([("(float[batch, tokens, 24] y)", MORE_OUTPUTS.format("v"))], "is also read elsewhere"),
+    "value is read twice": (
+        [("(float[batch, tokens, 24] y)", MORE_OUTPUTS.format("z")), ("v4 =", "z = Relu(v) v4 =")],
+        "the value projection is also read elsewhere",
+    ),
+    "heads are read elsewhere": (
+        [("(float[batch, tokens, 24] y)", MORE_OUTPUTS.format("z")), ("rotated =", "z = Relu(merged) rotated =")],
+        "the output of Reshape is also read elsewhere",
+    ),
+    "values multiply themselves": (
+        [("mixed = MatMul(p, vh)", "vt = Transpose<perm = [0, 1, 3, 2]>(vh) pv = MatMul(vh, vt) mixed = MatMul(pv, vh)")],
+        "the output of Transpose is also read elsewhere",
+    ),
+    "rotated tensor leaves the graph": (
+        [("(float[batch, tokens, 24] y)", MORE_OUTPUTS.format("rotated"))],
+        "the rotated tensor is an output of the graph",
+    ),
+    "channels merge interleaved": (
+        [("back = Transpose<perm = [0, 2, 1, 3]>", "back = Transpose<perm = [0, 2, 3, 1]>")],
+        "a transpose permutes by [0, 2, 3, 1], needed [0, 2, 1, 3]",
+    ),
+    "heads do not merge": ([("merge = {0, 0, 24}", "merge = {0, -1, 12}"),
+        (WHOLE_HEAD, "Rotate<block = 12, width = 12>"), ("y = Linear<rows = 24, cols = 24>", "y = Linear<rows = 24, cols = 12>")],
+        "needed 2 x 12 channels last"),
+    "unknown heads": (
+        [("24] x)", "24] x, int64[4] split)"), ("int64[4] split = {0, 0, 2, 12}, ", "")],
+        "the head split has shape",
+    ),
+    "two values in one projection": (
+        [("k = Linear<rows = 24", "k = Linear<rows = 48"), ("v = Linear<rows = 24", "v = Linear<rows = 48"),
+         ("k4 = Reshape(k, split)", "k4 = Reshape(k, long)"), ("v4 = Reshape(v, split)", "v4 = Reshape(v, long)"),
+         ("<int64[4] split", "<int64[4] long = {0, -1, 2, 12}, int64[4] split")],
+        "the value projection has 48 rows, needed 2 x 12",
+    ),
+    "not behind an attention": (
+        [("rotated =", "active = Relu(merged) rotated ="), (">(merged)", ">(active)")],
+        "not behind an attention: Relu stands where an attention has its Reshape",
+    ),
+    "behind an input": ([(">(merged)", ">(x)")], "not behind an attention: an input of the graph stands where"),
+    "value is not quantized": (
+        [("24] x)", "24] x, float[24, 24] w)"), (V, "v = MatMul(x, w)")],
+        "the value operand is not a quantized linear layer",
+    ),
+    "value has a residual": (
+        [(V, "u = Linear<rows = 24, cols = 24>(x) v = Add(u, x)")],
+        "the value operand is not a quantized linear layer",
+    ),
+    "weight is read twice": (
+        [("(float[batch, tokens, 24] y)", MORE_OUTPUTS.format("z")), ("q4 =", "z = MatMul(x, v_wt) q4 =")],
+        "the value projection's weight is also read elsewhere",
+    ),
+    "bias is read twice": (
+        [("(float[batch, tokens, 24] y)", MORE_OUTPUTS.format("z")), ("q4 =", "z = Add(x, v_bias) q4 =")],
+        "the value projection's bias is not a weight of its own",
+    ),
+    "bias is a model input": (
+        [("24] x)", "24] x, float[24] b)"), (V, "u = Linear<rows = 24, cols = 24, bias = 0>(x) v = Add(u, b)")],
+        "the value projection's bias is not a weight of its own",
+    ),
+    "signs are computed": (
+        [("24] x)", "24] x, float[24] s)"),
+         (WHOLE_HEAD + "(merged)", "lrq.HadamardRotate<block = 12, base = 12, order = 11>(merged, s)")],
+        "its signs are not in the table of signs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("edits", "reason"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_refuses_and_says_why(edits, reason, parse):
+    traced = parse(edited(SELF, *edits))
+    check(traced)
+    before = traced.to_onnx()
+    result = fold_rotation_into_value(traced)
+    assert result.fired == 0
+    assert len(result.skipped) == 1
+    assert reason in result.skipped[0].reason
+    assert traced.to_onnx() == before
+
+
+@pytest.fixture
+def folded(parse):
+    before = parse(SELF)
+    after = before.copy()
+    fold_rotation_into_value(after)
+    return before, after
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [RotateOutput(4, 7), RotateOutput(12, None), RotateOutput(12, 8)],
+    ids=["another block", "lost signs", "another seed"],
+)
+def test_a_wrong_map_is_caught(wrong, folded, difference):
+    before, after = folded
+    after.linears["v.codes"], after.tensors["v_bias"] = before.linears["v.codes"], before.tensors["v_bias"]
+    after.rotate_output("v.codes", "v_bias", wrong)
+    assert difference(before, after) > 1e-2
+
+
+def test_a_forgotten_bias_is_caught(folded, difference):
+    before, after = folded
+    after.tensors["v_bias"] = before.tensors["v_bias"]
+    assert difference(before, after) > 1e-3
+
+
+def test_a_transposed_rotation_is_caught(folded, difference, weights):
+    before, after = folded
+    plain, rotated = (weights(each)["v.codes.float"].astype(np.float64) for each in (before, after))
+    rotation = plain @ np.linalg.inv(rotated)  # R, of W' = Rᵀ W
+
+    def transpose(fed):
+        fed["v.codes.float"] = (rotation @ plain).astype(np.float32)
+
+    assert difference(before, after) <= 1e-10
+    assert difference(before, after, transpose) > 1e-2

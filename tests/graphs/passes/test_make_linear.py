@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+
+from graphs.checks import check, check_preserved
+from graphs.passes import make_linear
+
+LINEAR = """
+linear (float[batch, tokens, 24] x) => (float[batch, tokens, 36] y)
+{
+    u = Linear<rows = 36, cols = 24>(x)
+    y = Relu(u)
+}
+"""
+U = "u = Linear<rows = 36, cols = 24>(x)"
+AFTER_OPEN = "u = Linear<rows = 36, cols = 24, bias = 0>(x) "
+
+
+def edited(*edits):
+    text = LINEAR
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+FIRES = {
+    "bias": ([], ["TwinLogLinear", "Relu"]),
+    "bias on the left": ([("<rows", "<bias_first = 1, rows")], ["TwinLogLinear", "Relu"]),
+    "no bias": ([("<rows", "<bias = 0, rows")], ["TwinLogLinear", "Relu"]),
+    "8 bits": ([("<rows", "<bits = 8, rows")], ["Int8Linear", "Relu"]),
+    "2 bits, 6-bit activations": ([("<rows", "<bits = 2, act_bits = 6, rows")], ["TwinLogLinear", "Relu"]),
+    "output of the graph": ([("36] y)", "36] u)"), ("y = Relu(u)", "")], ["TwinLogLinear"]),
+    "open product leaves the graph": (
+        [("36] y)", "36] y, float[batch, tokens, 36] u_open)")], ["TwinLogLinear", "Add", "Relu"]),
+    "a residual is not a bias": ([(U, AFTER_OPEN), ("Relu(u)", "Add(u, u)")], ["TwinLogLinear", "Add"]),
+    "a scalar is not a bias": (
+        [("24] x)", "24] x, float[1] b)"), (U, AFTER_OPEN), ("Relu(u)", "Add(u, b)")], ["TwinLogLinear", "Add"]),
+    "a computed row is not a bias": (
+        [("24] x)", "24] x, float[36] b)"), (U, AFTER_OPEN + "a = Abs(b)"), ("Relu(u)", "Add(u, a)")],
+        ["Abs", "TwinLogLinear", "Add"]),
+    "a chain": ([("Relu(u)", "Linear<rows = 36, cols = 36>(u)")], ["TwinLogLinear", "TwinLogLinear"]),
+}  # fmt: skip
+
+
+@pytest.fixture(params=FIRES.values(), ids=FIRES.keys())
+def case(request, parse):
+    edits, ops = request.param
+    return parse(edited(*edits)), ops
+
+
+def test_open_linears_become_one_node_and_the_function_stays(case, difference):
+    traced, ops = case
+    before = traced.copy()
+    assert make_linear(traced).fired == sum(op.endswith("Linear") for op in ops)
+    assert [node.op for node in traced.graph.nodes] == ops
+    check(traced)
+    check_preserved(before, traced)
+    assert difference(before, traced) <= 1e-12
+
+
+def test_making_again_does_nothing(case):
+    traced, _ = case
+    make_linear(traced)
+    before = traced.to_onnx()
+    assert make_linear(traced).fired == 0
+    assert traced.to_onnx() == before
+
+
+def test_the_node_is_named_after_its_layer_and_reads_its_weight(parse):
+    traced = parse(edited(("<rows", "<bias = 0, act_bits = 6, rows")))
+    make_linear(traced)
+    node = traced.graph.nodes[0]
+    assert node.name == "u"
+    assert [tensor.name for tensor in node.inputs] == ["x", "u.codes", "u.exponents", "u.scale", "u.no_bias"]
+    assert not node.inputs[-1].values.any()
+    assert {key: node.attrs[key] for key in ("act_bits", "rotation", "block")} == {
+        "act_bits": 6, "rotation": "none", "block": 0,
+    }  # fmt: skip
+
+
+REFUSALS = {
+    "activations in floating point": ([("<rows", "<act_bits = 16, rows")], "its activations stay in floating point"),
+    "weight multiplied twice": ([("y = Relu(u)", "z = MatMul(x, u_wt) y = Mul(u, z)")], "its weight is read by 2 nodes"),
+    "weight not transposed": (
+        [("36] y)", "24] y)"), (U, "u = Linear<rows = 24, cols = 24>(x) z = MatMul(u, u_w)"), ("Relu(u)", "Relu(z)")],
+        "its weight is read by 2 nodes"),
+    "weight transposed but not multiplied": (
+        [("24] x)", "24] x) "), ("36] y)", "36] y, float[24, 36] t)"), ("y = Relu(u)", "y = Relu(u) t = Neg(u_wt)")],
+        "its weight is read by 2 nodes"),
+    "product from the right": (
+        [("24] x)", "24] x, float[36, 5] z)"), ("float[batch, tokens, 36] y", "float[24, 5] y"), (U, AFTER_OPEN),
+         ("Relu(u)", "MatMul(u_wt, z)")],
+        "its weight is read by 1 nodes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("edits", "reason"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_refuses_and_says_why(edits, reason, parse):
+    traced = parse(edited(*edits))
+    before = traced.to_onnx()
+    result = make_linear(traced)
+    assert result.fired == 0
+    assert [reason in skip.reason for skip in result.skipped] == [True]
+    assert traced.to_onnx() == before
+
+
+def test_a_lost_bias_is_caught(parse, difference):
+    """The twin that must fail: the new node reads zeros where the layer has a bias."""
+    traced = parse(LINEAR)
+    before = traced.copy()
+    make_linear(traced)
+    bias = traced.graph.nodes[0].inputs[-1]
+    assert difference(before, traced, lambda fed: fed.update({bias.name: np.zeros(36, np.float32)})) > 1e-3

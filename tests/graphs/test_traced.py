@@ -1,0 +1,130 @@
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+
+from graphs.checks import check
+from graphs.expressions import RotateOutput
+from graphs.traced import METADATA_KEY, TracedGraph, sort_nodes
+
+TEXT = """
+mlp (float[batch, tokens, 24] x, float[batch] unread) => (float[batch, tokens, 24] y)
+<float[24] gain = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24}>
+{
+    r = Rotate<block = 24, seed = 3>(x)
+    u = Linear<rows = 48, cols = 24>(r)
+    v = Linear<rows = 24, cols = 48, bits = 8, bias = 0>(u)
+    y = Mul(v, gain)
+}
+"""
+
+
+@pytest.fixture
+def traced(parse):
+    return parse(TEXT)
+
+
+def test_placeholders_are_the_weights_and_the_rest_are_model_inputs(traced):
+    assert [tensor.name for tensor in traced.model_inputs()] == ["x", "unread"]
+    inputs = {tensor.name for tensor in traced.graph.inputs}
+    assert inputs - {"x", "unread"} == {
+        "u.codes", "u.exponents", "u.scale", "u_bias", "v.codes", "v.scale",
+    }  # fmt: skip
+    assert inputs & traced.placeholders() == inputs - {"x", "unread"}
+
+
+def test_onnx_round_trip_keeps_everything(traced, difference):
+    model = traced.to_onnx()
+    again = TracedGraph.from_onnx(onnx.load_from_string(model.SerializeToString()))
+    assert (again.linears, again.tensors, again.signs) == (traced.linears, traced.tensors, traced.signs)
+    assert again.to_onnx() == model
+    assert difference(traced, again) == 0
+
+
+def test_reading_a_graph_back_does_not_change_the_model(traced):
+    model = traced.to_onnx()
+    before = model.SerializeToString(deterministic=True)
+    TracedGraph.from_onnx(model)
+    assert model.SerializeToString(deterministic=True) == before
+
+
+def test_a_model_without_tables_is_refused(traced):
+    model = traced.to_onnx()
+    del model.metadata_props[:]
+    with pytest.raises(ValueError, match=f"no '{METADATA_KEY}' metadata, so it is not a traced graph"):
+        TracedGraph.from_onnx(model)
+
+
+def test_a_copy_is_independent(traced):
+    before = traced.to_onnx()
+    copy = traced.copy()
+    copy.rotate_output("u.codes", "u_bias", RotateOutput(48))
+    copy.graph.nodes[0].attrs["block"] = 12
+    copy.graph.outputs.clear()
+    copy.forget_unused()
+    assert traced.to_onnx() == before
+
+
+def test_rotating_an_output_appends_to_weight_and_bias(traced):
+    step = RotateOutput(12, 7)
+    traced.rotate_output("u.codes", "u_bias", step)
+    traced.rotate_output("v.codes", None, step)
+    assert traced.linears["u.codes"].weight.maps[-1] == step
+    assert traced.tensors["u_bias"].maps == (step,)
+    assert traced.linears["v.codes"].weight.maps == (step,)
+    check(traced)
+
+
+def test_a_rotation_that_does_not_fit_the_bias_changes_nothing(traced):
+    before = traced.to_onnx()
+    with pytest.raises(ValueError, match="does not divide"):
+        traced.rotate_output("u.codes", "u_bias", RotateOutput(36))
+    assert traced.to_onnx() == before
+
+
+def test_forgetting_drops_dead_nodes_weights_and_signs_but_no_model_input(traced):
+    multiply = traced.graph.nodes[-1]
+    multiply.inputs = [traced.graph.inputs[0], multiply.inputs[1]]
+    traced.forget_unused()
+    assert [node.op for node in traced.graph.nodes] == ["Mul"]
+    assert (traced.linears, traced.tensors, traced.signs) == ({}, {}, {})
+    assert [tensor.name for tensor in traced.graph.inputs] == ["x", "unread"]
+    check(traced)
+
+
+def test_forgetting_nothing_changes_nothing(traced):
+    before = traced.to_onnx()
+    traced.forget_unused()
+    assert traced.to_onnx() == before
+
+
+def test_sorting_is_stable_and_repairs_any_order(traced):
+    names = [node.name for node in traced.graph.nodes]
+    sort_nodes(traced.graph)
+    assert [node.name for node in traced.graph.nodes] == names
+    traced.graph.nodes.reverse()
+    sort_nodes(traced.graph)
+    check(traced)
+
+
+def test_sorting_reads_through_subgraphs():
+    model = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 21]>
+        branch (float[4] x, bool flag) => (float[4] y)
+        {
+            a = Relu(x)
+            b = Neg(x)
+            y = If (flag) <then_branch = yes () => (float[4] c) { c = Abs(a) },
+                           else_branch = no () => (float[4] d) { d = Add(b, a) }>
+        }
+    """)
+    graph = gs.import_onnx(model)
+    graph.nodes.reverse()
+    sort_nodes(graph)
+    assert [node.op for node in graph.nodes] in (["Relu", "Neg", "If"], ["Neg", "Relu", "If"])
+
+
+def test_a_cycle_is_refused():
+    one, other = gs.Variable("one"), gs.Variable("other")
+    nodes = [gs.Node("Relu", "first", inputs=[one], outputs=[other]), gs.Node("Relu", inputs=[other], outputs=[one])]
+    with pytest.raises(ValueError, match="the graph has a cycle through Relu 'first'"):
+        sort_nodes(gs.Graph(nodes, outputs=[one]))
