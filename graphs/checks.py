@@ -4,6 +4,7 @@ A pass that breaks one of these would show much later, as a wrong image or a plu
 shows at once and names the node. That the *function* is kept is proved by running it (`graphs.float_model`).
 """
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -48,7 +49,12 @@ def check_preserved(before: TracedGraph, after: TracedGraph) -> None:
 
 def _signature(tensor: gs.Tensor) -> str:
     shape = "" if tensor.shape is None else ", ".join(map(str, tensor.shape))
-    return f"{tensor.dtype}[{shape}] {tensor.name}"
+    return f"{_type_name(tensor.dtype)}[{shape}] {tensor.name}"
+
+
+def _type_name(dtype) -> str:
+    """graphsurgeon holds a numpy type, a numpy dtype, or ONNX's number of a type that numpy lacks."""
+    return str(dtype) if dtype is None or isinstance(dtype, int) else np.dtype(dtype).name
 
 
 def _check_order(graph: gs.Graph) -> None:

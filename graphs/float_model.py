@@ -4,8 +4,8 @@
     TwinLogLinear(x, codes, ..., bias), Int8Linear(...)   ->  MatMul(x, Wᵀ) + bias   x is not quantized
 
 Rotations stay and keep their bodies, so one that was folded wrongly shows. Weights are graph inputs, not initializers:
-protobuf ends at 2 GiB, and one array in memory feeds the models before and after a pass, most of whose weights are equal.
-Whoever evaluates them may keep arrays by `Expression`: equal expressions are equal weights.
+protobuf ends at 2 GiB, and most weights are the same before and after a pass. Whoever evaluates them may keep them by
+`Expression`, for equal expressions are equal weights, and feed both models from one copy.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,8 @@ def float_model(traced: TracedGraph, tensors: Mapping[str, np.ndarray]) -> onnx.
     floating = traced.copy()
     graph = floating.graph
     weights = {
-        codes: gs.Variable(float_name(codes), np.float32, weight.weight.shape) for codes, weight in traced.linears.items()
+        codes: gs.Variable(float_name(codes), np.float32, weight.weight.shape)
+        for codes, weight in traced.linears.items()
     }
     for node in [node for node in graph.nodes if is_lrq(node, *DEQUANT_OPS)]:
         redirect_readers(node.outputs[0], weights[node.inputs[0].name])

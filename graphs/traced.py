@@ -12,7 +12,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphs import names
-from graphs.expressions import Expression
+from graphs.expressions import Expression, RotateOutput
 
 METADATA_KEY = "lrq.weights"
 
@@ -56,11 +56,12 @@ class TracedGraph:
         weights = self.placeholders()
         return [tensor for tensor in self.graph.inputs if tensor.name not in weights]
 
-    def rotate_output(self, codes: str, bias: str | None, step) -> None:
-        """Append `step` (a RotateOutput) to a linear's weight and to its bias."""
-        self.linears[codes] = replace(self.linears[codes], weight=self.linears[codes].weight.then(step))
+    def rotate_output(self, codes: str, bias: str | None, step: RotateOutput) -> None:
+        """Append `step` to a linear's weight and bias; if it does not fit, raises ValueError and changes neither."""
+        rotated = replace(self.linears[codes], weight=self.linears[codes].weight.then(step))
         if bias is not None:
             self.tensors[bias] = self.tensors[bias].then(step)
+        self.linears[codes] = rotated
 
     def forget_unused(self) -> None:
         """Drop nodes, weights and signs that no output needs, and restore topological order; model inputs all stay."""

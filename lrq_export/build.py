@@ -5,7 +5,6 @@ the fingerprint of all inputs; a killed build goes on where it stopped, and OUT 
 """
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +24,6 @@ from lrq_export.engine.onnxruntime import build_engine
 from lrq_export.errors import CheckFailed, UsageError
 from lrq_export.package import (
     GRAPHS,
-    LAYERS,
     MODEL,
     ONNXRUNTIME_ENGINE,
     QUANTIZED,
@@ -85,11 +83,6 @@ class Job:
     def path(self) -> Path:
         return self.workspace.path
 
-    @property
-    def layers(self) -> Path:
-        """Per-layer results; not part of the package."""
-        return self.workspace.partial / LAYERS
-
 
 def build(
     source: str | Path,
@@ -143,8 +136,6 @@ def _run(job: Job, until: str, key: str) -> BuildResult:
     write_json_atomic(job.path / REPORT, report)
     write_report_page(job.path / REPORT_PAGE, report, samples)
     write_manifest(job.path, _facts(job, key))
-    if job.layers.exists():
-        shutil.rmtree(job.layers)
     job.workspace.commit()
     passed = all(rung["passed"] is not False for rung in report["ladder"])
     return BuildResult(job.workspace.out, passed, report)
@@ -205,8 +196,8 @@ def _quantize(job: Job) -> None:
         with stage(job.progress, "quantize", job.timings, len(traced.linears)):
             statistics = Statistics.load(path / STATS)
             advance = job.progress.advance
-            quantize_layers(traced, job.plans, job.source.checkpoint, statistics, job.layers, advance)
-            assemble(traced, job.layers, path / QUANTIZED)
+            quantize_layers(traced, job.plans, job.source.checkpoint, statistics, job.workspace.layers, advance)
+            assemble(traced, job.workspace.layers, path / QUANTIZED)
     if not (path / MODEL).exists():
         with stage(job.progress, "bind", job.timings):
             write_portable(traced, QuantizedFile(path / QUANTIZED), path / MODEL)

@@ -43,12 +43,16 @@ def build(
 ) -> None:
     """Quantize, trace, rewrite, bind and verify SOURCE into a package."""
     from lrq_export.build import build as run
-    from lrq_export.calibrate.pipeline import record_prompts
+    from lrq_export.errors import UsageError
     from lrq_export.recipe import load_recipe
 
     settings = load_recipe(preset, recipe, _overrides(set_ or []))
     if prompts is not None:
-        calibration = record_prompts(source, prompts, calibration, settings, beside=out)
+        if calibration is not None:
+            raise UsageError("--prompts and --calibration exclude each other", hint="pass one of them")
+        from lrq_export.calibrate.pipeline import record_prompts
+
+        calibration = record_prompts(source, prompts, settings, beside=out)
     with _progress(as_json) as progress:
         result = run(
             source, out, recipe=settings, calibration=calibration, conditions=conditions, until=until.value,
@@ -96,10 +100,11 @@ def sample(
     prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; needs --pipeline.")] = None,
 ) -> None:
     """Draw samples through diffusers' scheduler with the engine in place of the transformer."""
+    from lrq_export.errors import UsageError
     from lrq_export.sample import sample_conditions, sample_prompts
 
     if (pipeline is None) != (prompts is None):
-        raise LrqError("--pipeline and --prompts go together", hint="pass both, or neither")
+        raise UsageError("--pipeline and --prompts go together", hint="pass both, or neither")
     if pipeline is not None:
         written = sample_prompts(package, out, pipeline, prompts, steps=steps, seed=seed)
     else:
@@ -224,13 +229,11 @@ class _progress:
 def main() -> None:
     """Run the command line; a user error is one line on standard error and its exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except LrqError as error:
         _fail(error)
     except KeyboardInterrupt:
         _fail(Interrupted("interrupted", hint="run the same command again to resume"))
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except typer.Abort:
         sys.exit(5)
     except Exception as error:
@@ -239,6 +242,7 @@ def main() -> None:
             raise
         print(f"lrq-export: {' '.join(usage().split())}", file=sys.stderr)
         sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(error: LrqError) -> None:

@@ -89,11 +89,12 @@ def trace(family: ModelFamily, config: dict[str, Any], plans: list[LayerPlan]) -
 
     specs = family.inputs(config)
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
-        model = _fake_parameters(family.make_traceable(family.construct(config)))
+        model = _fake_parameters(family.construct(config))
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for plan in plans:
             linear = model.get_submodule(plan.name)
             model.set_submodule(plan.name, TracedLinear(plan, linear.bias))
+        family.make_traceable(model)  # after the replacement: it may hook the very layers that were replaced
         examples, dynamic = _examples(specs)
         wrapped = FlatInputs(model, family, list(specs))
         program = torch.export.export(wrapped, examples, dynamic_shapes=(dynamic,), strict=False)

@@ -3,8 +3,9 @@
     HadamardRotate<block>(merge_heads(P · split_heads(x Wᵀ + b)))  =  merge_heads(P · split_heads(x W'ᵀ + b'))
 
 with W' = Rᵀ W and b' = b R: attention mixes tokens, never the channels of a head, so a rotation whose blocks lie within
-heads commutes with it (P is any token-mixing matrix: softmax of self- or cross-attention, masked or not). split_heads is
-Reshape (..., heads, width) then Transpose (0, 2, 1, 3); merge_heads is the reverse. Signs may differ between heads.
+heads commutes with it (P is any token-mixing matrix: softmax of self- or cross-attention, masked or not). split_heads
+is Reshape (..., heads, width) then Transpose (0, 2, 1, 3); merge_heads is the reverse. Signs may differ between heads.
+Everything on the path must have one reader: whoever else read it would find it rotated.
 """
 
 import onnx_graphsurgeon as gs

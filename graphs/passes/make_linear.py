@@ -1,7 +1,7 @@
 """Rewrite MatMul(x, Transpose(TwinLogDequant(...))) + bias into one TwinLogLinear (Int8Dequant into Int8Linear).
 
-From here on the product is integer: x is quantized per token inside the node. A layer whose activations stay in floating
-point (act_bits 16) keeps its MatMul.
+From here on the product is integer: x is quantized per token inside the node. A layer whose activations stay in
+floating point (act_bits 16) keeps its MatMul. The new node is named after its layer.
 """
 
 import numpy as np

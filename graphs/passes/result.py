@@ -6,12 +6,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Skip:
+    """A place where a pass did not fire: the node where its pattern begins, and what did not hold."""
+
     node: str
     reason: str
 
 
 @dataclass
 class PassResult:
+    """What one run of a pass did; a pass that fired nowhere has changed nothing."""
+
     fired: int = 0
     skipped: list[Skip] = field(default_factory=list)
 

@@ -107,8 +107,8 @@ def _integer_product(graph: gs.Graph, node: gs.Node, layer: str, codes: gs.Varia
     weight = gs.Variable(f"{layer}.int8", np.int8, (cols, rows))
     graph.inputs.append(weight)
     scale, bias = node.inputs[-2], node.inputs[-1]
-    one = gs.Constant(f"{layer}.unit", np.float32(1))
-    zero_point = gs.Constant(f"{layer}.zero_point", np.uint8(ZERO_POINT))
+    one = gs.Constant(f"{layer}.unit", np.array(1, np.float32))
+    zero_point = gs.Constant(f"{layer}.zero_point", np.array(ZERO_POINT, np.uint8))
     in_rows, in_tokens = (gs.Variable(f"{layer}.{part}", np.float32) for part in ("in_rows", "in_tokens"))
     outputs = list(node.outputs)
     node.outputs.clear()

@@ -40,6 +40,9 @@ class PixArt:
     def make_traceable(self, model: nn.Module) -> nn.Module:
         model.set_attn_processor(BroadcastMaskAttention())
         model.pos_embed = DynamicPatchEmbed(model.pos_embed)
+        # The forward squeezes axis 1 of the final projection, which is the tokens: a no-op in torch, an error in ONNX
+        # as soon as there is more than one. Give it an axis to squeeze.
+        model.proj_out.register_forward_hook(lambda module, arguments, patches: patches.unsqueeze(1))
         return model
 
     def head_width(self, model: nn.Module, layer: str) -> int | None:

@@ -20,9 +20,6 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 import torch
-from lrq_export.evaluate import evaluate
-from lrq_export.quant.rotation import hadamard_signs
-from lrq_export.verify.metrics import nmse
 from onnx import helper, numpy_helper
 
 from graphs import names
@@ -31,6 +28,9 @@ from graphs.float_model import float_model, weight_names
 from graphs.ops import OPS, packing, register
 from graphs.ops.hadamard_rotate import rotation_attributes
 from graphs.traced import LinearWeight, TracedGraph
+from lrq_export.evaluate import evaluate
+from lrq_export.quant.rotation import hadamard_signs
+from lrq_export.verify.metrics import nmse
 
 HEADER = f'<ir_version: {names.IR_VERSION}, opset_import: ["": {names.ONNX_OPSET}, "lrq": {names.OPSET}]>\n'
 SIZES = (

@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lrq_export.errors import InputError
-from lrq_export.evaluate import evaluate
-from lrq_export.quant.rotation import hadamard_signs
 
 from graphs.expressions import MAPS, Expression, RotateInput, RotateOutput, StackRows
 from graphs.ops.hadamard import hadamard_matrix
+from lrq_export.errors import InputError
+from lrq_export.evaluate import evaluate
+from lrq_export.quant.rotation import hadamard_signs
 
 BLOCKS = {24: (1, 2, 4, 8, 12, 24), 20: (2, 4, 20), 36: (4, 12, 36)}
 SEEDS = st.sampled_from([None, 0, 7])

@@ -103,7 +103,7 @@ REFUSALS = {
         "the output of Reshape is also read elsewhere",
     ),
     "values multiply themselves": (
-        [("mixed = MatMul(p, vh)", "vt = Transpose<perm = [0, 1, 3, 2]>(vh) pv = MatMul(vh, vt) mixed = MatMul(pv, vh)")],
+        [("mixed = MatMul(p, vh)", "t = Transpose<perm = [0, 1, 3, 2]>(vh) w = MatMul(vh, t) mixed = MatMul(w, vh)")],
         "the output of Transpose is also read elsewhere",
     ),
     "rotated tensor leaves the graph": (
@@ -114,9 +114,11 @@ REFUSALS = {
         [("back = Transpose<perm = [0, 2, 1, 3]>", "back = Transpose<perm = [0, 2, 3, 1]>")],
         "a transpose permutes by [0, 2, 3, 1], needed [0, 2, 1, 3]",
     ),
-    "heads do not merge": ([("merge = {0, 0, 24}", "merge = {0, -1, 12}"),
-        (WHOLE_HEAD, "Rotate<block = 12, width = 12>"), ("y = Linear<rows = 24, cols = 24>", "y = Linear<rows = 24, cols = 12>")],
-        "needed 2 x 12 channels last"),
+    "heads do not merge": (
+        [("merge = {0, 0, 24}", "merge = {0, -1, 12}"), (WHOLE_HEAD, "Rotate<block = 12, width = 12>"),
+         ("y = Linear<rows = 24, cols = 24>", "y = Linear<rows = 24, cols = 12>")],
+        "needed 2 x 12 channels last",
+    ),
     "unknown heads": (
         [("24] x)", "24] x, int64[4] split)"), ("int64[4] split = {0, 0, 2, 12}, ", "")],
         "the head split has shape",

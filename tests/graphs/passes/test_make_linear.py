@@ -80,7 +80,8 @@ def test_the_node_is_named_after_its_layer_and_reads_its_weight(parse):
 
 REFUSALS = {
     "activations in floating point": ([("<rows", "<act_bits = 16, rows")], "its activations stay in floating point"),
-    "weight multiplied twice": ([("y = Relu(u)", "z = MatMul(x, u_wt) y = Mul(u, z)")], "its weight is read by 2 nodes"),
+    "weight multiplied twice": (
+        [("y = Relu(u)", "z = MatMul(x, u_wt) y = Mul(u, z)")], "its weight is read by 2 nodes"),
     "weight not transposed": (
         [("36] y)", "24] y)"), (U, "u = Linear<rows = 24, cols = 24>(x) z = MatMul(u, u_w)"), ("Relu(u)", "Relu(z)")],
         "its weight is read by 2 nodes"),

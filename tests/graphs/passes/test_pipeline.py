@@ -27,7 +27,8 @@ class Block:
 
     def text(self, p: str, x: str, y: str) -> str:
         if self.kind == "mlp":
-            return f"{self.linear(p + 'a', x, 48)} {p}g = Gelu({p}a) {self.linear(p + 'b', p + 'g', 24)} {y} = Add({x}, {p}b)"
+            hidden, out = self.linear(p + "a", x, 48), self.linear(p + "b", p + "g", 24)
+            return f"{hidden} {p}g = Gelu({p}a) {out} {y} = Add({x}, {p}b)"
         source = "caption" if self.kind == "cross" else x
         seed = "" if self.seeds[1] is None else f", seed = {self.seeds[1]}"
         return f"""

@@ -30,12 +30,14 @@ def edited(*edits):
 
 FIRES = {
     "q, k and v": ([], 2, 1),
-    "with equal signs": ([(RK, "rk = Rotate<block = 24, seed = 3>(x)"), (RV, "rv = Rotate<block = 24, seed = 3>(x)")], 1, 2),
+    "with equal signs": (
+        [(RK, "rk = Rotate<block = 24, seed = 3>(x)"), (RV, "rv = Rotate<block = 24, seed = 3>(x)")], 1, 2),
     "two pairs": ([(RK, "rk = Rotate<block = 12>(x)"), ("v = Linear", "rw = Rotate<block = 12>(x) v = Linear"),
                    ("(rv)", "(rw)"), ("qk = Mul(q, k)", "qv = Mul(q, rv) qk = Mul(qv, k)")], 2, 2),
     "a reader that reads a follower twice": ([("qk = Mul(q, k)", "kk = Mul(rk, rk) qk = Mul(q, kk)")], 2, 1),
     "the first one leaves the graph": ([(OUTPUT, TWO_OUTPUTS.format("rq"))], 2, 1),
-    "a rotation of a rotation": ([(RV, "ra = Rotate<block = 12>(rq) rb = Rotate<block = 12>(rk) rv = Add(ra, rb)")], 2, 2),
+    "a rotation of a rotation": (
+        [(RV, "ra = Rotate<block = 12>(rq) rb = Rotate<block = 12>(rk) rv = Add(ra, rb)")], 2, 2),
 }  # fmt: skip
 
 
@@ -71,7 +73,8 @@ REFUSALS = {
                     [OTHER, OTHER]),
     "computed signs": ([("24] z", "24] z, float[24] s"),
         (RK, "rk = lrq.HadamardRotate<block = 12, base = 12, order = 11>(x, s)"),
-        (RV, "rv = lrq.HadamardRotate<block = 12, base = 12, order = 11>(x, s)")], ["its signs are not a constant"] * 2),
+        (RV, "rv = lrq.HadamardRotate<block = 12, base = 12, order = 11>(x, s)")],
+        ["its signs are not a constant"] * 2),
     "the follower leaves the graph": ([(OUTPUT, TWO_OUTPUTS.format("rk")), (RV, "rv = Relu(x)")],
         ["the rotated tensor is an output of the graph"]),
 }  # fmt: skip

@@ -1,0 +1,62 @@
+"""Calibration from a whole diffusers pipeline and a list of prompts: record, then build from the recording."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from lrq_export.calibrate.record import record
+from lrq_export.checkpoint import open_checkpoint
+from lrq_export.errors import InputError, UsageError
+from lrq_export.recipe import Recipe
+from lrq_export.source import EVALUATION_SAMPLES
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Non-empty lines of a UTF-8 text file. Raises InputError when there are none or it cannot be read."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text: {error}", hint="one prompt a line, UTF-8") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise InputError(f"{path}: got no prompts, needed at least one", hint="one prompt a line")
+    return prompts
+
+
+def open_pipeline(path: Path):
+    """The diffusers pipeline of a folder, in float32. Raises InputError when diffusers cannot load it."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: diffusers cannot load this pipeline: {reason}") from error
+
+
+def record_prompts(source: Path, prompts: Path, recipe: Recipe, beside: Path) -> Path:
+    """Run the pipeline at `source` over the prompts and return the calibration file, which lies beside `beside`.
+
+    The name carries a digest of everything that decides the recording, so that a second call finds the first's file.
+    Raises UsageError when `source` is a transformer without its pipeline.
+    """
+    checkpoint, texts = open_checkpoint(source), read_prompts(prompts)
+    if checkpoint.pipeline_path is None:
+        raise UsageError(
+            f"{source}: got a transformer alone, but --prompts needs its whole pipeline",
+            hint="pass the pipeline's folder, or --calibration with recorded inputs",
+        )
+    samples = recipe.calibration.samples + EVALUATION_SAMPLES
+    parts = [checkpoint.fingerprint(), *texts, samples, recipe.sampling.steps, recipe.calibration.seed]
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:12]
+    path = beside.with_name(f"{beside.name}.calibration-{digest}.safetensors")
+    if not path.exists():
+        pipeline = open_pipeline(checkpoint.pipeline_path)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(recipe.calibration.seed)
+        record(
+            pipeline, texts, path, samples=samples, num_inference_steps=recipe.sampling.steps, output_type="latent",
+            generator=generator,
+        )  # fmt: skip
+    return path

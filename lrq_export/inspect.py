@@ -1,0 +1,78 @@
+"""Describe a package: what `lrq-export inspect` prints."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from lrq_export.package import MODEL, QUANTIZED, load_manifest
+from lrq_export.quantized import QuantizedFile
+from lrq_export.verify.run import saved_graphs
+
+
+@dataclass(frozen=True)
+class Section:
+    """Data for machines, and the lines a person reads."""
+
+    data: dict[str, Any]
+    lines: list[str]
+
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+
+def describe(package: Path) -> Section:
+    """The package at a glance: source, recipe, ops of model.onnx, sizes."""
+    manifest = load_manifest(package)
+    model = onnx.load(package / MODEL, load_external_data=False)
+    ops = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
+    inputs = {value.name: _shape(value) for value in model.graph.input}
+    outputs = {value.name: _shape(value) for value in model.graph.output}
+    data = {
+        "class": manifest["source"]["config"]["_class_name"],
+        "weights": manifest["recipe"]["weights"],
+        "activations": manifest["recipe"]["activations"],
+        "inputs": inputs,
+        "outputs": outputs,
+        "ops": dict(ops.most_common()),
+        "bodies": [f"{function.domain}.{function.name}" for function in model.functions],
+        "files": {name: entry["size"] for name, entry in manifest["files"].items()},
+    }
+    lines = [
+        f"{data['class']}, {manifest['recipe']['weights']['bits']}-bit weights, "
+        f"{manifest['recipe']['activations']['bits']}-bit activations, {len(manifest['layers'])} quantized layers",
+        *(f"input  {name} {shape}" for name, shape in inputs.items()),
+        *(f"output {name} {shape}" for name, shape in outputs.items()),
+        "nodes  " + ", ".join(f"{count} {op}" for op, count in ops.most_common()),
+        "bodies " + ", ".join(data["bodies"]),
+        *(f"{size:>12,} bytes  {name}" for name, size in data["files"].items()),
+    ]
+    return Section(data, lines)
+
+
+def describe_passes(package: Path) -> Section:
+    """How often each rewrite fired and, for every near miss, which node and why."""
+    _, passes = saved_graphs(package)
+    lines = []
+    for row in passes:
+        lines.append(f"{row['name']}: fired {row['fired']} times, {len(row['skipped'])} near misses")
+        lines += [f"    {skip['node']}: {skip['reason']}" for skip in row["skipped"]]
+    return Section({"passes": passes}, lines)
+
+
+def describe_layers(package: Path) -> Section:
+    """One line a quantized layer: size, bits, how its input is rotated and why, its weight error."""
+    records = QuantizedFile(package / QUANTIZED).records
+    width = max(len(name) for name in records)
+    lines = [
+        f"{name:<{width}}  {record.rows:>5} x {record.cols:<5} w{record.bits}a{record.act_bits}  "
+        f"weight NMSE {record.weight_nmse:.2e}  {record.rotated_by}: {record.reason}"
+        for name, record in records.items()
+    ]
+    return Section({"layers": {name: vars(record) for name, record in records.items()}}, lines)
+
+
+def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]

@@ -1,0 +1,80 @@
+"""Draw samples from a package, through diffusers' own schedulers and pipelines."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lrq_export.errors import UsageError
+from lrq_export.package import atomic_file, load_manifest, save_tensors_atomic
+from lrq_export.recipe import Recipe
+from lrq_export.runtime import load
+from lrq_export.sampling import ConditionalSampler, scheduler_from
+from lrq_export.verify.reference import Reference
+
+IMAGE_CHANNELS = (1, 3)
+
+
+def sample_conditions(
+    package: Path, out: Path, *, images: int | None, steps: int | None, seed: int | None, rows: list[int] | None
+) -> Path:
+    """Draw from the conditions that the package carries; None takes the recipe's setting. Returns the file written.
+
+    `out` ending in .safetensors gets the latents (n, channels, height, width); any other name a PNG contact sheet,
+    which needs a model of 1 or 3 channels (latents of others want their pipeline's decoder).
+    """
+    manifest = load_manifest(package)
+    settings = Recipe.model_validate(manifest["recipe"]).sampling
+    transformer = load(package)
+    conditions = Reference.load(package).conditions
+    available = min(len(tensor) for tensor in conditions.values())
+    if out.suffix != ".safetensors" and transformer.config.in_channels not in IMAGE_CHANNELS:
+        raise UsageError(
+            f"{out}: this model's samples are latents of {transformer.config.in_channels} channels, not images",
+            hint="name a .safetensors file, or pass --pipeline and --prompts to decode them",
+        )
+    chosen = rows if rows is not None else [i % available for i in range(images or settings.images)]
+    scheduler = scheduler_from(settings.scheduler, manifest["scheduler"])
+    latents = ConditionalSampler(transformer, scheduler, conditions)(
+        chosen, num_inference_steps=steps or settings.steps, guidance_scale=settings.guidance_scale,
+        generator=torch.Generator().manual_seed(settings.seed if seed is None else seed),
+    )  # fmt: skip
+    if out.suffix == ".safetensors":
+        save_tensors_atomic(out, {"samples": latents})
+    else:
+        write_contact_sheet(out, latents.numpy())
+    return out
+
+
+def sample_prompts(package: Path, out: Path, pipeline: Path, prompts: Path, *, steps: int | None, seed: int | None) -> Path:
+    """Run a whole diffusers pipeline with the package in place of its transformer; writes a PNG contact sheet."""
+    from lrq_export.calibrate.pipeline import open_pipeline, read_prompts
+
+    settings = Recipe.model_validate(load_manifest(package)["recipe"]).sampling
+    whole = open_pipeline(pipeline)
+    whole.register_modules(transformer=None)
+    whole.transformer = load(package)
+    drawn = whole(
+        read_prompts(prompts), num_inference_steps=steps or settings.steps, output_type="np",
+        generator=torch.Generator().manual_seed(settings.seed if seed is None else seed),
+    ).images  # fmt: skip
+    write_contact_sheet(out, np.transpose(drawn, (0, 3, 1, 2)) * 2 - 1)
+    return out
+
+
+def write_contact_sheet(path: Path, images: np.ndarray, columns: int = 10, enlarge_to: int = 96) -> None:
+    """Images (n, 1 or 3, height, width) in [-1, 1] as one PNG, small ones enlarged pixel by pixel."""
+    from PIL import Image
+
+    count, _, height, width = images.shape
+    zoom = max(1, enlarge_to // height)
+    pixels = ((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).repeat(zoom, axis=2).repeat(zoom, axis=3)
+    if pixels.shape[1] == 1:
+        pixels = pixels.repeat(3, axis=1)
+    height, width, columns = height * zoom, width * zoom, min(columns, count)
+    sheet = np.full((-(-count // columns) * height, columns * width, 3), 255, np.uint8)
+    for index, image in enumerate(pixels):
+        top, left = index // columns * height, index % columns * width
+        sheet[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    with atomic_file(path) as file:
+        Image.fromarray(sheet).save(file, format="PNG")

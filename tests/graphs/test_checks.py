@@ -1,0 +1,274 @@
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+
+from graphs.checks import GraphError, check, check_preserved
+from graphs.expressions import Expression, RotateOutput
+from graphs.passes import make_linear
+
+TEXT = """
+mlp (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
+{
+    r = Rotate<block = 12, seed = 3>(x)
+    u = Linear<rows = 48, cols = 24>(r)
+    a = Relu(u)
+    v = Linear<rows = 24, cols = 48, bits = 8, bias = 0>(a)
+    y = Add(x, v)
+}
+"""
+
+
+@pytest.fixture
+def traced(parse):
+    traced = parse(TEXT)
+    check(traced)
+    return traced
+
+
+def node(traced, op):
+    return next(node for node in traced.graph.nodes if node.op == op)
+
+
+def tensor(traced, name):
+    return traced.graph.tensors()[name]
+
+
+def graph_input(traced, name):
+    return next(tensor for tensor in traced.graph.inputs if tensor.name == name)
+
+
+def attribute(op, name, value):
+    def edit(traced):
+        node(traced, op).attrs[name] = value
+
+    return edit
+
+
+def no_attribute(op, name):
+    def edit(traced):
+        del node(traced, op).attrs[name]
+
+    return edit
+
+
+def weight(**changes):
+    def edit(traced):
+        traced.linears["u.codes"] = replace(traced.linears["u.codes"], **changes)
+
+    return edit
+
+
+def shape(name, sizes):
+    def edit(traced):
+        tensor(traced, name).shape = sizes
+
+    return edit
+
+
+def reads(op, index, name):
+    def edit(traced):
+        node(traced, op).inputs[index] = tensor(traced, name)
+
+    return edit
+
+
+def order(traced):
+    traced.graph.nodes.reverse()
+
+
+def two_tensors_of_one_name(traced):
+    node(traced, "Relu").inputs = [gs.Variable("u", np.float32, ["batch", "tokens", 48])]
+
+
+def defined_twice(traced):
+    twin = gs.Variable("a", np.float32, ["batch", "tokens", 48])
+    traced.graph.nodes.append(gs.Node("Neg", "twin", inputs=[tensor(traced, "a")], outputs=[twin]))
+
+
+def undefined(traced):
+    node(traced, "Relu").inputs = [gs.Variable("nowhere", np.float32, ["batch", "tokens", 48])]
+
+
+def output_lost(traced):
+    tensor(traced, "y").inputs.clear()
+
+
+def dangling_rotation(traced):
+    rotation = node(traced, "HadamardRotate")
+    transpose = tensor(traced, "u_open").inputs[0]
+    transpose.inputs[0] = rotation.inputs[0]
+
+
+def rotated_in_a_branch(traced):
+    x, inner = graph_input(traced, "x"), gs.Variable("inner", np.float32)
+    signs = node(traced, "HadamardRotate").inputs[1]
+    rotate = gs.Node("HadamardRotate", "hidden", {"block": 12}, [x, signs], [inner], domain="lrq")
+    branch = gs.Graph([rotate], outputs=[inner])
+    flag = gs.Constant("flag", np.array(True))
+    attributes = {"then_branch": branch, "else_branch": branch}
+    traced.graph.nodes.append(gs.Node("If", "choice", attributes, [flag], [gs.Variable("z", np.float32)]))
+
+
+def weight_without_row(traced):
+    del traced.linears["u.codes"]
+
+
+def row_without_input(traced):
+    traced.tensors["ghost"] = Expression("ghost", (3,))
+
+
+def weight_nobody_reads(traced):
+    traced.tensors["idle"] = Expression("idle", (3,))
+    traced.graph.inputs.append(gs.Variable("idle", np.float32, [3]))
+
+
+def signs_of_twos(traced):
+    node(traced, "HadamardRotate").inputs[1].values = np.full(24, 2, np.float32)
+
+
+def signs_without_their_seed(traced):
+    traced.signs["signs24_3"] = None
+
+
+def signs_fed(traced):
+    fed = gs.Variable("signs24_3", np.float32, [24])
+    node(traced, "HadamardRotate").inputs[1] = fed
+    traced.graph.inputs.append(fed)
+
+
+def wrong_type(traced):
+    graph_input(traced, "x").dtype = np.float16
+
+
+def misspelt_op(traced):
+    node(traced, "HadamardRotate").op = "HadamardRotat"
+
+
+def input_missing(traced):
+    node(traced, "TwinLogDequant").inputs.pop()
+
+
+def unknown_standard_op(traced):
+    node(traced, "Relu").op = "Rulu"
+
+
+def rotated_weight_of_other_rows(traced):
+    traced.tensors["u_bias"] = Expression("u.bias", (24,))
+
+
+BROKEN = {
+    "nodes out of order": (order, ["Add 'Add.", "that nothing before it computes"]),
+    "undefined tensor": (undefined, ["Relu 'Relu.", "reads 'nowhere' that nothing before it computes"]),
+    "one name, two tensors": (two_tensors_of_one_name, ["Relu 'Relu.", "reads a second tensor named 'u'"]),
+    "one name, two nodes": (defined_twice, ["Neg 'twin'", "defines 'a', which is defined already"]),
+    "output lost": (output_lost, ["graph output 'y'", "nothing computes it"]),
+    "unknown op": (misspelt_op, ["HadamardRotat 'rotate.r'", "is not an op of the dialect"]),
+    "unknown attribute": (attribute("HadamardRotate", "blok", 12), ["'rotate.r'", "no attribute 'blok'"]),
+    "missing attribute": (no_attribute("TwinLogDequant", "bits"), ["TwinLogDequant.bits is required"]),
+    "attribute of a wrong type": (attribute("HadamardRotate", "block", "12"), ["takes an integer, got '12'"]),
+    "attribute out of range": (attribute("TwinLogDequant", "bits", 5), ["bits is 5; it must be one of [2, 3, 4]"]),
+    "input missing": (input_missing, ["has 2 inputs and 1 outputs", "needed codes, exponents, scale"]),
+    "block does not divide": (attribute("HadamardRotate", "block", 16), ["HadamardRotate 'rotate.r'", "16"]),
+    "another factorization": (attribute("HadamardRotate", "order", 5), ["factorizes with base 12 and order 11"]),
+    "declared shape": (shape("r", ["batch", "tokens", 23]), ["'r' is declared ('batch', 'tokens', 23)"]),
+    "declared rank": (shape("u_w", [48, 24, 1]), ["'u_w' is declared (48, 24, 1)", "needed (48, 24)"]),
+    "codes of another shape": (shape("u.codes", [48, 1, 23]), ["axis 2 of codes is 23, needed 24"]),
+    "rows of the table": (
+        weight(weight=Expression("u.weight", (24, 24))), ["rows is 48", "needed 24 as u in the weight table"]),
+    "bits of the table": (weight(bits=3), ["bits is 4, needed 3 as u"]),
+    "group size of the table": (weight(group_size=12), ["group_size is 24, needed 12 as u"]),
+    "weight without a row": (weight_without_row, ["its codes 'u.codes' are in no row of the weight table"]),
+    "scale of another layer": (reads("TwinLogDequant", 2, "u_bias"), ["its scale are 'u_bias', needed 'u.scale'"]),
+    "row without a graph input": (row_without_input, ["weight 'ghost'", "the table has it but the graph does not"]),
+    "weight that nobody reads": (weight_nobody_reads, ["weight 'idle': nobody reads it"]),
+    "bias of another length": (rotated_weight_of_other_rows, ["weight 'u_bias'", "shape (48,), needed (24,)"]),
+    "dangling rotation": (dangling_rotation, ["HadamardRotate 'rotate.r': nobody reads the rotated tensor"]),
+    "lrq node in a subgraph": (rotated_in_a_branch, ["'hidden': sits in a subgraph of If 'choice'"]),
+    "signs that are not signs": (signs_of_twos, ["its signs 'signs24_3' are in the table", "a constant of +-1"]),
+    "signs that are fed": (signs_fed, ["its signs 'signs24_3' are in the table", "a constant of +-1"]),
+    "signs that lost their seed": (signs_without_their_seed, ["are not all one, needed ones where the table has no"]),
+    "types that do not fit": (wrong_type, ["the ONNX checker"]),
+    "unknown standard op": (unknown_standard_op, ["the ONNX checker", "Rulu"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "parts"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_graph_is_refused_in_one_line_that_says_where(damage, parts, traced):
+    damage(traced)
+    with pytest.raises(GraphError) as caught:
+        check(traced)
+    assert "\n" not in str(caught.value)
+    assert "needed" in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_linear_must_carry_the_activation_bits_of_the_table(traced):
+    make_linear(traced)
+    check(traced)
+    node(traced, "TwinLogLinear").attrs["act_bits"] = 6
+    with pytest.raises(GraphError, match="TwinLogLinear 'u': act_bits is 6, needed 8 as u"):
+        check(traced)
+
+
+def test_a_rotation_may_be_an_output_of_the_graph(parse):
+    check(parse(TEXT.replace("24] y)", "24] y, float[batch, tokens, 24] r)")))
+
+
+def test_checking_does_not_change_the_graph(traced):
+    before = traced.to_onnx()
+    check(traced)
+    assert traced.to_onnx() == before
+
+
+def test_rewriting_weights_preserves_the_interface(traced):
+    after = traced.copy()
+    after.rotate_output("u.codes", "u_bias", RotateOutput(48))
+    check_preserved(traced, after)
+
+
+def renamed_output(traced):
+    traced.graph.outputs[0].name = "z"
+
+
+def retyped_input(traced):
+    graph_input(traced, "x").dtype = np.float16
+
+
+def reshaped_input(traced):
+    graph_input(traced, "x").shape = [2, "tokens", 24]
+
+
+def forgotten_weight(traced):
+    del traced.tensors["u_bias"]
+
+
+INTERFACE = {
+    "renamed output": (renamed_output, r"the graph's outputs: got float32\[batch, tokens, 24\] z, needed .* y"),
+    "another type": (retyped_input, r"model inputs: got float16\[batch, tokens, 24\] x, needed float32"),
+    "another shape": (reshaped_input, r"model inputs: got float32\[2, tokens, 24\] x, needed"),
+    "a weight that became an input": (forgotten_weight, r"model inputs: got float32\[48\] u_bias, needed no more"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), INTERFACE.values(), ids=INTERFACE.keys())
+def test_a_changed_interface_is_refused(damage, message, traced):
+    after = traced.copy()
+    damage(after)
+    with pytest.raises(GraphError, match=message):
+        check_preserved(traced, after)
+
+
+def test_a_changed_order_of_outputs_is_refused(parse):
+    traced = parse(TEXT.replace("24] y)", "24] y, float[batch, tokens, 24] r)"))
+    after = traced.copy()
+    after.graph.outputs.reverse()
+    with pytest.raises(GraphError, match="got the order"):
+        check_preserved(traced, after)
+
+
+def test_the_checked_model_is_valid_onnx_for_others_too(traced):
+    onnx.checker.check_model(traced.to_onnx())
