@@ -11,7 +11,7 @@ import torch
 
 from graphs.expressions import RotateOutput
 from graphs.ops import packing
-from graphs.passes.patterns import is_lrq
+from graphs.passes.patterns import LINEAR_OPS, is_lrq, open_linear, producer
 from graphs.traced import LinearWeight, TracedGraph
 from lrq_export.calibrate.statistics import Statistics
 from lrq_export.checkpoint import Checkpoint, TensorFile, check_finite
@@ -110,7 +110,7 @@ def layer_file(folder: Path, layer: str) -> Path:
 def _record(traced: TracedGraph, codes: str, weight: LinearWeight, plan: LayerPlan) -> LayerRecord:
     """What the rewritten graph made of a planned layer."""
     reader = next(node for node in traced.graph.nodes if any(tensor.name == codes for tensor in node.inputs))
-    online, bias = _surroundings(reader)
+    online, bias = _surroundings(reader, traced.graph)
     folded = [step for step in weight.weight.maps if isinstance(step, RotateOutput)]
     rotated_by = "nothing" if not plan.block else "HadamardRotate" if online else "value projection"
     return LayerRecord(
@@ -122,15 +122,15 @@ def _record(traced: TracedGraph, codes: str, weight: LinearWeight, plan: LayerPl
     )  # fmt: skip
 
 
-def _surroundings(reader) -> tuple[bool, str | None]:
+def _surroundings(reader, graph) -> tuple[bool, str | None]:
     """Whether the input of a quantized linear is rotated by a node, and the name of its bias tensor."""
-    if is_lrq(reader, "TwinLogLinear", "Int8Linear"):
-        x, bias = reader.inputs[0], reader.inputs[-1].name
-    else:  # an open linear, activations in floating point: Dequant -> Transpose -> MatMul -> Add
-        matmul = reader.outputs[0].outputs[0].outputs[0].outputs[0]
-        x, following = matmul.inputs[0], matmul.outputs[0].outputs
-        bias = next((t.name for t in following[0].inputs if not t.inputs), None) if following[0].op == "Add" else None
-    return bool(x.inputs) and is_lrq(x.inputs[0], "HadamardRotate"), bias
+    if is_lrq(reader, *LINEAR_OPS):
+        x, bias = reader.inputs[0], reader.inputs[-1]
+    else:  # activations in floating point: Dequant -> Transpose -> MatMul
+        linear = open_linear(reader.outputs[0].outputs[0].outputs[0].outputs[0], graph)
+        x, bias = linear.input, linear.bias
+    before = producer(x)
+    return before is not None and is_lrq(before, "HadamardRotate"), bias.name if bias is not None else None
 
 
 def _second_moment(statistics: Statistics, record: LayerRecord) -> torch.Tensor:

@@ -74,7 +74,6 @@ def lower_linears(traced: TracedGraph) -> list[str]:
         _integer_product(graph, node, layer, codes, token_scale)
         layers.append(layer)
     traced.forget_unused()
-    graph.inputs = [tensor for tensor in graph.inputs if tensor.outputs]
     return layers
 
 

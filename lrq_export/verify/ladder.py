@@ -9,6 +9,7 @@ R5  floating-point trajectory   trajectory of the engine     what a user sees: s
 """
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from graphs.expressions import Expression
 from graphs.float_model import float_model, weight_names
 from graphs.traced import TracedGraph
 from lrq_export.evaluate import ReadTensor, evaluate
@@ -105,9 +107,9 @@ def rewrites(
     """
     read = read or random_source(stages[0][1])
     cases = [{name: tensor[:2] for name, tensor in inputs.items()}, other_shapes(specs, inputs, seed=3)]
-    measured, before = {}, None
+    measured, before, evaluated = {}, None, {}
     for name, traced in stages:
-        outputs = _run_in_floating_point(traced, read, specs, cases)
+        outputs = _run_in_floating_point(traced, read, specs, cases, evaluated)
         if before is not None:
             measured[name] = max(nmse(after, was) for after, was in zip(outputs, before, strict=True))
         before = outputs
@@ -121,8 +123,7 @@ def random_source(traced: TracedGraph) -> ReadTensor:
         shapes[expression.source] = expression.source_shape
 
     def read(name: str) -> torch.Tensor:
-        seed = int.from_bytes(name.encode()[-7:], "little") % (1 << 62)
-        shape = shapes[name]
+        seed, shape = zlib.crc32(name.encode()), shapes[name]
         spread = 1 / math.sqrt(shape[-1]) if len(shape) > 1 else 0.1
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread
 
@@ -130,11 +131,22 @@ def random_source(traced: TracedGraph) -> ReadTensor:
 
 
 def _run_in_floating_point(
-    traced: TracedGraph, read: ReadTensor, specs: dict[str, InputSpec], cases: list[Inputs]
+    traced: TracedGraph,
+    read: ReadTensor,
+    specs: dict[str, InputSpec],
+    cases: list[Inputs],
+    evaluated: dict[Expression, np.ndarray],
 ) -> list[np.ndarray]:
+    """Outputs for every case. `evaluated` carries weights from stage to stage: a pass changes few of them."""
     import onnxruntime
 
-    weights = {name: evaluate(each, read).numpy() for name, each in weight_names(traced).items()}
+    expressions = weight_names(traced)
+    for gone in evaluated.keys() - set(expressions.values()):
+        del evaluated[gone]
+    for each in expressions.values():
+        if each not in evaluated:
+            evaluated[each] = evaluate(each, read).numpy()
+    weights = {name: evaluated[each] for name, each in expressions.items()}
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     model = float_model(traced, weights).SerializeToString()
