@@ -22,7 +22,10 @@ from lrq_export.plan import LayerPlan
 from lrq_export.quant import twin_log, uniform
 from lrq_export.quant.weight import dequantize
 from lrq_export.quantized import (
+    FOLDED,
     INT8_BITS,
+    ONLINE,
+    UNROTATED,
     LayerRecord,
     LayerTensors,
     QuantizedFile,
@@ -85,9 +88,7 @@ def quantize_layer(weight: torch.Tensor, second_moment: torch.Tensor | None, rec
 def assemble(traced: TracedGraph, folder: Path, path: Path) -> None:
     """Join the per-layer files of `quantize_layers` into the package's quantized.safetensors."""
     floats = TensorFile(folder / "floats.safetensors")
-    layers = (
-        QuantizedFile(layer_file(folder, weight.layer)).layer(weight.layer) for weight in traced.linears.values()
-    )
+    layers = (QuantizedFile(layer_file(folder, weight.layer)).layer(weight.layer) for weight in traced.linears.values())
     write_quantized(path, layers, floats.read_all())
 
 
@@ -112,7 +113,7 @@ def _record(traced: TracedGraph, codes: str, weight: LinearWeight, plan: LayerPl
     reader = next(node for node in traced.graph.nodes if any(tensor.name == codes for tensor in node.inputs))
     online, bias = _surroundings(reader, traced.graph)
     folded = [step for step in weight.weight.maps if isinstance(step, RotateOutput)]
-    rotated_by = "nothing" if not plan.block else "HadamardRotate" if online else "value projection"
+    rotated_by = UNROTATED if not plan.block else ONLINE if online else FOLDED
     return LayerRecord(
         layer=weight.layer, rows=weight.weight.shape[0], cols=weight.weight.shape[1], bits=weight.bits,
         group_size=weight.group_size, act_bits=weight.act_bits, block=plan.block, signs_seed=plan.signs_seed,

@@ -21,7 +21,7 @@ from lrq_export.bind import assemble, quantize_layers, write_portable
 from lrq_export.calibrate.run import observe
 from lrq_export.calibrate.statistics import Moments, Statistics
 from lrq_export.engine.onnxruntime import build_engine
-from lrq_export.errors import CheckFailed, UsageError
+from lrq_export.errors import UsageError
 from lrq_export.package import (
     GRAPHS,
     MODEL,
@@ -31,10 +31,8 @@ from lrq_export.package import (
     REPORT,
     REPORT_PAGE,
     STATS,
-    Workspace,
     is_package,
     load_manifest,
-    open_workspace,
     require_free_disk,
     verify_hashes,
     write_bytes_atomic,
@@ -51,6 +49,7 @@ from lrq_export.trace import trace
 from lrq_export.verify.reference import Reference, write_reference
 from lrq_export.verify.report_page import write_report_page
 from lrq_export.verify.run import climb
+from lrq_export.workspace import Workspace, open_workspace
 
 STAGES = ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")
 LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "safetensors", "numpy")

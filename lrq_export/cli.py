@@ -16,7 +16,9 @@ app = typer.Typer(
     help="Compile a diffusion transformer into a low-bit deployable package.",
 )  # fmt: skip
 
-Stage = Enum("Stage", {name: name for name in ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")})
+Stage = Enum(
+    "Stage", {name: name for name in ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")}
+)
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines instead of tables and bars.")]
 Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.")]
 
@@ -77,7 +79,9 @@ def build(
 @app.command()
 def verify(
     package: Package,
-    source: Annotated[Path | None, typer.Option(help="The source folder: measures R0 again, R3 on real weights.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="The source folder: measures R0 again, R3 on real weights.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check every hash, then climb the parity ladder again from the package's files."""
@@ -116,7 +120,9 @@ def sample(
 @app.command()
 def inspect(
     package: Package,
-    passes: Annotated[bool, typer.Option("--passes", help="What each rewrite did, and near misses with reasons.")] = False,
+    passes: Annotated[
+        bool, typer.Option("--passes", help="What each rewrite did, and near misses with reasons.")
+    ] = False,
     layers: Annotated[bool, typer.Option("--layers", help="One line a quantized layer.")] = False,
     as_json: Json = False,
 ) -> None:

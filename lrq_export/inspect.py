@@ -38,7 +38,7 @@ def describe(package: Path) -> Section:
         "outputs": outputs,
         "ops": dict(ops.most_common()),
         "bodies": [f"{function.domain}.{function.name}" for function in model.functions],
-        "files": {name: entry["size"] for name, entry in manifest["files"].items()},
+        "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
     }
     lines = [
         f"{data['class']}, {manifest['recipe']['weights']['bits']}-bit weights, "

@@ -9,7 +9,6 @@ A reader sees a file whole or not at all, and a package old or new, never half o
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -17,12 +16,12 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from lrq_export.checkpoint import DTYPES, LENGTH_BYTES, is_plain_relative
-from lrq_export.errors import InputError, MissingError, UsageError
+from lrq_export.errors import InputError, MissingError
 
 FORMAT = "lrq-export package"
 SCHEMA = 1
@@ -44,7 +43,6 @@ FILES = (MANIFEST, RECIPE, STATS, QUANTIZED, MODEL, MODEL_DATA, REPORT, REPORT_P
 # Hold timings, so they differ between two builds of the same inputs; no other file may.
 TIMED_FILES = frozenset({REPORT, REPORT_PAGE})
 
-LAYERS = "layers"  # beside the unfinished package: results of single layers, gone when it is whole
 TEMPORARY = ".lrq-writing"  # suffix of a file that is not finished
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -84,7 +82,7 @@ def atomic_file(path: Path) -> Iterator[CountingWriter]:
     except BaseException as error:
         _discard(temporary, file)
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise _disk_full(path, file.asked if file else 0, error) from error
+            raise disk_full(path, file.asked if file else 0, error) from error
         raise
 
 
@@ -241,146 +239,6 @@ def require_free_disk(path: Path, needed: int) -> None:
         )
 
 
-class Workspace:
-    """OUT.partial while a package is built in it; made by `open_workspace`, used in a with block.
-
-    `.path` is the folder to build in, `.layers` one for work that the package will not hold (the caller creates it),
-    `.resumed` says whether an earlier build of the same fingerprint left work, `.notes` is a dict that survives a kill
-    once `remember` stored a value. Leaving the block without `commit` releases the lock and keeps the work for the next
-    run; `commit` removes it.
-    """
-
-    def __init__(self, out: Path, fingerprint: str):
-        self.out, self.fingerprint = out, fingerprint
-        self.partial, self.previous = _beside(out, ".partial"), _beside(out, ".previous")
-        self.path, self.layers = self.partial / "package", self.partial / LAYERS
-        self._state, self._lock_path = self.partial / "state.json", self.partial / "lock"
-        self.notes: dict[str, Any] = {}
-        self.resumed = False
-        self._lock: int | None = None
-
-    def remember(self, key: str, value: Any) -> None:
-        """Keep a JSON value in `notes` across a kill, for example a finished layer."""
-        self.notes[key] = value
-        write_json_atomic(self._state, {"fingerprint": self.fingerprint, "notes": self.notes})
-
-    def commit(self) -> None:
-        """Swap the finished package in for OUT and remove everything else. Its manifest must be written.
-
-        Raises UsageError when OUT was filled with something else meanwhile.
-        """
-        assert (self.path / MANIFEST).is_file(), "commit before write_manifest"
-        _refuse_foreign(self.out)
-        _remove_unfinished(self.path)
-        _sync_tree(self.path)
-        if self.out.exists():
-            os.rename(self.out, self.previous)
-        os.rename(self.path, self.out)
-        sync_folder(self.out.parent)
-        self._discard_previous()
-        _remove_folder(self.layers)
-        self.close()
-
-    def close(self) -> None:
-        """Release the lock; keep unfinished work, leave nothing behind when there is none."""
-        if self._lock is None:
-            return
-        if not self.path.exists():
-            self._state.unlink(missing_ok=True)
-        # Removed while still held, so that whoever opens the old file next sees that it is no longer in place.
-        self._lock_path.unlink(missing_ok=True)
-        os.close(self._lock)
-        self._lock = None
-        with contextlib.suppress(OSError):  # it holds work, or another build has opened it already
-            self.partial.rmdir()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _open(self) -> None:
-        """Take the lock, undo a half-done swap, then keep or wipe what an earlier build left."""
-        self._acquire()
-        _remove_unfinished(self.partial)
-        if self.previous.exists() and not self.out.exists():
-            os.rename(self.previous, self.out)
-            sync_folder(self.out.parent)
-        elif self.previous.exists():
-            self._discard_previous()
-        state = _read_state(self._state)
-        self.resumed = state.get("fingerprint") == self.fingerprint and self.path.is_dir()
-        if self.resumed:
-            self.notes = state.get("notes", {})
-            return
-        # The state goes first: without it, what is left of the work is never taken for whole.
-        self._state.unlink(missing_ok=True)
-        _remove_folder(self.path)
-        _remove_folder(self.layers)
-        self.path.mkdir()
-        write_json_atomic(self._state, {"fingerprint": self.fingerprint, "notes": {}})
-
-    def _acquire(self) -> None:
-        while self._lock is None:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                in_place = os.path.exists(self._lock_path) and os.path.samestat(
-                    os.fstat(lock), os.stat(self._lock_path)
-                )
-            except BlockingIOError as error:
-                os.close(lock)
-                raise UsageError(
-                    f"{self.out}: another build is writing it", hint="wait for it to end, or build to another folder"
-                ) from error
-            if in_place:
-                self._lock = lock
-            else:
-                os.close(lock)  # its owner removed it between our open and our lock
-
-    def _discard_previous(self) -> None:
-        """Remove OUT.previous. It is moved first, so that a kill never leaves half a package under that name."""
-        discarded = self.partial / "discarded"
-        _remove_folder(discarded)
-        if self.previous.exists():
-            os.rename(self.previous, discarded)
-            _remove_folder(discarded)
-
-
-def open_workspace(out: Path, fingerprint: str) -> Workspace:
-    """Lock OUT and open OUT.partial: resumed when it was left by the same fingerprint, else started empty.
-
-    Raises UsageError when OUT, OUT.partial or OUT.previous holds something that lrq-export did not write, or when
-    another build holds the lock; MissingError when the disk is full.
-    """
-    out = Path(out).resolve()
-    if out.parent == out or os.path.ismount(out):
-        raise UsageError(
-            f"{out}: got a mount point, needed a folder that can be renamed", hint=f"build to {out / 'package'}"
-        )
-    workspace = Workspace(out, fingerprint)
-    _refuse_foreign(out)
-    _refuse_foreign(workspace.previous)
-    _refuse_foreign_partial(workspace.partial)
-    try:
-        workspace._open()
-    except OSError as error:
-        workspace.close()
-        if error.errno in DISK_ERRORS:
-            raise _disk_full(out, 0, error) from error
-        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or error.errno == errno.EROFS:
-            raise UsageError(
-                f"{error.filename}: cannot write: {error.strerror}", hint="choose another output folder"
-            ) from error
-        raise
-    except BaseException:
-        workspace.close()
-        raise
-    return workspace
-
-
 def is_package(folder: Path) -> bool:
     """Whether a folder holds a manifest of ours, edited or not."""
     try:
@@ -397,71 +255,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Raise UsageError unless the path is free, an empty folder, or a package that may be replaced."""
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir() or folder.is_symlink():
-        raise UsageError(f"{folder}: got a file, needed a folder or a free name", hint="choose another output folder")
-    if any(folder.iterdir()) and not is_package(folder):
-        raise UsageError(
-            f"{folder}: holds {_first_name(folder)} but no {MANIFEST} of ours, needed an empty folder or a package",
-            hint="choose another output folder, or empty this one yourself",
-        )
-
-
-def _refuse_foreign_partial(partial: Path) -> None:
-    """Raise UsageError unless OUT.partial holds only what Workspace puts there: its content will be wiped."""
-    if not os.path.lexists(partial):
-        return
-    ours = {"package", LAYERS, "state.json", "lock", "discarded"}
-    if partial.is_symlink() or not partial.is_dir():
-        problem = "got a file or a link"
-    else:
-        names = {entry.name for entry in partial.iterdir() if not entry.name.endswith(TEMPORARY)} - ours
-        problem = f"holds {min(names)}" if names else None
-    if problem:
-        raise UsageError(
-            f"{partial}: {problem}, needed a name that the build may use",
-            hint="move it away, or choose another output folder",
-        )
-
-
-def _first_name(folder: Path) -> str:
-    return min(entry.name for entry in folder.iterdir())
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """The state of an earlier build, or {} when there is none that can be trusted."""
-    try:
-        state = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return state if isinstance(state, dict) and isinstance(state.get("notes", {}), dict) else {}
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files of a build that was killed."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            if name.endswith(TEMPORARY):
-                os.unlink(os.path.join(root, name))
-
-
-def _remove_folder(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
-def _sync_tree(folder: Path) -> None:
-    """Flush every file and folder: engines are written by other tools, which do not."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            with open(os.path.join(root, name), "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(Path(root))
 
 
 def _check_files_table(path: Path, files: Any) -> None:
@@ -498,7 +291,7 @@ def _edited(path: Path, got: str, needed: Any) -> InputError:
     )
 
 
-def _disk_full(path: Path, asked: int, error: OSError) -> MissingError:
+def disk_full(path: Path, asked: int, error: OSError) -> MissingError:
     needed = f"at least {asked} bytes" if asked else "more"
     return MissingError(
         f"{path}: {error.strerror}: got {_free_bytes(path)} free bytes, needed {needed}",
@@ -520,9 +313,3 @@ def _discard(temporary: Path, file: CountingWriter | None) -> None:
             file.close()
     with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
-
-
-def _beside(out: Path, suffix: str) -> Path:
-    """OUT.partial or OUT.previous; OUT need not exist."""
-    out = Path(out).resolve()
-    return out.with_name(out.name + suffix)

@@ -3,11 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+
 from graphs.ops import hadamard
 from lrq_export.errors import UsageError
 from lrq_export.models.base import ModelFamily
 from lrq_export.recipe import Recipe, select_layers
-from torch import nn
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from lrq_export.quant.linear import QuantizedLinear
 from lrq_export.quant.rotation import Rotation
 
 INT8_BITS = 8
+# How a layer's input comes to be rotated.
+ONLINE, FOLDED, UNROTATED = "HadamardRotate", "value projection", "nothing"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class LayerRecord:
     act_bits: int
     block: int  # of the rotation on its input, 0 if none
     signs_seed: int | None
-    rotated_by: str  # "HadamardRotate" (online), "value projection" (folded) or "nothing"
+    rotated_by: str  # ONLINE, FOLDED or UNROTATED
     reason: str
     output_rotations: list[dict[str, Any]] = field(default_factory=list)  # folded into this layer: block, signs_seed
     bias: str | None = None  # graph name of its bias, None if it has none
@@ -47,7 +49,7 @@ class LayerRecord:
 
     def input_rotation(self) -> Rotation | None:
         """The rotation that the layer's own input goes through when the model runs, None if it was folded away."""
-        if self.rotated_by != "HadamardRotate":
+        if self.rotated_by != ONLINE:
             return None
         return Rotation(self.cols, self.block, self.signs_seed)
 

@@ -46,7 +46,9 @@ def sample_conditions(
     return out
 
 
-def sample_prompts(package: Path, out: Path, pipeline: Path, prompts: Path, *, steps: int | None, seed: int | None) -> Path:
+def sample_prompts(
+    package: Path, out: Path, pipeline: Path, prompts: Path, *, steps: int | None, seed: int | None
+) -> Path:
     """Run a whole diffusers pipeline with the package in place of its transformer; writes a PNG contact sheet."""
     from lrq_export.calibrate.pipeline import open_pipeline, read_prompts
 

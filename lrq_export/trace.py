@@ -9,10 +9,12 @@ will be.
 import contextlib
 import io
 import logging
+import re
 import warnings
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import torch
 from torch import nn
@@ -102,7 +104,7 @@ def trace(family: ModelFamily, config: dict[str, Any], plans: list[LayerPlan]) -
             program, dynamo=True, opset_version=names.ONNX_OPSET, optimize=False,
             input_names=list(specs), output_names=[OUTPUT], verbose=False,
         )  # fmt: skip
-    return _to_traced(exported.model, plans, shapes)
+    return _to_traced(exported.model, plans, shapes, specs)
 
 
 def _fake_parameters(model: nn.Module) -> nn.Module:
@@ -143,7 +145,9 @@ def _quiet():
         registration.setLevel(level)
 
 
-def _to_traced(model, plans: list[LayerPlan], shapes: dict[str, tuple[int, ...]]) -> TracedGraph:
+def _to_traced(
+    model, plans: list[LayerPlan], shapes: dict[str, tuple[int, ...]], specs: dict[str, InputSpec]
+) -> TracedGraph:
     """Turn the exporter's model, an onnx_ir one whose initializers are fake, into a TracedGraph."""
     import onnx_ir
     from onnxscript import optimizer
@@ -158,6 +162,7 @@ def _to_traced(model, plans: list[LayerPlan], shapes: dict[str, tuple[int, ...]]
     proto = onnx_ir.to_proto(model)
     for entity in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
         del entity.metadata_props[:]  # stack traces of this machine
+    _name_dimensions(proto, specs)
     graph = gs.import_onnx(proto)
     graph.name = "denoiser"
     linears = {f"{plan.name}.codes": _linear_weight(plan) for plan in plans}
@@ -169,6 +174,23 @@ def _to_traced(model, plans: list[LayerPlan], shapes: dict[str, tuple[int, ...]]
             traced.tensors[tensor.name] = Expression(tensor.name, shapes[tensor.name])
     traced.forget_unused()
     return traced
+
+
+def _name_dimensions(proto: onnx.ModelProto, specs: dict[str, InputSpec]) -> None:
+    """Give the exporter's symbols the names of the specs: s12 becomes text, 2*s47 becomes 2*height_units."""
+    meaning = {}
+    for value in proto.graph.input:
+        for dim, extent in zip(
+            value.type.tensor_type.shape.dim, specs[value.name].shape if value.name in specs else ()
+        ):
+            if isinstance(extent, str):
+                symbol = re.fullmatch(r"(?:\d+\*)?(\w+)", dim.dim_param)
+                scaled = "*" in dim.dim_param
+                meaning[symbol.group(1)] = f"{extent}_units" if scaled else extent
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(r"\w+", lambda found: meaning.get(found.group(), found.group()), dim.dim_param)
 
 
 def _linear_weight(plan: LayerPlan) -> LinearWeight:

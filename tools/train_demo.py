@@ -42,9 +42,7 @@ def new_model() -> PixArtTransformer2DModel:
 
 def new_conditions(seed: int) -> torch.Tensor:
     """Caption embeddings (10, 4, 64): one fixed random short sequence per digit."""
-    return torch.randn(
-        digits.CLASSES, CAPTION_TOKENS, CAPTION_CHANNELS, generator=torch.Generator().manual_seed(seed)
-    )
+    return torch.randn(digits.CLASSES, CAPTION_TOKENS, CAPTION_CHANNELS, generator=torch.Generator().manual_seed(seed))
 
 
 def autocast_dtype() -> torch.dtype | None:

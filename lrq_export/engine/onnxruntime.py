@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphs import names
 from graphs.passes.patterns import is_lrq
 from graphs.traced import TracedGraph
 from lrq_export.onnx_file import WeightTensor, write_model

@@ -157,24 +157,23 @@ def _run_in_floating_point(
 def layer_output_errors(
     family: ModelFamily,
     model: nn.Module,
-    quantized: Callable[[str], tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]],
+    quantized: Callable[[str], Callable[[torch.Tensor], torch.Tensor]],
     layers: list[str],
     inputs: Inputs,
 ) -> dict[str, float]:
     """NMSE of every quantized layer's output on the floating-point model's own activations, by layer.
 
-    `quantized(layer)` gives the quantized module and the rotation of its output, which the reference goes through too.
+    `quantized(layer)` gives the quantized layer as a function in the floating-point model's basis.
     """
     sums: dict[str, list[float]] = {}
 
     def watch(name: str) -> Callable:
+        replacement = quantized(name)
+
         def hook(module: nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            replacement, rotate_output = quantized(name)
-            reference = rotate_output(output).double()
-            error = replacement(arguments[0]).double() - reference
             total = sums.setdefault(name, [0.0, 0.0])
-            total[0] += float(error.square().sum())
-            total[1] += float(reference.square().sum())
+            total[0] += float((replacement(arguments[0]) - output).double().square().sum())
+            total[1] += float(output.double().square().sum())
 
         return hook
 
@@ -198,7 +197,9 @@ def noise_error_by_timestep(got, reference, timesteps: torch.Tensor) -> list[dic
 
 def trajectory_errors(got: list[torch.Tensor], reference: torch.Tensor) -> list[dict[str, float]]:
     """Per sampling step, the NMSE of the latents; reference (steps, images, ...)."""
-    return [{"step": i + 1, "nmse": nmse(mine, theirs)} for i, (mine, theirs) in enumerate(zip(got, reference, strict=True))]
+    return [
+        {"step": i + 1, "nmse": nmse(mine, theirs)} for i, (mine, theirs) in enumerate(zip(got, reference, strict=True))
+    ]
 
 
 def draw(

@@ -13,6 +13,7 @@ import onnx
 import torch
 from torch import nn
 
+from graphs.ops import twin_log_dequant
 from graphs.passes import PIPELINE
 from graphs.traced import TracedGraph
 from lrq_export.engine.onnxruntime import SESSION, open_session
@@ -20,7 +21,8 @@ from lrq_export.evaluate import rotation_of
 from lrq_export.models import family_of
 from lrq_export.models.base import ModelFamily
 from lrq_export.package import GRAPHS, MODEL, MODEL_DATA, ONNXRUNTIME_ENGINE, QUANTIZED, verify_hashes
-from lrq_export.quantized import LayerTensors, QuantizedFile
+from lrq_export.quant.rotation import Rotation
+from lrq_export.quantized import FOLDED, LayerTensors, QuantizedFile
 from lrq_export.recipe import Recipe
 from lrq_export.runtime import PackagedTransformer
 from lrq_export.sampling import scheduler_from
@@ -112,7 +114,7 @@ def climb(
     report = {
         "schema": 1,
         "source": {"class_name": config["_class_name"], "parameters": _parameters(state)},
-        "machine": _machine(),
+        "machine": describe_machine(),
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "warnings": [],
         "ladder": [rung.to_json() for rung in rungs],
@@ -293,18 +295,23 @@ def _output_errors(state: Climb) -> dict[str, float]:
     model = state.source.load(state.source.model())
 
     def replacement(name: str):
-        def rotate(y: torch.Tensor) -> torch.Tensor:
-            for step in state.quantized.records[name].output_steps():
-                y = rotation_of(step, y.shape[-1]).apply(y)
+        """The quantized layer in the floating-point model's basis: folded rotations are undone on both sides."""
+        record, module = state.quantized.records[name], state.quantized.module(name)
+        folded = Rotation(record.cols, record.block, record.signs_seed) if record.rotated_by == FOLDED else None
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            y = module(x if folded is None else folded.apply(x))
+            for step in reversed(record.output_steps()):
+                y = rotation_of(step, y.shape[-1]).apply_inverse(y)
             return y
 
-        return state.quantized.module(name), rotate
+        return run
 
     return ladder.layer_output_errors(state.family, model, replacement, list(state.quantized.records), state.few)
 
 
 def _histograms(state: Climb) -> list[dict[str, Any]]:
-    """Integer weights of a few layers: how often each level is used. Real-valued ones where the source is at hand."""
+    """A few layers' weights in units of their row scale; where the source is not at hand, the decoded integers."""
     names = list(state.quantized.records)
     chosen = [names[i] for i in sorted({round(j) for j in np.linspace(0, len(names) - 1, HISTOGRAMS)})]
     return [_histogram(state, state.quantized.layer(name)) for name in chosen]
@@ -315,14 +322,20 @@ def _histogram(state: Climb, layer: LayerTensors) -> dict[str, Any]:
     edges = np.linspace(-160, 160, 81)
     values = integers.astype(np.float32) if state.source is None else _source_integers(state, layer)
     counts, _ = np.histogram(values.clip(-160, 160), edges)
-    levels, uses = np.unique(integers[: max(1, len(integers) // 64)], return_counts=True)
-    often = levels[np.argsort(-uses)][: 2 * 2**layer.record.bits]
     return {
         "layer": layer.record.layer,
         "edges": edges.tolist(),
         "counts": counts.tolist(),
-        "levels": sorted(float(level) for level in often),
+        "levels": _mean_levels(layer),
     }
+
+
+def _mean_levels(layer: LayerTensors) -> list[float]:
+    """The value of every code, averaged over rows and groups; at 8 bits every integer is a level, one in 16 is drawn."""
+    if layer.exponents is None:
+        return [float(level) for level in range(-112, 113, 16)]
+    values = twin_log_dequant.table(layer.exponents.numpy(), layer.record.bits, 4, 6)
+    return sorted(values.mean(axis=(0, 1)).tolist())
 
 
 def _source_integers(state: Climb, layer: LayerTensors) -> np.ndarray:
@@ -356,7 +369,7 @@ def _parameters(state: Climb) -> int:
     return floats + sum(record.rows * record.cols for record in state.quantized.records.values())
 
 
-def _machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """The processor and the features that decide how fast integer products are."""
     processor, features = "unknown", []
     if os.path.exists("/proc/cpuinfo"):

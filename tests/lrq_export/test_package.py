@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lrq_export import package
 from lrq_export.checkpoint import TensorFile
 from lrq_export.errors import InputError, MissingError, UsageError
-from lrq_export.package import open_workspace
+from lrq_export.workspace import open_workspace
 
 ROOT = Path(package.__file__).parents[1]
 
@@ -409,7 +409,7 @@ def test_a_build_stopped_at_any_step_leaves_one_whole_package(tmp_path, monkeypa
         _build(out, b"old")
         if not stopped(monkeypatch, step, lambda out=out: _build(out, b"new")):
             break
-        whole = next(folder for folder in (out, package._beside(out, ".previous")) if folder.exists())
+        whole = next(folder for folder in (out, out.with_name(out.name + ".previous")) if folder.exists())
         assert (whole / package.MODEL).read_bytes() in (b"old", b"new")
         package.verify_hashes(whole)
         with open_workspace(out, "third"):  # opening restores OUT, whatever is built then

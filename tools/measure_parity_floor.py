@@ -1,0 +1,99 @@
+"""How closely two correct float32 implementations of one quantized model can agree when each runs freely.
+
+    python tools/measure_parity_floor.py out/digits-w4a8 examples/digits-pixart
+
+Prints NMSE of pairs that compute the same function (docs/graph.md, "Parity ladder"). A pair that differs only in the
+order of its sums differs by about 1e-14; one rounding of an activation that falls the other way is a whole step, which
+later layers see. The last line gives every quantized layer the same input, and so has no such floor.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+from graphs.float_model import float_model, weight_names
+from lrq_export.engine.onnxruntime import open_session
+from lrq_export.evaluate import evaluate
+from lrq_export.models import family_of
+from lrq_export.package import MODEL, ONNXRUNTIME_ENGINE, QUANTIZED, verify_hashes
+from lrq_export.quantized import QuantizedFile
+from lrq_export.recipe import Recipe
+from lrq_export.runtime import feeds
+from lrq_export.source import Source, open_source
+from lrq_export.verify import forced, ladder
+from lrq_export.verify.metrics import nmse
+from lrq_export.verify.reference import Reference
+from lrq_export.verify.run import Climb, _portable_config, portable_session, quantized_model, saved_graphs
+
+MOVE = 1e-7  # relative, about one unit in the last place of float32
+REPEATS = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("package", type=Path)
+    parser.add_argument("source", type=Path)
+    arguments = parser.parse_args()
+    state = open_package(arguments.package, arguments.source)
+    model = quantized_model(state.family, state.config, state.quantized)
+    cases = {"recorded": state.few, "other sizes": ladder.other_shapes(state.specs, state.reference.inputs, seed=2)}
+    for case, inputs in cases.items():
+        for name, value in measurements(state, model, inputs):
+            print(f"{case:12} {name:62} {value:.2e}", flush=True)
+
+
+def open_package(package: Path, source: Path) -> Climb:
+    manifest = verify_hashes(package)
+    config = manifest["source"]["config"]
+    return Climb(
+        package, Recipe.model_validate(manifest["recipe"]), family_of(config["_class_name"]), config,
+        open_source(source), QuantizedFile(package / QUANTIZED), Reference.load(package),
+    )  # fmt: skip
+
+
+def measurements(state: Climb, model: nn.Module, inputs: ladder.Inputs) -> Iterator[tuple[str, float]]:
+    family, specs = state.family, state.specs
+    yield "floating point: ONNX Runtime vs torch", floating_point_difference(state, state.source, inputs)
+    quantized = ladder.run_torch(family, model, inputs)
+    for seed in range(REPEATS):
+        moved = ladder.run_torch(family, model, inputs | {"hidden_states": nudged(inputs["hidden_states"], seed)})
+        yield f"quantized torch vs itself, latents moved by {MOVE:g} (seed {seed})", nmse(moved, quantized)
+    portable = ladder.run_session(portable_session(state), specs, inputs)
+    yield "model.onnx vs quantized torch, free", nmse(portable, quantized)
+    engine = ladder.run_session(open_session(state.package / ONNXRUNTIME_ENGINE), specs, inputs)
+    yield "engine vs quantized torch, free", nmse(engine, quantized)
+    yield "engine vs model.onnx, free", nmse(engine, portable)
+    yield "model.onnx vs quantized torch, each layer on the same input", forced_difference(state, model, inputs)
+
+
+def nudged(latents: torch.Tensor, seed: int) -> torch.Tensor:
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    return latents * (1 + MOVE * noise)
+
+
+def floating_point_difference(state: Climb, source: Source, inputs: ladder.Inputs) -> float:
+    """The rewritten graph with its weights in floating point, against the diffusers model."""
+    traced = saved_graphs(state.package)[0][-1][1]
+    weights = {name: evaluate(each, source.checkpoint.read).numpy() for name, each in weight_names(traced).items()}
+    session = onnxruntime.InferenceSession(
+        float_model(traced, weights).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    got = session.run(None, feeds(state.specs, inputs) | weights)[0]
+    return nmse(got, ladder.run_torch(state.family, source.load(source.model()), inputs))
+
+
+def forced_difference(state: Climb, model: nn.Module, inputs: ladder.Inputs) -> float:
+    tensor_of = forced.layer_inputs(onnx.load(state.package / MODEL, load_external_data=False))
+    names = list(dict.fromkeys(tensor_of.values()))
+    session = forced.ForcedSession(state.package / MODEL, names, _portable_config(state))
+    answers = forced.torch_answers(state.family, model, inputs, tensor_of)
+    return forced.worst_difference(session.run(state.specs, inputs, answers), answers)[0]
+
+
+if __name__ == "__main__":
+    main()
