@@ -115,7 +115,8 @@ def build(
         return BuildResult(out, True, None, "load")
     if is_package(out) and load_manifest(out).get("fingerprint") == key:
         verify_hashes(out)
-        return BuildResult(out, True, None, up_to_date=True)
+        report = json.loads((out / REPORT).read_text())
+        return BuildResult(out, _all_passed(report), report, up_to_date=True)
     with open_workspace(out, key) as workspace:
         require_free_disk(workspace.partial, _estimated_bytes(opened, plans))
         job = Job(opened, recipe, plans, inputs, workspace, progress, timings)
@@ -136,8 +137,11 @@ def _run(job: Job, until: str, key: str) -> BuildResult:
     write_report_page(job.path / REPORT_PAGE, report, samples)
     write_manifest(job.path, _facts(job, key))
     job.workspace.commit()
-    passed = all(rung["passed"] is not False for rung in report["ladder"])
-    return BuildResult(job.workspace.out, passed, report)
+    return BuildResult(job.workspace.out, _all_passed(report), report)
+
+
+def _all_passed(report: dict[str, Any]) -> bool:
+    return all(rung["passed"] is not False for rung in report["ladder"])
 
 
 def _calibrate(job: Job) -> None:

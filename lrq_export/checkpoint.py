@@ -284,10 +284,11 @@ def _weight_files(folder: Path, root: Path) -> list[TensorFile]:
         raise InputError(f"{folder / pickled[0]}: got a pickle checkpoint, needed safetensors", hint=CONVERT)
     renamed = [name for name in found if name.endswith(".safetensors")]
     shown = ", ".join(renamed or found[:5]) or "nothing else"
-    raise InputError(
-        f"{folder}: got {shown}, needed {SINGLE_FILES[0]} or {INDEX_FILES[0]}",
-        hint=f"rename {renamed[0]} to {SINGLE_FILES[0]}" if len(renamed) == 1 else "copy the weights into the folder",
-    )
+    hint = "copy the weights into the folder"
+    if renamed and not any("-of-" in name for name in renamed):  # shards need their index, not a new name
+        largest = max(renamed, key=lambda name: (folder / name).lstat().st_size)
+        hint = f"rename {largest} to {SINGLE_FILES[0]}"
+    raise InputError(f"{folder}: got {shown}, needed {SINGLE_FILES[0]} or {INDEX_FILES[0]}", hint=hint)
 
 
 def _shards(folder: Path, root: Path, index: Path) -> list[TensorFile]:

@@ -20,6 +20,7 @@ Stage = Enum(
     "Stage", {name: name for name in ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")}
 )
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines instead of tables and bars.")]
+CTRL_C = 130  # what typer makes of a KeyboardInterrupt
 Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.")]
 
 
@@ -62,6 +63,8 @@ def build(
         )  # fmt: skip
     if result.up_to_date:
         print(json.dumps({"event": "up to date", "out": str(result.out)}) if as_json else f"{out} is up to date")
+        if not result.passed:
+            _show_report(result.report, as_json)
     elif result.report is None:
         where = "nothing was written" if result.stopped_after == "load" else f"its work is in {result.out}"
         print(
@@ -234,20 +237,21 @@ class _progress:
 
 def main() -> None:
     """Run the command line; a user error is one line on standard error and its exit code."""
+    interrupted = Interrupted("interrupted", hint="run the same command again to resume")
     try:
         code = app(standalone_mode=False)
     except LrqError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        _fail(Interrupted("interrupted", hint="run the same command again to resume"))
-    except typer.Abort:
-        sys.exit(5)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(interrupted)
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's usage errors, whose class typer does not export
         if usage is None:
             raise
         print(f"lrq-export: {' '.join(usage().split())}", file=sys.stderr)
         sys.exit(2)
+    if code == CTRL_C:
+        _fail(interrupted)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -166,7 +166,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        previous = _beside(Path(folder), ".previous")
+        previous = beside(Path(folder), ".previous")
         hint = (
             f"run the same build again, it restores {previous}"
             if previous.exists()
@@ -313,3 +313,9 @@ def _discard(temporary: Path, file: CountingWriter | None) -> None:
             file.close()
     with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
+
+
+def beside(out: Path, suffix: str) -> Path:
+    """OUT.partial or OUT.previous; OUT need not exist."""
+    out = Path(out).resolve()
+    return out.with_name(out.name + suffix)

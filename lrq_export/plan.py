@@ -78,5 +78,5 @@ def _choose_block(name: str, cols: int, head_width: int | None, recipe: Recipe) 
 
 
 def _some_divisors(number: int) -> list[int]:
-    """Divisors from 16 up to the number: what one would sensibly choose as a block or a group."""
-    return [d for d in range(16, number + 1) if number % d == 0]
+    """Divisors from 8 up to the number: what one would sensibly choose as a block or a group."""
+    return [d for d in range(min(8, number), number + 1) if number % d == 0]

@@ -42,7 +42,7 @@ class JsonLines:
 
 
 class Bar:
-    """A rich progress bar per stage, with elapsed time and ETA, on standard error."""
+    """A rich progress bar per stage, with elapsed time and ETA, on standard error; nothing where that is no terminal."""
 
     def __init__(self):
         from rich.console import Console
@@ -55,10 +55,11 @@ class Bar:
             TimeRemainingColumn,
         )
 
+        console = Console(file=sys.stderr)
         self.bars = Progress(
             TextColumn("{task.description:<10}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[what]}"),
-            console=Console(file=sys.stderr),
+            console=console, disable=not console.is_terminal,
         )  # fmt: skip
 
     def begin(self, stage: str, total: int) -> None:

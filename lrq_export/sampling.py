@@ -25,8 +25,8 @@ def scheduler_from(class_name: str, config: dict[str, Any] | None = None):
 class ConditionalSampler:
     """Draws latents (n, channels, size, size) for rows of `conditions`, the transformer's other forward arguments.
 
-    `transformer` is a diffusers model or what `lrq_export.load` returns. Equal generators draw equal first latents, so two
-    transformers can be compared image by image.
+    `transformer` is a diffusers model or what `lrq_export.load` returns. Equal generators draw equal first latents, so
+    that two transformers can be compared image by image.
     """
 
     def __init__(self, transformer, scheduler, conditions: dict[str, torch.Tensor]):

@@ -13,7 +13,7 @@ from lrq_export.calibrate.inputs import load_inputs, spread_rows, synthetic_inpu
 from lrq_export.checkpoint import Checkpoint, TensorFile, check_finite, check_tensors, open_checkpoint, read_json_object
 from lrq_export.errors import InputError, UsageError
 from lrq_export.models import family_of
-from lrq_export.models.base import SAMPLES, ModelFamily
+from lrq_export.models.base import ModelFamily
 from lrq_export.package import sha256_file
 from lrq_export.recipe import Recipe
 
@@ -155,10 +155,10 @@ def _conditions(source: Source, given: Path | None, evaluation: dict[str, torch.
             isinstance(needed, int) and needed != got for got, needed in zip(tensor.shape, spec.shape, strict=True)
         ):
             raise InputError(f"{path}: {name}: got shape {tuple(tensor.shape)}, needed {spec.shape}")
-    for name, spec in specs.items():
-        if not spec.optional and name not in tensors and spec.shape[0] == SAMPLES:
-            if name not in ("hidden_states", "timestep"):
-                raise InputError(f"{path}: {name} is missing", hint="add it, one row a prompt")
+    required = [name for name, spec in specs.items() if not spec.optional and name not in ("hidden_states", "timestep")]
+    for name in required:
+        if name not in tensors:
+            raise InputError(f"{path}: {name} is missing", hint="add it, one row a prompt")
     if not tensors:
         raise UsageError(f"{path}: holds no conditions")
     return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}

@@ -180,13 +180,12 @@ def _name_dimensions(proto: onnx.ModelProto, specs: dict[str, InputSpec]) -> Non
     """Give the exporter's symbols the names of the specs: s12 becomes text, 2*s47 becomes 2*height_units."""
     meaning = {}
     for value in proto.graph.input:
-        for dim, extent in zip(
-            value.type.tensor_type.shape.dim, specs[value.name].shape if value.name in specs else ()
-        ):
+        if value.name not in specs:
+            continue
+        for dim, extent in zip(value.type.tensor_type.shape.dim, specs[value.name].shape, strict=True):
             if isinstance(extent, str):
-                symbol = re.fullmatch(r"(?:\d+\*)?(\w+)", dim.dim_param)
-                scaled = "*" in dim.dim_param
-                meaning[symbol.group(1)] = f"{extent}_units" if scaled else extent
+                symbol = re.fullmatch(r"(?:\d+\*)?(\w+)", dim.dim_param).group(1)
+                meaning[symbol] = f"{extent}_units" if "*" in dim.dim_param else extent
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
@@ -201,7 +200,7 @@ def _linear_weight(plan: LayerPlan) -> LinearWeight:
 
 
 def _bind_signs(traced: TracedGraph, plans: list[LayerPlan]) -> None:
-    """Replace each layer's own signs by one constant for every width and seed, so that equal rotations are seen equal."""
+    """Replace each layer's own signs by one constant for every width and seed: equal rotations are then seen equal."""
     constants: dict[str, gs.Constant] = {}
     by_layer = {}
     for plan in plans:

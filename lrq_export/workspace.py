@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from lrq_export.errors import UsageError
-from lrq_export.package import DISK_ERRORS, MANIFEST, TEMPORARY, disk_full, is_package, sync_folder, write_json_atomic
+from lrq_export.package import (
+    DISK_ERRORS,
+    MANIFEST,
+    TEMPORARY,
+    beside,
+    disk_full,
+    is_package,
+    sync_folder,
+    write_json_atomic,
+)
 
 LAYERS = "layers"  # beside the unfinished package: results of single layers, gone when it is whole
 
@@ -29,7 +38,7 @@ class Workspace:
 
     def __init__(self, out: Path, fingerprint: str):
         self.out, self.fingerprint = out, fingerprint
-        self.partial, self.previous = _beside(out, ".partial"), _beside(out, ".previous")
+        self.partial, self.previous = beside(out, ".partial"), beside(out, ".previous")
         self.path, self.layers = self.partial / "package", self.partial / LAYERS
         self._state, self._lock_path = self.partial / "state.json", self.partial / "lock"
         self.notes: dict[str, Any] = {}
@@ -221,9 +230,3 @@ def _sync_tree(folder: Path) -> None:
             with open(os.path.join(root, name), "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(Path(root))
-
-
-def _beside(out: Path, suffix: str) -> Path:
-    """OUT.partial or OUT.previous; OUT need not exist."""
-    out = Path(out).resolve()
-    return out.with_name(out.name + suffix)

@@ -203,9 +203,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     described = describe_machine()
-    print(
-        f"{described['processor']}, {args.threads} threads, features: {', '.join(described['features']) or 'none known'}"
-    )
+    features = " ".join(described["features"]) or "unknown"
+    print(f"{described['processor']}, {args.threads} threads, features: {features}")
     if args.only != "block":
         bench_linear(args.threads, args.runs)
     if args.only != "linear":

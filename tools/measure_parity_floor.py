@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from graphs.float_model import float_model, weight_names
+from lrq_export.engine.onnxruntime import MODEL as ENGINE_MODEL
 from lrq_export.engine.onnxruntime import open_session
 from lrq_export.evaluate import evaluate
 from lrq_export.models import family_of
@@ -68,6 +69,11 @@ def measurements(state: Climb, model: nn.Module, inputs: ladder.Inputs) -> Itera
     engine = ladder.run_session(open_session(state.package / ONNXRUNTIME_ENGINE), specs, inputs)
     yield "engine vs quantized torch, free", nmse(engine, quantized)
     yield "engine vs model.onnx, free", nmse(engine, portable)
+    plain = onnxruntime.InferenceSession(
+        str(state.package / ONNXRUNTIME_ENGINE / ENGINE_MODEL), providers=["CPUExecutionProvider"]
+    )
+    careless = ladder.run_session(plain, specs, inputs)
+    yield "engine without session.x64quantprecision vs model.onnx, free", nmse(careless, portable)
     yield "model.onnx vs quantized torch, each layer on the same input", forced_difference(state, model, inputs)
 
 

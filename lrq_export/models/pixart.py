@@ -10,6 +10,8 @@ from lrq_export.models.base import SAMPLES, InputSpec, nest, parameters_on_meta
 
 
 class PixArt:
+    """The PixArt family for the compiler; implements `ModelFamily`."""
+
     class_name = "PixArtTransformer2DModel"
     # Embedders, adaLN, caption projection and final projection: under 4 % of the parameters of PixArt-XL/2, and the
     # adaLN scales multiply every channel. (pos_embed.proj is a convolution and is not a candidate.)

@@ -1,7 +1,7 @@
 """What the floating-point model answered, kept in the package so that `verify` can judge it from the files alone.
 
-reference.safetensors: `inputs.*` and `noise` (R1), `conditions.*` and `latents` (steps, images, ...) of a whole sampling
-trajectory (R5), and in its metadata the NMSE of rung R0.
+reference.safetensors: `inputs.*` and `noise` (R1), `conditions.*` and `latents` (steps, images, ...) of a whole
+sampling trajectory (R5); in its metadata the NMSE of rung R0 and what calibration saw of each layer.
 """
 
 import json
@@ -24,6 +24,8 @@ FILE = "reference.safetensors"
 
 @dataclass(frozen=True)
 class Reference:
+    """The floating-point model's answers, read back."""
+
     inputs: dict[str, torch.Tensor]
     noise: torch.Tensor
     conditions: dict[str, torch.Tensor]

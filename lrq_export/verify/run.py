@@ -41,7 +41,7 @@ def verify(
 ) -> tuple[dict[str, Any], Any]:
     """Check hashes, then climb the ladder from the package's files; returns (report, samples).
 
-    With `source`, R0 is measured again and R3 uses the real weights; without, R0 is as recorded and R3 uses random ones.
+    With `source`, R0 is measured again and R3 uses the real weights; without, R0 is as recorded, R3's are random.
     Raises InputError for any edited, missing or added file.
     """
     package = Path(package)
@@ -166,7 +166,7 @@ def _r1(state: Climb, model: nn.Module) -> tuple[ladder.Rung, list[dict[str, flo
 
 
 def _r2(state: Climb, model: nn.Module) -> tuple[ladder.Rung, list[forced.Answers]]:
-    """Teacher-forced (see `forced`), on recorded inputs and on random ones of other sizes; also run freely, for the note."""
+    """Teacher-forced (see `forced`) on recorded inputs and on random ones of other sizes; run freely for the note."""
     tensor_of = forced.layer_inputs(onnx.load(state.package / MODEL, load_external_data=False))
     names = list(dict.fromkeys(tensor_of.values()))
     session = forced.ForcedSession(state.package / MODEL, names, _portable_config(state))
@@ -331,7 +331,7 @@ def _histogram(state: Climb, layer: LayerTensors) -> dict[str, Any]:
 
 
 def _mean_levels(layer: LayerTensors) -> list[float]:
-    """The value of every code, averaged over rows and groups; at 8 bits every integer is a level, one in 16 is drawn."""
+    """The value of every code, averaged over rows and groups; of the 255 levels at 8 bits one in 16 is drawn."""
     if layer.exponents is None:
         return [float(level) for level in range(-112, 113, 16)]
     values = twin_log_dequant.table(layer.exponents.numpy(), layer.record.bits, 4, 6)

@@ -1,0 +1,181 @@
+"""A tiny real model in diffusers layout, one package built from it, and the command line called in this process.
+
+The model is 24 = 2 x 12 wide, so both the width and the heads have a Hadamard matrix that is no power of two. Tracing is
+what a build spends its time on (10 s), so that tests share `package` and build with `until` where a stage will do.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+CONFIG = {
+    "sample_size": 8, "num_layers": 2, "patch_size": 2, "attention_head_dim": 12, "num_attention_heads": 2,
+    "in_channels": 1, "out_channels": 1, "cross_attention_dim": 24, "caption_channels": 16,
+    "use_additional_conditions": False,
+}  # fmt: skip
+# What keeps a build of the tiny model short.
+SETTINGS = {"calibration.samples": "8", "sampling.images": "2", "sampling.steps": "3"}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """What a build starts from: folder, recorded inputs, recipe, and the same as arguments of the command line."""
+
+    source: Path
+    calibration: Path
+
+    def recipe(self, **changes):
+        from lrq_export.recipe import load_recipe
+
+        return load_recipe(overrides=SETTINGS | {key.replace("__", "."): value for key, value in changes.items()})
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["--calibration", str(self.calibration), *_set_flags(SETTINGS)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of the command line ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def refused(self, code: int, *parts: str) -> None:
+        """It ended with `code` and one line on standard error that holds every part and no traceback."""
+        assert self.code == code, self
+        assert self.err.endswith("\n"), self.err
+        (line,) = self.err.splitlines()
+        assert line.startswith("lrq-export: "), line
+        for part in parts:
+            assert str(part) in line
+
+
+def _set_flags(settings: dict[str, str]) -> list[str]:
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+def write_transformer(folder: Path, **changes) -> Path:
+    """A PixArt transformer of truncated normal weights in fp16, wide enough for its layers to matter."""
+    from diffusers import PixArtTransformer2DModel
+
+    generator = torch.Generator().manual_seed(0)
+    model = PixArtTransformer2DModel(**CONFIG | changes)
+    for name, parameter in model.named_parameters():
+        std = 0.02 if name.endswith("bias") else 0.2
+        torch.nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std, generator=generator)
+    model.half().save_pretrained(folder)
+    return folder
+
+
+def write_calibration(path: Path, rows: int = 16, text: int = 6, **extra: torch.Tensor) -> Path:
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones(rows, text, dtype=torch.int64)
+    mask[::3, text // 2 :] = 0
+    tensors = {
+        "hidden_states": torch.randn(rows, 1, 8, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(rows, text, 16, generator=generator),
+        "timestep": torch.arange(rows).remainder(4).mul(300),
+        "encoder_attention_mask": mask,
+    }
+    save_file(tensors | extra, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    from diffusers import DDIMScheduler
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("tiny")
+    source = write_transformer(folder / "model")
+    DDIMScheduler(clip_sample=False).save_pretrained(source)
+    generator = torch.Generator().manual_seed(2)
+    save_file({"encoder_hidden_states": torch.randn(4, 6, 16, generator=generator)}, source / "conditions.safetensors")
+    return Tiny(source, write_calibration(folder / "calibration.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def built(tiny, tmp_path_factory):
+    """The result of one undisturbed build."""
+    from lrq_export.build import build
+
+    out = tmp_path_factory.mktemp("built") / "package"
+    return build(tiny.source, out, recipe=tiny.recipe(), calibration=tiny.calibration)
+
+
+@pytest.fixture(scope="session")
+def package(built) -> Path:
+    """A package, not to be edited."""
+    return built.out
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+    """A copy of a folder or file, free to be spoilt."""
+
+    def copy(path: Path, name: str | None = None) -> Path:
+        target = tmp_path / (name or path.name)
+        return Path(shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target))
+
+    return copy
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """Call the command line in this process."""
+    from lrq_export.cli import main
+
+    def run(*arguments) -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["lrq-export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        return Outcome(stopped.value.code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def digests():
+    """SHA-256 of every file below a folder, by relative path."""
+
+    def measure(folder: Path) -> dict[str, str]:
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def reseal():
+    """Write a package's manifest anew over edited files, as someone would who wants the edit to go unnoticed."""
+    from lrq_export.package import write_manifest
+
+    own = {"format", "schema", "files", "content_sha256", "manifest_sha256"}
+
+    def seal(folder: Path) -> None:
+        facts = json.loads((folder / "manifest.json").read_text())
+        write_manifest(folder, {key: value for key, value in facts.items() if key not in own})
+
+    return seal
+
+
+@pytest.fixture(scope="session")
+def tiny_transformer():
+    return write_transformer
+
+
+@pytest.fixture(scope="session")
+def tiny_calibration():
+    return write_calibration

@@ -1,0 +1,122 @@
+"""Decode every weight of a package four ways and require the same integers, bit for bit.
+
+    python tools/check_decode.py PACKAGE
+
+torch (`quant.twin_log`), numpy (`graphs.ops`), the function body of `TwinLogDequant` in stock ONNX Runtime, and the C++
+core of plugins/ compiled here with g++; in C++ by shifts and by table.
+"""
+
+import argparse
+import ctypes
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, helper
+
+from graphs import names
+from graphs.ops import OPS, attach_bodies, packing
+from lrq_export.package import QUANTIZED
+from lrq_export.quant import twin_log
+from lrq_export.quantized import INT8_BITS, LayerTensors, QuantizedFile
+
+CORE = Path(__file__).resolve().parents[1] / "plugins" / "core" / "c_api.cpp"
+FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
+POINTER, INT64, INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class PackedWeight(ctypes.Structure):
+    """LrqPackedWeight of c_api.h."""
+
+    _fields_ = (
+        ("codes", POINTER), ("codes_bytes", INT64), ("exponents", POINTER), ("exponents_bytes", INT64),
+        ("rows", INT64), ("cols", INT64), ("group_size", INT64),
+        ("bits", INT32), ("fraction_bits", INT32), ("integer_bits", INT32),
+    )  # fmt: skip
+
+
+def compile_core(folder: Path) -> ctypes.CDLL:
+    library = folder / "liblrq_core.so"
+    subprocess.run(["g++", *FLAGS, str(CORE), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def in_torch(layer: LayerTensors) -> np.ndarray:
+    record = layer.record
+    codes = torch.from_numpy(packing.unpack(layer.packed()))
+    weight = twin_log.TwinLogWeight(codes, layer.exponents, layer.scale, record.bits, record.group_size)
+    return twin_log.integer_weight(weight).numpy()
+
+
+def in_onnxruntime(layer: LayerTensors) -> np.ndarray:
+    """The op's body with a scale of ones, so that it returns the integers themselves."""
+    record, spec = layer.record, OPS["TwinLogDequant"]
+    attributes = {"bits": record.bits, "group_size": record.group_size, "rows": record.rows, "cols": record.cols}
+    weights = [each for each in layer.onnx_weights() if not each.name.endswith(".scale")]
+    tensors = [
+        TensorProto(name=each.name, data_type=each.onnx_type, dims=each.shape, raw_data=each.read()) for each in weights
+    ]
+    tensors.append(onnx.numpy_helper.from_array(np.ones(record.rows, np.float32), "ones"))
+    node = spec.node([tensor.name for tensor in tensors], ["w"], **attributes)
+    output = helper.make_tensor_value_info("w", TensorProto.FLOAT, [record.rows, record.cols])
+    graph = helper.make_graph([node], "decode", [], [output], tensors)
+    opsets = [helper.make_opsetid("", names.ONNX_OPSET), helper.make_opsetid(names.DOMAIN, names.OPSET)]
+    model = attach_bodies(helper.make_model(graph, opset_imports=opsets))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {})[0]
+
+
+def in_core(core: ctypes.CDLL, layer: LayerTensors, function: str) -> np.ndarray:
+    record = layer.record
+    codes, exponents = np.frombuffer(layer.packed().raw, np.uint8), layer.exponents.numpy()
+    weight = PackedWeight(
+        codes.ctypes.data, codes.nbytes, exponents.ctypes.data, exponents.nbytes, record.rows, record.cols,
+        record.group_size, record.bits, 4, 6,
+    )  # fmt: skip
+    decoded = np.empty((record.rows, record.cols), np.int8)
+    status = getattr(core, function)(ctypes.byref(weight), POINTER(decoded.ctypes.data))
+    if status != 0:
+        sys.exit(f"{record.layer}: {function} returned status {status}")
+    return decoded
+
+
+def differences(layer: LayerTensors, core: ctypes.CDLL) -> dict[str, int]:
+    """How many weights each decoder reads differently from numpy."""
+    expected = layer.integer_weight().numpy()
+    decoded = {
+        "torch": in_torch(layer),
+        "ONNX body": in_onnxruntime(layer),
+        "C++ shifts": in_core(core, layer, "lrqDecodeByShifts"),
+        "C++ table": in_core(core, layer, "lrqDecodeByTable"),
+    }
+    return {name: int((values != expected).sum()) for name, values in decoded.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("package", type=Path)
+    args = parser.parse_args()
+    if shutil.which("g++") is None:
+        sys.exit("check_decode needs a C++ compiler: install g++")
+    quantized = QuantizedFile(args.package / QUANTIZED)
+    layers = [name for name, record in quantized.records.items() if record.bits != INT8_BITS]
+    weights, totals = 0, {}
+    with tempfile.TemporaryDirectory() as folder:
+        core = compile_core(Path(folder))
+        for name in layers:
+            layer = quantized.layer(name)
+            weights += layer.record.rows * layer.record.cols
+            for decoder, count in differences(layer, core).items():
+                totals[decoder] = totals.get(decoder, 0) + count
+    print(f"{len(layers)} layers, {weights:,} weights; different from numpy: {totals}")
+    sys.exit(1 if any(totals.values()) else 0)
+
+
+if __name__ == "__main__":
+    main()
