@@ -20,6 +20,7 @@ from lrq_export.onnx_file import WeightTensor, write_model
 from lrq_export.package import save_tensors_atomic
 from lrq_export.plan import LayerPlan
 from lrq_export.quant import twin_log, uniform
+from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.weight import dequantize
 from lrq_export.quantized import (
     FOLDED,
@@ -42,9 +43,12 @@ def quantize_layers(
     statistics: Statistics,
     folder: Path,
     done: Callable[[str], None] = lambda layer: None,
+    *,
+    bias_correction: bool = True,
 ) -> None:
     """Quantize every linear of the rewritten graph into `folder`, one file a layer; files already there are kept.
 
+    With `bias_correction`, rounding moves no layer's mean output on the calibration inputs (Nagel et al. 2019, 4.2).
     Raises InputError for weights that are NaN or Inf. `done` is told each layer's name, for progress.
     """
     plan_of = {plan.name: plan for plan in plans}
@@ -58,8 +62,13 @@ def quantize_layers(
         path = layer_file(folder, weight.layer)
         if not path.exists():
             record = _record(traced, codes, weight, plan_of[weight.layer])
-            layer = quantize_layer(evaluate(weight.weight, read), _second_moment(statistics, record), record)
-            write_quantized(path, [layer], {})
+            mean, second_moment = _moments(statistics, record)
+            exact = evaluate(weight.weight, read)
+            layer, floats = quantize_layer(exact, second_moment, record), {}
+            if bias_correction and record.bias is not None:
+                bias = evaluate(traced.tensors[record.bias], read)
+                floats[record.bias] = corrected_bias(bias, exact, layer, mean)
+            write_quantized(path, [layer], floats)
         done(weight.layer)
     floats = folder / "floats.safetensors"
     if not floats.exists():
@@ -85,11 +94,20 @@ def quantize_layer(weight: torch.Tensor, second_moment: torch.Tensor | None, rec
     return LayerTensors(LayerRecord(**vars(record) | measured), codes, exponents, quantized.scale)
 
 
+def corrected_bias(bias: torch.Tensor, exact: torch.Tensor, layer: LayerTensors, mean: torch.Tensor) -> torch.Tensor:
+    """b + (W - Ŵ) E[x] (rows,): the quantized layer's mean output is then the exact one's, E[x] (cols,) given."""
+    rounded = layer.integer_weight().double() * layer.scale.double()[:, None]
+    return (bias.double() + (exact.double() - rounded) @ mean).float()
+
+
 def assemble(traced: TracedGraph, folder: Path, path: Path) -> None:
     """Join the per-layer files of `quantize_layers` into the package's quantized.safetensors."""
-    floats = TensorFile(folder / "floats.safetensors")
-    layers = (QuantizedFile(layer_file(folder, weight.layer)).layer(weight.layer) for weight in traced.linears.values())
-    write_quantized(path, layers, floats.read_all())
+    floats, layers = TensorFile(folder / "floats.safetensors").read_all(), []
+    for weight in traced.linears.values():
+        file = QuantizedFile(layer_file(folder, weight.layer))
+        layers.append(file.layer(weight.layer))
+        floats |= {name: file.read(name) for name in file.float_names()}  # biases that were corrected
+    write_quantized(path, layers, floats)
 
 
 def write_portable(traced: TracedGraph, quantized: QuantizedFile, path: Path, **options) -> int:
@@ -134,9 +152,12 @@ def _surroundings(reader, graph) -> tuple[bool, str | None]:
     return before is not None and is_lrq(before, "HadamardRotate"), bias.name if bias is not None else None
 
 
-def _second_moment(statistics: Statistics, record: LayerRecord) -> torch.Tensor:
+def _moments(statistics: Statistics, record: LayerRecord) -> tuple[torch.Tensor, torch.Tensor]:
+    """E[x] and E[x²] (cols,) float64 of a layer's input in the basis of its weight."""
     moments = statistics.layer(record.layer)
-    return moments.rotated_second_moment if record.block else moments.second_moment
+    if not record.block:
+        return moments.mean, moments.second_moment
+    return Rotation(record.cols, record.block, record.signs_seed).apply(moments.mean), moments.rotated_second_moment
 
 
 def _ratio(error: torch.Tensor, power: torch.Tensor) -> float:

@@ -199,7 +199,10 @@ def _quantize(job: Job) -> None:
         with stage(job.progress, "quantize", job.timings, len(traced.linears)):
             statistics = Statistics.load(path / STATS)
             advance = job.progress.advance
-            quantize_layers(traced, job.plans, job.source.checkpoint, statistics, job.workspace.layers, advance)
+            quantize_layers(
+                traced, job.plans, job.source.checkpoint, statistics, job.workspace.layers, advance,
+                bias_correction=job.recipe.weights.bias_correction,
+            )  # fmt: skip
             assemble(traced, job.workspace.layers, path / QUANTIZED)
     if not (path / MODEL).exists():
         with stage(job.progress, "bind", job.timings):

@@ -42,7 +42,7 @@ class JsonLines:
 
 
 class Bar:
-    """A rich progress bar per stage, with elapsed time and ETA, on standard error; nothing where that is no terminal."""
+    """A rich progress bar per stage, with elapsed time and ETA, on standard error; nothing where it is no terminal."""
 
     def __init__(self):
         from rich.console import Console

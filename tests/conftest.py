@@ -1,7 +1,7 @@
 """A tiny real model in diffusers layout, one package built from it, and the command line called in this process.
 
-The model is 24 = 2 x 12 wide, so both the width and the heads have a Hadamard matrix that is no power of two. Tracing is
-what a build spends its time on (10 s), so that tests share `package` and build with `until` where a stage will do.
+The model is 24 = 2 x 12 wide, so both the width and the heads have a Hadamard matrix that is no power of two. Tracing
+is what a build spends its time on (10 s), so tests share `package` and build with `until` where a stage will do.
 """
 
 import hashlib
@@ -52,6 +52,7 @@ class Outcome:
         """It ended with `code` and one line on standard error that holds every part and no traceback."""
         assert self.code == code, self
         assert self.err.endswith("\n"), self.err
+        assert len(self.err.splitlines()) == 1, self.err
         (line,) = self.err.splitlines()
         assert line.startswith("lrq-export: "), line
         for part in parts:

@@ -114,7 +114,7 @@ def check(source: Path, kills: int, seed: int, folder: Path, flags: list[str]) -
             print(f"kill {done}: after {delay:.1f} s in {build.stage or 'start-up'}", flush=True)
             continue
         wrong = finish(build, out, needed)
-        print(f"finished before the kill: {'same bytes' if not wrong else wrong}", flush=True)
+        print(f"finished before the kill: {wrong or 'same bytes'}", flush=True)
         if wrong:
             return wrong
         shutil.rmtree(out.parent)

@@ -5,6 +5,7 @@
 #   PYTHON      the interpreter it is made from (default: the first of python3.11 ... python3 that is 3.11 or newer)
 
 venv=${LRQ_VENV:-.venv}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # lrq_export/cli.py says why
 
 # use_environment EXTRA: EXTRA is "" for the tool alone or "[dev]" with what the tests need.
 use_environment() {

@@ -2,7 +2,8 @@
 
     python tools/make_pixart_xl.py FOLDER [--blocks 28]
 
-Linear layers from a truncated normal (std 0.02), as DiTs start; fp16, about 1.2 GB at 28 blocks.
+At 256 pixels (32 x 32 latents, 256 tokens), the smallest size the family is published for. Linear layers start from a
+truncated normal (std 0.02), as DiTs start; fp16, about 1.2 GB at 28 blocks.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> t
 def write_model(folder: Path, blocks: int, seed: int = 0) -> int:
     """Write config, scheduler and sharded weights; returns the number of parameters."""
     with parameters_on_meta():
-        model = PixArtTransformer2DModel(sample_size=64, num_layers=blocks, caption_channels=4096)
+        model = PixArtTransformer2DModel(sample_size=32, num_layers=blocks, caption_channels=4096)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_config(folder)
     DDIMScheduler(clip_sample=False).save_pretrained(folder)

@@ -1,7 +1,10 @@
 """Train the demo checkpoint: a class-conditional PixArt on handwritten digits, in diffusers layout.
 
-    python tools/train_demo.py examples/digits-pixart            # everything, about 40 minutes on two cores
-    python tools/train_demo.py examples/digits-pixart --skip-training   # only the recorded calibration set
+    python tools/train_demo.py FOLDER                             # from the start: 2600 steps of 32 digits
+    python tools/train_demo.py FOLDER --continue --steps 600 --rate 3e-4 --seed 1   # then once more, at a lower rate
+    python tools/train_demo.py FOLDER --skip-training             # only record the calibration set again
+
+The weights in examples/digits-pixart come from the first two commands; training.json there lists both runs.
 
 Writes config.json, diffusion_pytorch_model.safetensors (fp16), scheduler_config.json, conditions.safetensors,
 classifier.safetensors, calibration.safetensors and training.json (what was run and what came out).
@@ -119,6 +122,14 @@ def score(model, conditions, scheduler, classifier) -> dict:
     }
 
 
+def save_model(model, folder: Path) -> None:
+    """Stored as fp16: the tool must cope with half-precision sources."""
+    model.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)  # a path of this machine
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def record_calibration(model, conditions, scheduler, path: Path) -> None:
     """Record what the denoiser sees over 20-step trajectories of all ten digits; keep 160 of those calls."""
     from lrq_export.calibrate.record import record
@@ -139,14 +150,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=7e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--continue", dest="resume", action="store_true", help="go on from the weights in FOLDER")
     parser.add_argument("--skip-training", action="store_true", help="keep the weights, record calibration again")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
 
-    if args.skip_training:
+    runs = []
+    if args.skip_training or args.resume:
         conditions = load_file(args.out / "conditions.safetensors")["encoder_hidden_states"]
-        model = PixArtTransformer2DModel.from_pretrained(args.out, torch_dtype=torch.float32).eval()
+        classifier = digits.load_classifier(args.out / "classifier.safetensors")
+        model = PixArtTransformer2DModel.from_pretrained(args.out, torch_dtype=torch.float32)
+        runs = json.loads((args.out / "training.json").read_text())["runs"]
     else:
         classifier, held_out = digits.train_classifier(args.seed)
         digits.save_classifier(classifier, args.out / "classifier.safetensors")
@@ -154,16 +169,20 @@ def main() -> None:
         torch.manual_seed(args.seed)
         model, conditions = new_model(), new_conditions(args.seed)
         save_file({"encoder_hidden_states": conditions}, args.out / "conditions.safetensors")
-        record = train(
-            model, conditions, scheduler, steps=args.steps, batch=args.batch, rate=args.rate, seed=args.seed,
-            snapshot=args.out / "snapshot",
+    if not args.skip_training:
+        runs.append(
+            train(
+                model, conditions, scheduler, steps=args.steps, batch=args.batch, rate=args.rate, seed=args.seed,
+                snapshot=args.out / "snapshot",
+            )
         )  # fmt: skip
-        model.half().save_pretrained(args.out)  # stored as fp16: the tool must cope with half-precision sources
+        save_model(model, args.out)
         scheduler.save_pretrained(args.out)
-        model = model.float().eval()
-        record |= {"classifier_held_out_accuracy": held_out, **score(model, conditions, scheduler, classifier)}
-        (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-        print(json.dumps(record))
+        model = model.float()
+        facts = {"runs": runs, **score(model.eval(), conditions, scheduler, classifier)}
+        (args.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+        print(json.dumps(facts))
+    model.eval()
     record_calibration(model, conditions, scheduler, args.out / "calibration.safetensors")
 
 

@@ -1,9 +1,11 @@
 """Calibration from a whole diffusers pipeline and a list of prompts: record, then build from the recording."""
 
 import hashlib
+import importlib.util
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from lrq_export.calibrate.record import record
 from lrq_export.checkpoint import open_checkpoint
@@ -25,12 +27,16 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def open_pipeline(path: Path):
-    """The diffusers pipeline of a folder, in float32. Raises InputError when diffusers cannot load it."""
+    """The diffusers pipeline of a folder, in float32, never from a pickle. Raises InputError when that cannot be."""
     from diffusers import DiffusionPipeline
 
+    # Asked for without accelerate, which is no requirement of ours, diffusers prints six lines about it.
+    sparing = importlib.util.find_spec("accelerate") is not None
     try:
-        return DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+        return DiffusionPipeline.from_pretrained(
+            path, torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=sparing, use_safetensors=True
+        )
+    except (OSError, ValueError, ImportError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: diffusers cannot load this pipeline: {reason}") from error
 

@@ -24,6 +24,7 @@ class Moments:
 
     tokens: int
     channel_absmax: torch.Tensor  # (cols,) float32
+    channel_sum: torch.Tensor  # (cols,) float64
     channel_square_sum: torch.Tensor  # (cols,) float64
     rotated_square_sum: torch.Tensor | None  # (cols,) float64; None when no rotated input was observed
     power_sums: torch.Tensor  # (4,) float64: sums of x, x^2, x^3, x^4 over all values
@@ -33,23 +34,25 @@ class Moments:
         """Moments of x (tokens, cols), and of rotated in the same shape."""
         cols = x.shape[1]
         absmax = torch.zeros(cols)
-        squares, powers = torch.zeros(cols, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+        sums, squares, powers = (torch.zeros(size, dtype=torch.float64) for size in (cols, cols, 4))
         for chunk in _chunks(x):
             absmax = torch.maximum(absmax, chunk.abs().amax(0).to(torch.float32))
             wide = chunk.to(torch.float64)
             square = wide * wide
+            sums += wide.sum(0)
             by_channel = square.sum(0)
             squares += by_channel
             flat, flat_square = wide.view(-1), square.view(-1)
             cube_sum, fourth_sum = torch.dot(flat, flat_square), torch.dot(flat_square, flat_square)
             powers += torch.stack([flat.sum(), by_channel.sum(), cube_sum, fourth_sum])
-        return cls(x.shape[0], absmax, squares, None if rotated is None else _square_sum(rotated), powers)
+        return cls(x.shape[0], absmax, sums, squares, None if rotated is None else _square_sum(rotated), powers)
 
     def copy(self) -> "Moments":
         rotated = self.rotated_square_sum
         return Moments(
             self.tokens,
             self.channel_absmax.clone(),
+            self.channel_sum.clone(),
             self.channel_square_sum.clone(),
             None if rotated is None else rotated.clone(),
             self.power_sums.clone(),
@@ -63,6 +66,7 @@ class Moments:
             )
         self.tokens += other.tokens
         self.channel_absmax = torch.maximum(self.channel_absmax, other.channel_absmax)
+        self.channel_sum = self.channel_sum + other.channel_sum
         self.channel_square_sum = self.channel_square_sum + other.channel_square_sum
         if self.rotated_square_sum is not None:
             self.rotated_square_sum = self.rotated_square_sum + other.rotated_square_sum
@@ -76,6 +80,11 @@ class Moments:
     @property
     def absmax(self) -> float:
         return float(self.channel_absmax.max())
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """E[x_c] per channel, (cols,) float64; that of the rotated input is this one rotated."""
+        return self.channel_sum / self.tokens
 
     @property
     def second_moment(self) -> torch.Tensor:
@@ -187,6 +196,7 @@ class Statistics:
             "timesteps": torch.tensor(timesteps, dtype=torch.float64),
             "tokens": torch.tensor([moments.tokens for moments in each], dtype=torch.int64),
             "channel_absmax": torch.stack([moments.channel_absmax for moments in each]),
+            "channel_sum": torch.stack([moments.channel_sum for moments in each]),
             "channel_square_sum": torch.stack([moments.channel_square_sum for moments in each]),
             "power_sums": torch.stack([moments.power_sums for moments in each]),
         }
@@ -200,6 +210,7 @@ _FIELDS = {
     "timesteps": (1, torch.float64),
     "tokens": (1, torch.int64),
     "channel_absmax": (2, torch.float32),
+    "channel_sum": (2, torch.float64),
     "channel_square_sum": (2, torch.float64),
     "rotated_square_sum": (2, torch.float64),
     "power_sums": (2, torch.float64),
@@ -241,6 +252,7 @@ def _unstacked(fields: Mapping[str, torch.Tensor], index: int) -> Moments:
     return Moments(
         tokens=int(fields["tokens"][index]),
         channel_absmax=fields["channel_absmax"][index].clone(),
+        channel_sum=fields["channel_sum"][index].clone(),
         channel_square_sum=fields["channel_square_sum"][index].clone(),
         rotated_square_sum=None if rotated is None else rotated[index].clone(),
         power_sums=fields["power_sums"][index].clone(),

@@ -75,7 +75,8 @@ REFUSED = {
     "calibration of a wrong name": (
         calibration_of(hidden_states=None, hiden_states=torch.ones(16, 1, 8, 8)), (), 3,
         ["hiden_states", "did you mean hidden_states?"]),
-    "calibration without a name": (calibration_of(encoder_hidden_states=None), (), 3, ["encoder_hidden_states", "missing"]),
+    "calibration without a name": (
+        calibration_of(encoder_hidden_states=None), (), 3, ["encoder_hidden_states", "missing"]),
     "calibration of wrong channels": (
         calibration_of(hidden_states=torch.ones(16, 4, 8, 8)), (), 3, ["hidden_states", "(16, 4, 8, 8)", "needed"]),
     "calibration of odd height": (

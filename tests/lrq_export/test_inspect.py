@@ -1,0 +1,75 @@
+"""What `inspect`, `init`, `--version` and the help print."""
+
+import json
+
+import pytest
+
+from lrq_export import __version__
+from lrq_export.recipe import load_recipe
+
+
+def test_inspect_shows_what_a_package_holds(package, cli):
+    outcome = cli("inspect", package)
+    assert (outcome.code, outcome.err) == (0, "")
+    for part in ("PixArtTransformer2DModel", "4-bit weights", "8-bit activations", "20 quantized layers", "timestep",
+                 "sample", "20 lrq.TwinLogLinear", "9 lrq.HadamardRotate", "report.html"):  # fmt: skip
+        assert part in outcome.out
+    size = (package / "model.onnx").stat().st_size
+    assert f"{size:,} bytes  model.onnx" in outcome.out
+
+
+def test_inspect_lists_passes_with_near_misses_and_layers_with_reasons(package, cli):
+    outcome = cli("inspect", package, "--passes", "--layers")
+    assert outcome.code == 0
+    for name in ("share_rotation", "fold_rotation_into_value", "make_linear", "bind_plugins"):
+        assert f"{name}: fired" in outcome.out
+    assert "fold_rotation_into_value: fired 4 times" in outcome.out
+    assert "value projection: head width 12: folds into the value projection" in outcome.out
+    assert outcome.out.count("weight NMSE") == 20
+
+
+def test_inspect_prints_json_lines(package, cli):
+    outcome = cli("inspect", package, "--passes", "--layers", "--json")
+    overview, passes, layers = (json.loads(line) for line in outcome.out.splitlines())
+    assert overview["ops"]["lrq.TwinLogLinear"] == 20
+    assert overview["weights"]["bits"] == 4
+    assert passes["passes"][0]["name"] == "share_rotation"
+    assert all(skip["node"] and skip["reason"] for row in passes["passes"] for skip in row["skipped"])
+    assert len(layers["layers"]) == 20
+
+
+def test_an_edited_manifest_is_refused(package, cli, copy_of):
+    edited = copy_of(package)
+    path = edited / "manifest.json"
+    path.write_text(path.read_text().replace("DDIM", "DDPM"))
+    cli("inspect", edited).refused(3, "was edited")
+
+
+def test_init_writes_a_recipe_with_every_key_and_never_over_one(cli, tmp_path):
+    path = tmp_path / "recipe.toml"
+    outcome = cli("init", path, "--preset", "w3a8")
+    assert (outcome.code, outcome.out) == (0, f"{path}\n")
+    assert load_recipe(path=path) == load_recipe("w3a8")
+    before = path.read_bytes()
+    cli("init", path).refused(2, "already exists")
+    assert path.read_bytes() == before
+
+
+def test_the_version_is_printed(cli):
+    outcome = cli("--version")
+    assert (outcome.code, outcome.out) == (0, f"lrq-export {__version__}\n")
+
+
+@pytest.mark.parametrize("command", ["build", "verify", "sample", "inspect", "report", "init"])
+def test_every_command_explains_itself(cli, command):
+    outcome = cli(command, "--help")
+    assert outcome.code == 0
+    assert "Usage" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("paint",), ("build",), ("build", "source"), ("inspect", "a", "b"), ("sample", "p", "-o", "x", "--steps", "y")],
+)
+def test_wrong_usage_is_one_line_with_exit_2(cli, arguments):
+    cli(*arguments).refused(2)

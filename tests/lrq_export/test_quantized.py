@@ -1,0 +1,104 @@
+"""The stored form of weights: what is written reads back, and every consumer decodes the same integers."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lrq_export.bind import quantize_layer
+from lrq_export.checkpoint import TensorFile
+from lrq_export.errors import InputError
+from lrq_export.package import save_tensors_atomic
+from lrq_export.quantized import LayerRecord, QuantizedFile, write_quantized
+
+
+def record(rows, cols, bits, group_size=0, **changes):
+    facts = {
+        "layer": "net.0", "rows": rows, "cols": cols, "bits": bits, "group_size": group_size or cols, "act_bits": 8,
+        "block": 0, "signs_seed": None, "rotated_by": "nothing", "reason": "a test",
+    }  # fmt: skip
+    return LayerRecord(**facts | changes)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]), rows=st.integers(1, 5), groups=st.integers(1, 3), size=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_layer_reads_back_and_decodes_to_what_was_quantized(tmp_path_factory, bits, rows, groups, size, seed):
+    weight = torch.randn(rows, groups * size, generator=torch.Generator().manual_seed(seed))
+    layer = quantize_layer(weight, None, record(rows, groups * size, bits, 0 if bits == 8 else size))
+    path = tmp_path_factory.mktemp("q") / "quantized.safetensors"
+    write_quantized(path, [layer], {"net.0.bias": torch.ones(rows)})
+    file = QuantizedFile(path)
+    read = file.layer("net.0")
+    assert read.record == layer.record
+    assert torch.equal(read.codes, layer.codes)
+    assert torch.equal(read.integer_weight(), layer.integer_weight())
+    assert file.float_names() == ["net.0.bias"]
+    integers = read.integer_weight()
+    assert integers.dtype == torch.int8
+    assert integers.shape == weight.shape
+    assert int(integers.abs().max()) <= 127
+    error = (integers * read.scale[:, None] - weight).double().square().sum() / weight.double().square().sum()
+    assert read.record.weight_nmse == pytest.approx(float(error), rel=1e-6, abs=1e-12)
+
+
+def test_columns_that_matter_more_are_quantized_better():
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    importance = torch.ones(32)
+    importance[:4] = 1000.0
+    plain, weighted = (quantize_layer(weight, moment, record(16, 32, 3)) for moment in (None, importance))
+
+    def error(layer):
+        return float((layer.integer_weight() * layer.scale[:, None] - weight)[:, :4].square().mean())
+
+    assert error(weighted) < error(plain)
+    assert weighted.record.weighted_nmse < weighted.record.weight_nmse
+
+
+def test_onnx_and_safetensors_hold_the_same_codes(package):
+    file = QuantizedFile(package / "quantized.safetensors")
+    graph = onnx.load(package / "model.onnx").graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    engine = {tensor.name: tensor for tensor in onnx.load(package / "engine/onnxruntime/model.onnx").graph.initializer}
+    for name in file.records:
+        layer = file.layer(name)
+        assert stored[f"{name}.codes"].raw_data == layer.codes.numpy().tobytes()
+        assert stored[f"{name}.exponents"].raw_data == layer.exponents.numpy().tobytes()
+        decoded = onnx.numpy_helper.to_array(engine[f"{name}.int8"]).T
+        np.testing.assert_array_equal(decoded, layer.integer_weight().numpy())
+
+
+def test_records_say_what_became_of_each_rotation(package):
+    records = QuantizedFile(package / "quantized.safetensors").records
+    for name, each in records.items():
+        assert each.rotated_by == ("value projection" if ".to_out." in name else "HadamardRotate")
+        folded = [{"block": 12, "signs_seed": None}] if name.endswith(".to_v") else []
+        assert each.output_rotations == folded
+        assert each.bias in (f"{name}.bias", None) or each.bias.startswith("folded")
+
+
+@pytest.mark.parametrize("metadata", [{}, {"layers": "{"}, {"layers": '[{"layer": "x"}]'}])
+def test_damaged_records_are_refused(tmp_path, metadata):
+    save_tensors_atomic(tmp_path / "q", {"x.scale": torch.ones(2)}, {"format": "x"} | metadata)
+    with pytest.raises(InputError, match="layer records"):
+        QuantizedFile(tmp_path / "q")
+
+
+def test_two_quantizations_give_the_same_bytes(tmp_path):
+    weight = torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
+    for name in ("a", "b"):
+        write_quantized(tmp_path / name, [quantize_layer(weight, torch.ones(24), record(8, 24, 4))], {})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert set(TensorFile(tmp_path / "a").entries) == {"net.0.codes", "net.0.exponents", "net.0.scale"}
+
+
+def test_zero_and_constant_weights_survive():
+    for weight in (torch.zeros(2, 8), torch.ones(2, 8), -torch.ones(2, 8) * 1e-20):
+        layer = quantize_layer(weight, None, record(2, 8, 4))
+        decoded = layer.integer_weight() * layer.scale[:, None]
+        assert torch.isfinite(decoded).all()
+        torch.testing.assert_close(decoded, weight, rtol=1e-2, atol=1e-30)

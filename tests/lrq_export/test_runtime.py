@@ -1,0 +1,186 @@
+"""`load(OUT)` stands in for the diffusers transformer."""
+
+import inspect
+import threading
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+
+from lrq_export.errors import InputError, LrqError, MissingError, UsageError
+from lrq_export.models.base import InputSpec
+from lrq_export.runtime import feeds, load
+
+
+@pytest.fixture(scope="module")
+def drop_in(package):
+    return load(package, threads=1)
+
+
+@pytest.fixture(scope="module")
+def original(tiny):
+    return PixArtTransformer2DModel.from_pretrained(tiny.source).float()
+
+
+def arguments(batch=2, text=6, height=8, width=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, 1, height, width, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, 16, generator=generator),
+        "timestep": torch.full((batch,), 400),
+    }
+
+
+def close(got, wanted):
+    return float((got - wanted).square().sum() / wanted.square().sum())
+
+
+def test_it_is_called_like_the_diffusers_transformer(drop_in):
+    theirs = inspect.signature(PixArtTransformer2DModel.forward).parameters
+    ours = inspect.signature(drop_in.__call__).parameters
+    assert [name for name in theirs if name != "self"] == list(ours)
+    assert [each.default for name, each in theirs.items() if name != "self"] == [each.default for each in ours.values()]
+
+
+def test_it_has_the_config_dtype_and_device_that_pipelines_read(drop_in, original):
+    assert dict(drop_in.config).keys() >= {key for key in original.config if not key.startswith("_")}
+    for key in ("sample_size", "in_channels", "out_channels", "patch_size", "caption_channels"):
+        assert getattr(drop_in.config, key) == original.config[key]
+    assert drop_in.dtype == torch.float32
+    assert drop_in.device == torch.device("cpu")
+    assert drop_in.eval() is drop_in
+    assert drop_in.to("cpu", torch.float16) is drop_in
+
+
+def test_it_predicts_what_the_original_does_up_to_the_methods_loss(drop_in, original):
+    for size in ({}, {"batch": 1, "text": 3, "height": 12, "width": 4}):
+        given = arguments(**size)
+        with torch.no_grad():
+            wanted = original(**given).sample
+        got = drop_in(**given).sample
+        assert got.shape == wanted.shape
+        assert 1e-7 < close(got, wanted) < 0.1
+
+
+def test_return_dict_decides_the_kind_of_answer(drop_in):
+    given = arguments()
+    (got,) = drop_in(**given, return_dict=False)
+    named = drop_in(**given)
+    assert type(named).__name__ == "Transformer2DModelOutput"
+    assert torch.equal(named.sample, got)
+    assert torch.equal(drop_in.forward(**given).sample, got)
+    assert torch.equal(named[0], got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_answer_has_the_dtype_of_the_latents(drop_in, dtype):
+    given = arguments()
+    given["hidden_states"] = given["hidden_states"].to(dtype)
+    got = drop_in(**given).sample
+    assert got.dtype == dtype
+    assert close(got.float(), drop_in(**arguments()).sample) < 1e-2
+
+
+def test_no_mask_is_a_mask_of_ones_and_a_mask_hides_text(drop_in, original):
+    given, ones = arguments(), torch.ones(2, 6)
+    bare = drop_in(**given).sample
+    assert torch.equal(bare, drop_in(**given, encoder_attention_mask=ones).sample)
+    assert torch.equal(bare, drop_in(**given, encoder_attention_mask=ones.bool()).sample)
+    mask = ones.clone()
+    mask[1, 3:] = 0
+    masked = drop_in(**given, encoder_attention_mask=mask.long()).sample
+    assert torch.equal(masked[0], bare[0])
+    assert not torch.equal(masked[1], bare[1])
+    # What is hidden does not matter.
+    changed = given | {"encoder_hidden_states": given["encoder_hidden_states"].clone()}
+    changed["encoder_hidden_states"][1, 3:] = 7.0
+    assert close(drop_in(**changed, encoder_attention_mask=mask).sample, masked) < 1e-3
+    with torch.no_grad():
+        wanted = original(**given, encoder_attention_mask=mask).sample
+    assert close(masked, wanted) < 0.1
+
+
+@pytest.mark.parametrize("timestep", [torch.tensor(400), torch.tensor([400]), torch.tensor([400, 400.0])])
+def test_one_timestep_serves_all_samples(drop_in, timestep):
+    given = arguments()
+    got = drop_in(**given | {"timestep": timestep}).sample
+    assert torch.equal(got, drop_in(**given).sample)
+
+
+def test_absent_conditions_of_a_pipeline_are_ignored(drop_in):
+    given = arguments()
+    absent = {"resolution": None, "aspect_ratio": None}
+    assert torch.equal(drop_in(**given, added_cond_kwargs=absent).sample, drop_in(**given).sample)
+
+
+WRONG = {
+    "rank of latents": ("hidden_states", torch.ones(2, 1, 8), "hidden_states"),
+    "channels": ("hidden_states", torch.ones(2, 3, 8, 8), "(2, 3, 8, 8)"),
+    "height of half a patch": ("hidden_states", torch.ones(2, 1, 7, 8), "height 7, needed a multiple of 2"),
+    "no latents": ("hidden_states", None, "hidden_states"),
+    "no samples": ("hidden_states", torch.ones(0, 1, 8, 8), "hidden_states"),
+    "no text": ("encoder_hidden_states", None, "encoder_hidden_states"),
+    "width of text": ("encoder_hidden_states", torch.ones(2, 6, 15), "(2, 6, 15)"),
+    "batch of text": ("encoder_hidden_states", torch.ones(3, 6, 16), "(3, 6, 16)"),
+    "length of mask": ("encoder_attention_mask", torch.ones(2, 5), "(2, 5)"),
+    "rank of mask": ("encoder_attention_mask", torch.ones(6), "(6,)"),
+    "batch of timestep": ("timestep", torch.ones(3), "timestep"),
+    "no timestep": ("timestep", None, "timestep"),
+}
+
+
+@pytest.mark.parametrize(("name", "tensor", "part"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_input_is_named(drop_in, name, tensor, part):
+    with pytest.raises(LrqError) as caught:
+        drop_in(**arguments() | {name: tensor})
+    assert isinstance(caught.value, (InputError, UsageError))
+    assert name in str(caught.value)
+    assert part in str(caught.value)
+
+
+def test_arguments_that_the_package_cannot_honour_are_refused(drop_in):
+    with pytest.raises(UsageError, match="attention_mask"):
+        drop_in(**arguments(), attention_mask=torch.ones(2, 16))
+    with pytest.raises(UsageError, match="cross_attention_kwargs"):
+        drop_in(**arguments(), cross_attention_kwargs={"scale": 0.5})
+
+
+def test_several_threads_may_call_it(drop_in):
+    wanted = [drop_in(**arguments(seed=seed)).sample for seed in range(4)]
+    got = [None] * 4
+
+    def call(seed):
+        got[seed] = drop_in(**arguments(seed=seed)).sample
+
+    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, wanted, strict=True))
+
+
+def test_an_edited_package_is_not_loaded_unless_asked_to(package, copy_of):
+    edited = copy_of(package)
+    (edited / "report.html").write_text("edited")
+    with pytest.raises(InputError, match=r"report\.html: was edited"):
+        load(edited)
+    assert load(edited, check_hashes=False).dtype == torch.float32
+
+
+def test_a_package_without_an_engine_says_so(package, copy_of, reseal):
+    bare = copy_of(package)
+    (bare / "engine/onnxruntime/model.onnx").unlink()
+    reseal(bare)
+    with pytest.raises(MissingError, match="no ONNX Runtime engine"):
+        load(bare)
+
+
+def test_an_absent_optional_input_takes_its_sizes_from_the_others():
+    specs = {
+        "hidden_states": InputSpec(("samples", 1, "height", "width")), "text": InputSpec(("samples", "length", 3)),
+        "mask": InputSpec(("samples", "length"), optional=True),
+    }  # fmt: skip
+    fed = feeds(specs, {"hidden_states": torch.ones(2, 1, 4, 4), "text": torch.ones(2, 7, 3)})
+    assert fed["mask"].shape == (2, 7)
+    assert (fed["mask"] == 1).all()

@@ -1,0 +1,118 @@
+"""The traced and the portable graph: names, dynamic dimensions, dialect nodes with plugin attributes and bodies."""
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from graphs import names
+from graphs.passes import PIPELINE
+from graphs.traced import TracedGraph
+
+INPUTS = ["hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"]
+
+
+@pytest.fixture(scope="module")
+def portable(package):
+    return onnx.load(package / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def traced(package):
+    return TracedGraph.from_onnx(onnx.load(package / "graphs" / "0-trace.onnx"))
+
+
+def shape(value):
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+def attributes(node):
+    return {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+
+
+def ops(graph, op):
+    return [node for node in graph.node if node.op_type == op]
+
+
+def test_inputs_keep_the_names_of_the_forward_arguments_and_the_output_is_sample(portable):
+    assert [value.name for value in portable.graph.input] == INPUTS
+    assert [value.name for value in portable.graph.output] == ["sample"]
+
+
+def test_batch_height_width_and_text_are_dynamic(portable):
+    shapes = {value.name: shape(value) for value in portable.graph.input}
+    samples, channels, height, width = shapes["hidden_states"]
+    assert channels == 1
+    assert all(isinstance(extent, str) for extent in (samples, height, width))
+    assert len({samples, height, width}) == 3
+    text = shapes["encoder_hidden_states"][1]
+    assert isinstance(text, str)
+    assert shapes["encoder_hidden_states"] == [samples, text, 16]
+    assert shapes["encoder_attention_mask"] == [samples, text]
+    assert shapes["timestep"] == [samples]
+
+
+def test_every_quantized_layer_is_one_node_with_its_plugin_attributes(portable):
+    nodes = ops(portable.graph, "TwinLogLinear")
+    assert len(nodes) == 20
+    for node in nodes:
+        values = attributes(node)
+        assert node.domain == names.DOMAIN
+        assert (values["plugin_version"], values["plugin_namespace"]) == (b"1", b"")
+        assert (values["bits"], values["act_bits"], values["fraction_bits"], values["integer_bits"]) == (4, 8, 4, 6)
+
+
+def test_rotations_are_shared_by_siblings_and_folded_before_attention_outputs(portable):
+    rotations = ops(portable.graph, "HadamardRotate")
+    # Per block: q, k, v of the first attention share one; q of the second; feed-forward in; feed-forward out.
+    # All k and v of second attentions read the same text: one more for the whole model.
+    assert len(rotations) == 2 * 4 + 1
+    for node in rotations:
+        values = attributes(node)
+        assert (values["plugin_version"], values["plugin_namespace"]) == (b"1", b"")
+        assert values["block"] in (24, 96)
+    rotated = {node.output[0] for node in rotations}
+    for node in ops(portable.graph, "TwinLogLinear"):
+        assert (node.input[0] in rotated) != (".to_out." in node.input[1]), node.input[1]
+
+
+def test_every_dialect_op_has_a_body_of_standard_ops(portable):
+    bodies = {function.name: function for function in portable.functions}
+    assert {node.op_type for node in portable.graph.node if node.domain == names.DOMAIN} <= bodies.keys()
+    for function in bodies.values():
+        assert function.domain == names.DOMAIN
+        for node in function.node:
+            assert node.domain in ("", "ai.onnx") or node.op_type in bodies
+    assert {entry.domain for entry in portable.opset_import} == {"", names.DOMAIN}
+    onnx.checker.check_model(portable)
+
+
+def test_weights_are_packed_four_bit_integers(portable):
+    tensors = {tensor.name: tensor for tensor in portable.graph.initializer}
+    for node in ops(portable.graph, "TwinLogLinear"):
+        codes, exponents, scale, bias = (tensors[name] for name in node.input[1:])
+        values = attributes(node)
+        assert codes.data_type == TensorProto.INT4
+        assert len(codes.raw_data) == values["rows"] * values["cols"] // 2
+        assert exponents.data_type == TensorProto.INT8
+        assert list(exponents.dims) == [values["rows"], 1, 2, 3]
+        assert scale.data_type == bias.data_type == TensorProto.FLOAT
+
+
+def test_the_trace_holds_expressions_and_no_weights(traced, package):
+    assert (package / "graphs" / "0-trace.onnx").stat().st_size < 100_000
+    assert {weight.weight.source for weight in traced.linears.values()} == {
+        name.removesuffix(".codes") + ".weight" for name in traced.linears
+    }
+    kept = {expression.source for expression in traced.tensors.values()}
+    assert "transformer_blocks.1.attn2.to_q.bias" in kept
+    assert "proj_out.weight" in kept
+    assert "transformer_blocks.1.attn2.to_q.weight" not in kept
+
+
+def test_a_pass_that_did_nothing_would_be_seen(package):
+    fired = {}
+    for index, step in enumerate(PIPELINE):
+        model = onnx.load(package / "graphs" / f"{index + 1}-{step.__name__}.onnx")
+        (record,) = (entry.value for entry in model.metadata_props if entry.key == "lrq.pass")
+        fired |= {step.__name__: record}
+    assert all('"fired": 0' not in record for record in fired.values()), fired
