@@ -10,12 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 
 from graphs.checks import check, check_preserved
 from graphs.passes import PIPELINE
-from graphs.traced import TracedGraph
 from lrq_export import __version__
 from lrq_export.bind import assemble, quantize_layers, write_portable
 from lrq_export.calibrate.run import observe
@@ -23,7 +21,6 @@ from lrq_export.calibrate.statistics import Moments, Statistics
 from lrq_export.engine.onnxruntime import build_engine
 from lrq_export.errors import UsageError
 from lrq_export.package import (
-    GRAPHS,
     MODEL,
     ONNXRUNTIME_ENGINE,
     QUANTIZED,
@@ -44,6 +41,7 @@ from lrq_export.progress import Progress, Silent, stage
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe, to_toml
 from lrq_export.sampling import scheduler_from
+from lrq_export.saved_graphs import TRACE, load_graph, pass_file, rewritten_graph, save_graph
 from lrq_export.source import Inputs, Source, conditions_path, fingerprint, gather_inputs, open_source
 from lrq_export.trace import trace
 from lrq_export.verify.reference import Reference, write_reference
@@ -165,13 +163,13 @@ def _calibrate(job: Job) -> None:
 
 
 def _trace(job: Job) -> None:
-    path = job.path / GRAPHS / "0-trace.onnx"
+    path = job.path / TRACE
     if path.exists():
         return
     with stage(job.progress, "trace", job.timings):
         traced = trace(job.source.family, job.source.config, job.plans)
         check(traced)
-        _save_graph(path, traced)
+        save_graph(path, traced)
 
 
 def _rewrite(job: Job) -> None:
@@ -180,7 +178,7 @@ def _rewrite(job: Job) -> None:
     if not missing:
         return
     with stage(job.progress, "rewrite", job.timings, len(PIPELINE)):
-        before = load_graph(job.path / GRAPHS / "0-trace.onnx")
+        before = load_graph(job.path / TRACE)
         for index, step in enumerate(PIPELINE):
             after = before.copy()
             result = step(after)
@@ -188,7 +186,7 @@ def _rewrite(job: Job) -> None:
             check_preserved(before, after)
             skipped = [{"node": each.node, "reason": each.reason} for each in result.skipped]
             outcome = {"name": step.__name__, "fired": result.fired, "skipped": skipped}
-            _save_graph(pass_file(job.path, index, step.__name__), after, outcome)
+            save_graph(pass_file(job.path, index, step.__name__), after, outcome)
             job.progress.advance(step.__name__)
             before = after
 
@@ -248,26 +246,6 @@ def _summary(moments: Moments) -> dict[str, float]:
 
 def libraries() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
-
-
-def pass_file(folder: Path, index: int, name: str) -> Path:
-    return folder / GRAPHS / f"{index + 1}-{name}.onnx"
-
-
-def load_graph(path: Path) -> TracedGraph:
-    return TracedGraph.from_onnx(onnx.load(path))
-
-
-def rewritten_graph(folder: Path) -> TracedGraph:
-    """The graph after the last pass."""
-    return load_graph(pass_file(folder, len(PIPELINE) - 1, PIPELINE[-1].__name__))
-
-
-def _save_graph(path: Path, traced: TracedGraph, outcome: dict[str, Any] | None = None) -> None:
-    model = traced.to_onnx()
-    if outcome is not None:
-        model.metadata_props.add(key="lrq.pass", value=json.dumps(outcome, sort_keys=True))
-    write_bytes_atomic(path, model.SerializeToString(deterministic=True))
 
 
 def _estimated_bytes(source: Source, plans: list[LayerPlan]) -> int:

@@ -9,7 +9,7 @@ import onnx
 
 from lrq_export.package import MODEL, QUANTIZED, load_manifest
 from lrq_export.quantized import QuantizedFile
-from lrq_export.verify.run import saved_graphs
+from lrq_export.saved_graphs import saved_graphs
 
 
 @dataclass(frozen=True)

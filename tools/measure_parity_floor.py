@@ -25,11 +25,12 @@ from lrq_export.package import MODEL, ONNXRUNTIME_ENGINE, QUANTIZED, verify_hash
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe
 from lrq_export.runtime import feeds
+from lrq_export.saved_graphs import rewritten_graph
 from lrq_export.source import Source, open_source
 from lrq_export.verify import forced, ladder
 from lrq_export.verify.metrics import nmse
 from lrq_export.verify.reference import Reference
-from lrq_export.verify.run import Climb, _portable_config, portable_session, quantized_model, saved_graphs
+from lrq_export.verify.run import Climb, portable_config, portable_session, quantized_model
 
 MOVE = 1e-7  # relative, about one unit in the last place of float32
 REPEATS = 3
@@ -84,7 +85,7 @@ def nudged(latents: torch.Tensor, seed: int) -> torch.Tensor:
 
 def floating_point_difference(state: Climb, source: Source, inputs: ladder.Inputs) -> float:
     """The rewritten graph with its weights in floating point, against the diffusers model."""
-    traced = saved_graphs(state.package)[0][-1][1]
+    traced = rewritten_graph(state.package)
     weights = {name: evaluate(each, source.checkpoint.read).numpy() for name, each in weight_names(traced).items()}
     session = onnxruntime.InferenceSession(
         float_model(traced, weights).SerializeToString(), providers=["CPUExecutionProvider"]
@@ -96,7 +97,7 @@ def floating_point_difference(state: Climb, source: Source, inputs: ladder.Input
 def forced_difference(state: Climb, model: nn.Module, inputs: ladder.Inputs) -> float:
     tensor_of = forced.layer_inputs(onnx.load(state.package / MODEL, load_external_data=False))
     names = list(dict.fromkeys(tensor_of.values()))
-    session = forced.ForcedSession(state.package / MODEL, names, _portable_config(state))
+    session = forced.ForcedSession(state.package / MODEL, names, portable_config(state))
     answers = forced.torch_answers(state.family, model, inputs, tensor_of)
     return forced.worst_difference(session.run(state.specs, inputs, answers), answers)[0]
 

@@ -61,8 +61,15 @@ def record_prompts(source: Path, prompts: Path, recipe: Recipe, beside: Path) ->
         pipeline = open_pipeline(checkpoint.pipeline_path)
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(recipe.calibration.seed)
-        record(
-            pipeline, texts, path, samples=samples, num_inference_steps=recipe.sampling.steps, output_type="latent",
-            generator=generator,
-        )  # fmt: skip
+        try:
+            record(
+                pipeline, texts, path, samples=samples, num_inference_steps=recipe.sampling.steps,
+                output_type="latent", generator=generator,
+            )  # fmt: skip
+        except ValueError as error:  # what diffusers raises for inputs that a pipeline does not take
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{checkpoint.pipeline_path}: the pipeline refused to run: {reason}",
+                hint="record with lrq_export.record and arguments of your own, then pass --calibration",
+            ) from error
     return path

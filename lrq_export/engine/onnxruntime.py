@@ -33,12 +33,14 @@ SMALLEST = np.finfo(np.float32).tiny  # stands in for the scale of an all-zero t
 def build_engine(traced: TracedGraph, quantized: QuantizedFile, folder: Path, **options) -> int:
     """Write engine/onnxruntime/model.onnx and session.json. Returns the bytes of its weights."""
     lowered = traced.copy()
-    weights = lower_linears(lowered)
+    layers = lower_linears(lowered)
     model = lowered.to_onnx()
     if not any(entry.domain == CONTRIB for entry in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
-    total = write_model(folder / MODEL, model, _engine_weights(lowered, quantized, weights), **options)
-    write_json_atomic(folder / SESSION, {"config": SESSION_CONFIG, "providers": PROVIDERS})
+    total = write_model(folder / MODEL, model, engine_weights(lowered, quantized, layers), **options)
+    # Without an integer product the option has nothing to do, and ONNX Runtime 1.31 fails to load 2-bit bodies with it.
+    config = SESSION_CONFIG if layers else {}
+    write_json_atomic(folder / SESSION, {"config": config, "providers": PROVIDERS})
     return total
 
 
@@ -120,7 +122,8 @@ def _integer_product(graph: gs.Graph, node: gs.Node, layer: str, codes: gs.Varia
     ]  # fmt: skip
 
 
-def _engine_weights(traced: TracedGraph, quantized: QuantizedFile, layers: list[str]) -> Iterator[WeightTensor]:
+def engine_weights(traced: TracedGraph, quantized: QuantizedFile, layers: list[str]) -> Iterator[WeightTensor]:
+    """Every weight of a graph that `lower_linears` lowered, `layers` being what that returned."""
     lowered = set(layers)
     for name in layers:
         record = quantized.records[name]

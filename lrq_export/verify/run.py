@@ -1,6 +1,7 @@
 """Climb the parity ladder over a package: at the end of a build, and again from its files alone with `verify`."""
 
 import json
+import math
 import os
 import resource
 from collections.abc import Callable
@@ -14,20 +15,22 @@ import torch
 from torch import nn
 
 from graphs.ops import twin_log_dequant
-from graphs.passes import PIPELINE
-from graphs.traced import TracedGraph
-from lrq_export.engine.onnxruntime import SESSION, open_session
-from lrq_export.evaluate import rotation_of
+from lrq_export.bind import portable_weights
+from lrq_export.engine.onnxruntime import SESSION, engine_weights, lower_linears, open_session
+from lrq_export.errors import InputError
+from lrq_export.evaluate import evaluate, rotation_of
 from lrq_export.models import family_of
 from lrq_export.models.base import ModelFamily
-from lrq_export.package import GRAPHS, MODEL, MODEL_DATA, ONNXRUNTIME_ENGINE, QUANTIZED, verify_hashes
+from lrq_export.package import MODEL, MODEL_DATA, ONNXRUNTIME_ENGINE, QUANTIZED, verify_hashes
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quantized import FOLDED, LayerTensors, QuantizedFile
 from lrq_export.recipe import Recipe
 from lrq_export.runtime import PackagedTransformer
 from lrq_export.sampling import scheduler_from
+from lrq_export.saved_graphs import rewritten_graph, saved_graphs
 from lrq_export.source import Source, open_source
 from lrq_export.verify import forced, ladder
+from lrq_export.verify.bound import differing_weight
 from lrq_export.verify.metrics import nmse
 from lrq_export.verify.reference import Reference, adapter_error
 
@@ -49,6 +52,11 @@ def verify(
     recipe = Recipe.model_validate(manifest["recipe"])
     config = manifest["source"]["config"]
     opened = open_source(Path(source)) if source is not None else None
+    if opened is not None and opened.checkpoint.fingerprint() != manifest["source"]["fingerprint"]:
+        raise InputError(
+            f"{source}: is not the source that {package} was built from: its fingerprint differs",
+            hint="pass the folder that the package was built from, or leave out --source",
+        )
     return climb(package, recipe, config, opened, scheduler=manifest["scheduler"], advance=advance)
 
 
@@ -169,14 +177,18 @@ def _r2(state: Climb, model: nn.Module) -> tuple[ladder.Rung, list[forced.Answer
     """Teacher-forced (see `forced`) on recorded inputs and on random ones of other sizes; run freely for the note."""
     tensor_of = forced.layer_inputs(onnx.load(state.package / MODEL, load_external_data=False))
     names = list(dict.fromkeys(tensor_of.values()))
-    session = forced.ForcedSession(state.package / MODEL, names, _portable_config(state))
+    session = forced.ForcedSession(state.package / MODEL, names, portable_config(state))
     reference = [forced.torch_answers(state.family, model, case, tensor_of) for case in state.cases]
-    worst, where, free = 0.0, "sample", 0.0
+    worst, where = 0.0, "sample"
     for case, answers in zip(state.cases, reference, strict=True):
         error, tensor = forced.worst_difference(session.run(state.specs, case, answers), answers)
         worst, where = max((worst, where), (error, tensor))
     del session
     free = nmse(ladder.run_session(portable_session(state), state.specs, state.few), reference[0].output)
+    traced = rewritten_graph(state.package)
+    changed = differing_weight(state.package / MODEL, portable_weights(traced, state.quantized))
+    if changed is not None:
+        worst, where = math.inf, f"{changed}, whose bytes are not those of {QUANTIZED}"
     rung = ladder.at_most(
         "R2", "model.onnx in ONNX Runtime vs quantized torch", f"trace and binding (worst at {where})", worst,
         state.recipe.gates.parity_nmse,
@@ -205,7 +217,7 @@ def _r4(state: Climb, reference: list[forced.Answers]) -> ladder.Rung:
     names = list(reference[0].layer_inputs)
     engine = state.package / ONNXRUNTIME_ENGINE
     settings = json.loads((engine / SESSION).read_text())["config"]
-    portable = forced.ForcedSession(state.package / MODEL, names, _portable_config(state))
+    portable = forced.ForcedSession(state.package / MODEL, names, portable_config(state))
     expected = [portable.run(state.specs, case, each) for case, each in zip(state.cases, reference, strict=True)]
     del portable
     session = forced.ForcedSession(engine / MODEL, names, settings)
@@ -213,6 +225,10 @@ def _r4(state: Climb, reference: list[forced.Answers]) -> ladder.Rung:
     for case, each, answers in zip(state.cases, reference, expected, strict=True):
         error, tensor = forced.worst_difference(session.run(state.specs, case, each), answers)
         worst, where = max((worst, where), (error, tensor))
+    lowered = rewritten_graph(state.package)
+    changed = differing_weight(engine / MODEL, engine_weights(lowered, state.quantized, lower_linears(lowered)))
+    if changed is not None:
+        worst, where = math.inf, f"{changed}, whose bytes are not those of {QUANTIZED}"
     return ladder.at_most(
         "R4", "ONNX Runtime INT8 engine vs model.onnx", f"lowering and kernels (worst at {where})", worst,
         state.recipe.gates.parity_nmse, "each layer on the same input",
@@ -249,26 +265,14 @@ def portable_session(state: Climb):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    for key, value in _portable_config(state).items():
+    for key, value in portable_config(state).items():
         options.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(str(state.package / MODEL), options, providers=["CPUExecutionProvider"])
 
 
-def _portable_config(state: Climb) -> dict[str, str]:
+def portable_config(state: Climb) -> dict[str, str]:
     weights = sum(record.rows * record.cols for record in state.quantized.records.values())
     return {"session.disable_quant_qdq": "1"} if weights <= FOLD_LIMIT else {}
-
-
-def saved_graphs(package: Path) -> tuple[list[tuple[str, TracedGraph]], list[dict[str, Any]]]:
-    """The graphs after trace and after each pass, and what each pass reported."""
-    stages = [("trace", TracedGraph.from_onnx(onnx.load(package / GRAPHS / "0-trace.onnx")))]
-    passes = []
-    for index, step in enumerate(PIPELINE):
-        model = onnx.load(package / GRAPHS / f"{index + 1}-{step.__name__}.onnx")
-        stages.append((step.__name__, TracedGraph.from_onnx(model)))
-        properties = {entry.key: entry.value for entry in model.metadata_props}
-        passes.append(json.loads(properties["lrq.pass"]))
-    return stages, passes
 
 
 def _layers(state: Climb) -> list[dict[str, Any]]:
@@ -340,9 +344,7 @@ def _mean_levels(layer: LayerTensors) -> list[float]:
 
 def _source_integers(state: Climb, layer: LayerTensors) -> np.ndarray:
     """The floating-point weight in the layer's own basis, in units of its row scales."""
-    from lrq_export.evaluate import evaluate
-
-    traced = TracedGraph.from_onnx(onnx.load(state.package / GRAPHS / f"{len(PIPELINE)}-{PIPELINE[-1].__name__}.onnx"))
+    traced = rewritten_graph(state.package)
     weight = next(each for each in traced.linears.values() if each.layer == layer.record.layer)
     return (evaluate(weight.weight, state.source.checkpoint.read) / layer.scale[:, None]).numpy()
 

@@ -150,12 +150,8 @@ def example(samples=3, height=6, width=10, text=5):
     }
 
 
-def test_every_recipe_builds_an_engine_that_agrees_with_torch(engine, one_block, request):
+def test_every_recipe_builds_an_engine_that_agrees_with_torch(engine, one_block):
     recipe, folder = engine
-    if recipe.activations.bits == 16 and recipe.weights.bits == 2:
-        # TwinLogDequant stays in the graph, and session.x64quantprecision trips over the folding of its 2-bit body.
-        reason = "the engine asks for exact integer products although it has none"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     source = open_source(one_block)
     quantized = QuantizedFile(folder / "quantized.safetensors")
     inputs = example()

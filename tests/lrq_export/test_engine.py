@@ -8,10 +8,10 @@ import onnxruntime
 import pytest
 import torch
 
-from lrq_export.build import rewritten_graph
 from lrq_export.engine.onnxruntime import lower_linears, open_session
 from lrq_export.quantized import QuantizedFile
 from lrq_export.runtime import load
+from lrq_export.saved_graphs import rewritten_graph
 
 
 @pytest.fixture(scope="module")

@@ -98,8 +98,8 @@ def test_external_tensors_start_where_they_can_be_mapped(tmp_path):
 
 def test_a_package_past_the_limit_streams_into_external_data(package, tmp_path):
     from lrq_export.bind import write_portable
-    from lrq_export.build import rewritten_graph
     from lrq_export.quantized import QuantizedFile
+    from lrq_export.saved_graphs import rewritten_graph
 
     total = write_portable(
         rewritten_graph(package),

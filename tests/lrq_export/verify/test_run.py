@@ -137,7 +137,6 @@ def test_the_report_command_writes_one_offline_page(package, cli, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
-@pytest.mark.xfail(strict=True, reason="verify does not yet compare the source with the manifest's fingerprint")
 def test_another_source_is_refused(package, tiny, copy_of):
     other = copy_of(tiny.source)
     file = TensorFile(other / "diffusion_pytorch_model.safetensors")

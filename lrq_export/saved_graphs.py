@@ -1,0 +1,47 @@
+"""The graphs of a package before its weights were bound: after trace and after each pass, each one small ONNX file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from graphs.passes import PIPELINE
+from graphs.traced import TracedGraph
+from lrq_export.package import GRAPHS, write_bytes_atomic
+
+TRACE = f"{GRAPHS}/0-trace.onnx"
+OUTCOME_KEY = "lrq.pass"  # metadata of a pass's graph: its name, fire count and near misses
+
+
+def pass_file(folder: Path, index: int, name: str) -> Path:
+    return folder / GRAPHS / f"{index + 1}-{name}.onnx"
+
+
+def load_graph(path: Path) -> TracedGraph:
+    return TracedGraph.from_onnx(onnx.load(path))
+
+
+def rewritten_graph(folder: Path) -> TracedGraph:
+    """The graph after the last pass."""
+    return load_graph(pass_file(folder, len(PIPELINE) - 1, PIPELINE[-1].__name__))
+
+
+def save_graph(path: Path, traced: TracedGraph, outcome: dict[str, Any] | None = None) -> None:
+    """Write a graph, and with it what the pass that made it reported."""
+    model = traced.to_onnx()
+    if outcome is not None:
+        model.metadata_props.add(key=OUTCOME_KEY, value=json.dumps(outcome, sort_keys=True))
+    write_bytes_atomic(path, model.SerializeToString(deterministic=True))
+
+
+def saved_graphs(package: Path) -> tuple[list[tuple[str, TracedGraph]], list[dict[str, Any]]]:
+    """The graphs after trace and after each pass, and what each pass reported."""
+    stages = [("trace", load_graph(package / TRACE))]
+    passes = []
+    for index, step in enumerate(PIPELINE):
+        model = onnx.load(pass_file(package, index, step.__name__))
+        stages.append((step.__name__, TracedGraph.from_onnx(model)))
+        properties = {entry.key: entry.value for entry in model.metadata_props}
+        passes.append(json.loads(properties[OUTCOME_KEY]))
+    return stages, passes

@@ -1,0 +1,52 @@
+"""Quantizing one layer: errors it reports, and the bias that keeps its mean output."""
+
+import pytest
+import torch
+
+from lrq_export.bind import corrected_bias, quantize_layer
+from lrq_export.quantized import UNROTATED, LayerRecord
+
+ROWS, COLS = 24, 48
+
+
+def record(bits: int, group_size: int = COLS) -> LayerRecord:
+    return LayerRecord("layer", ROWS, COLS, bits, group_size, 8, 0, None, UNROTATED, "test", [], "layer.bias")
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(ROWS, COLS, generator=torch.Generator().manual_seed(0)) * 0.1
+
+
+@pytest.fixture
+def inputs():
+    """Inputs (tokens, cols) with a mean far from zero, as adaLN gives them."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(500, COLS, generator=generator) + 3 * torch.randn(COLS, generator=generator)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_corrected_bias_keeps_the_mean_output(weight, inputs, bits):
+    layer = quantize_layer(weight, None, record(bits))
+    rounded = layer.integer_weight().float() * layer.scale[:, None]
+    bias = torch.linspace(-1, 1, ROWS)
+    exact = (inputs @ weight.T + bias).mean(0)
+    corrected = corrected_bias(bias, weight, layer, inputs.double().mean(0))
+    torch.testing.assert_close((inputs @ rounded.T + corrected).mean(0), exact, atol=1e-4, rtol=0)
+
+
+def test_without_the_correction_the_mean_output_moves(weight, inputs):
+    layer = quantize_layer(weight, None, record(3))
+    rounded = layer.integer_weight().float() * layer.scale[:, None]
+    assert ((inputs @ rounded.T).mean(0) - (inputs @ weight.T).mean(0)).abs().max() > 1e-2
+
+
+def test_the_record_states_the_measured_errors(weight):
+    importance = torch.linspace(0.1, 4, COLS, dtype=torch.float64)
+    layer = quantize_layer(weight, importance, record(4, group_size=16))
+    error = (layer.integer_weight().double() * layer.scale.double()[:, None] - weight.double()).square()
+    power = weight.double().square()
+    assert layer.record.weight_nmse == pytest.approx(float(error.sum() / power.sum()), rel=1e-5)
+    weighted = float((error @ importance).sum() / (power @ importance).sum())
+    assert layer.record.weighted_nmse == pytest.approx(weighted, rel=1e-5)
+    assert layer.record.weighted_nmse != layer.record.weight_nmse
