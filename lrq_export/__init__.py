@@ -3,24 +3,22 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lrq_export.build import build
     from lrq_export.calibrate.record import record
+    from lrq_export.compiler import build
     from lrq_export.errors import LrqError
     from lrq_export.recipe import Recipe, load_recipe
     from lrq_export.runtime import load
-    from lrq_export.verify.run import verify
 
 __version__ = "0.1.0"
-__all__ = ["LrqError", "Recipe", "build", "load", "load_recipe", "record", "verify"]
+__all__ = ["LrqError", "Recipe", "build", "load", "load_recipe", "record"]
 
 _HOME = {
-    "build": "lrq_export.build",
+    "build": "lrq_export.compiler",
     "record": "lrq_export.calibrate.record",
     "LrqError": "lrq_export.errors",
     "Recipe": "lrq_export.recipe",
     "load_recipe": "lrq_export.recipe",
     "load": "lrq_export.runtime",
-    "verify": "lrq_export.verify.run",
 }
 
 

@@ -5,14 +5,16 @@ floating-point weights of the model in memory together.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from graphs.expressions import RotateOutput
-from graphs.ops import packing
+from graphs.ops import packing, twin_log_dequant
 from graphs.passes.patterns import LINEAR_OPS, is_lrq, open_linear, producer
 from graphs.traced import LinearWeight, TracedGraph
+from lrq_export.calibrate.correlations import read_correlation
 from lrq_export.calibrate.statistics import Statistics
 from lrq_export.checkpoint import Checkpoint, TensorFile, check_finite
 from lrq_export.evaluate import evaluate
@@ -20,6 +22,7 @@ from lrq_export.onnx_file import WeightTensor, write_model
 from lrq_export.package import save_tensors_atomic
 from lrq_export.plan import LayerPlan
 from lrq_export.quant import twin_log, uniform
+from lrq_export.quant.compensate import round_compensated
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.weight import dequantize
 from lrq_export.quantized import (
@@ -44,11 +47,13 @@ def quantize_layers(
     folder: Path,
     done: Callable[[str], None] = lambda layer: None,
     *,
+    correlations: Path,
     bias_correction: bool = True,
 ) -> None:
     """Quantize every linear of the rewritten graph into `folder`, one file a layer; files already there are kept.
 
-    With `bias_correction`, rounding moves no layer's mean output on the calibration inputs (Nagel et al. 2019, 4.2).
+    `correlations` is the file of E[x xᵀ] that compensated rounding reads; without that file, weights go to the nearest
+    level. With `bias_correction`, rounding moves no layer's mean output on the calibration inputs (Nagel et al. 2019).
     Raises InputError for weights that are NaN or Inf. `done` is told each layer's name, for progress.
     """
     plan_of = {plan.name: plan for plan in plans}
@@ -64,7 +69,8 @@ def quantize_layers(
             record = _record(traced, codes, weight, plan_of[weight.layer])
             mean, second_moment = _moments(statistics, record)
             exact = evaluate(weight.weight, read)
-            layer, floats = quantize_layer(exact, second_moment, record), {}
+            correlation = read_correlation(correlations, weight.layer)
+            layer, floats = quantize_layer(exact, second_moment, record, correlation), {}
             if bias_correction and record.bias is not None:
                 bias = evaluate(traced.tensors[record.bias], read)
                 floats[record.bias] = corrected_bias(bias, exact, layer, mean)
@@ -75,13 +81,26 @@ def quantize_layers(
         save_tensors_atomic(floats, {name: evaluate(each, read) for name, each in traced.tensors.items()})
 
 
-def quantize_layer(weight: torch.Tensor, second_moment: torch.Tensor | None, record: LayerRecord) -> LayerTensors:
-    """Quantize W (rows, cols) as `record` says, weighting columns by E[x²] (cols,); fills in the errors."""
+def quantize_layer(
+    weight: torch.Tensor,
+    second_moment: torch.Tensor | None,
+    record: LayerRecord,
+    correlation: torch.Tensor | None = None,
+) -> LayerTensors:
+    """Quantize W (rows, cols) as `record` says, weighting columns by E[x²] (cols,); fills in the errors.
+
+    Given E[x xᵀ] (cols, cols), codes are chosen for the least output error; at 8 bits rounding is fine enough as it is.
+    """
     if record.bits == INT8_BITS:
         quantized = uniform.quantize(weight, second_moment)
         codes, exponents = quantized.codes, None
     else:
         quantized = twin_log.quantize(weight, second_moment, bits=record.bits, group_size=record.group_size)
+        if correlation is not None:
+            table = twin_log_dequant.table(quantized.exponents.numpy(), record.bits, 4, 6)
+            values = torch.from_numpy(table).float() * quantized.scale[:, None, None]
+            chosen = round_compensated(weight, values, record.group_size, correlation)
+            quantized = replace(quantized, codes=chosen)
         codes = as_bytes(packing.pack(quantized.codes.numpy(), record.bits))
         exponents = quantized.exponents
     error, power = (dequantize(quantized) - weight).double().square(), weight.double().square()

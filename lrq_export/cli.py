@@ -50,7 +50,7 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Quantize, trace, rewrite, bind and verify SOURCE into a package."""
-    from lrq_export.build import build as run
+    from lrq_export.compiler import build as run
     from lrq_export.errors import UsageError
     from lrq_export.recipe import load_recipe
 

@@ -45,6 +45,9 @@ class Weights(Table):
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits per weight code")
     group_size: Size = Field(0, description="columns that share one pair of codebooks; 0 = the whole row")
+    rounding: Literal["compensated", "nearest"] = Field(
+        "compensated", description="compensated: each column's rounding error is carried into the columns to come"
+    )
     bias_correction: bool = Field(True, description="undo in the bias what rounding shifts the mean output by")
 
 

@@ -108,7 +108,7 @@ def tiny(tmp_path_factory) -> Tiny:
 @pytest.fixture(scope="session")
 def built(tiny, tmp_path_factory):
     """The result of one undisturbed build."""
-    from lrq_export.build import build
+    from lrq_export.compiler import build
 
     out = tmp_path_factory.mktemp("built") / "package"
     return build(tiny.source, out, recipe=tiny.recipe(), calibration=tiny.calibration)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from lrq_export.calibrate.correlations import Correlations
 from lrq_export.calibrate.inputs import TIMESTEP, batches
 from lrq_export.calibrate.statistics import Statistics
 from lrq_export.models.base import ModelFamily
@@ -20,8 +21,11 @@ def observe(
     inputs: dict[str, torch.Tensor],
     batch: int,
     done: Callable[[int], None] = lambda samples: None,
+    correlations: Correlations | None = None,
 ) -> Statistics:
     """Statistics of every planned layer's input, before and after its rotation, per timestep.
+
+    Fills `correlations` on the way when they are asked for.
 
     Batches hold one timestep each and come in a fixed order, so the same inputs give the same statistics.
     """
@@ -32,7 +36,10 @@ def observe(
 
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             x = arguments[0]
-            statistics.observe(plan.name, now[0], x, None if rotation is None else rotation.apply(x))
+            rotated = None if rotation is None else rotation.apply(x)
+            statistics.observe(plan.name, now[0], x, rotated)
+            if correlations is not None:
+                correlations.observe(plan.name, x if rotated is None else rotated)
 
         return hook
 

@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 
-from lrq_export.build import STAGES, build
+from lrq_export.compiler import STAGES, build
 from lrq_export.engine.onnxruntime import open_session
 from lrq_export.errors import InputError, UsageError
 from lrq_export.models.pixart import PixArt

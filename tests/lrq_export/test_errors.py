@@ -190,7 +190,7 @@ def test_an_interruption_is_one_line_and_exit_5(tiny, cli, tmp_path, monkeypatch
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lrq_export.build.trace", interrupt)
+    monkeypatch.setattr("lrq_export.compiler.trace", interrupt)
     cli("build", tiny.source, "-o", tmp_path / "out", *tiny.arguments).refused(5, "interrupted", "resume")
     assert (tmp_path / "out.partial" / "package" / "stats.safetensors").is_file()
 
@@ -218,6 +218,6 @@ def test_a_bug_keeps_its_traceback(tiny, cli, tmp_path, monkeypatch):
     def bug(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lrq_export.build.open_source", bug)
+    monkeypatch.setattr("lrq_export.compiler.open_source", bug)
     with pytest.raises(RuntimeError, match="a bug"):
         cli("build", tiny.source, "-o", tmp_path / "out")

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from lrq_export import record
-from lrq_export.build import build
 from lrq_export.calibrate.inputs import load_inputs
 from lrq_export.calibrate.pipeline import open_pipeline, read_prompts, record_prompts
 from lrq_export.checkpoint import TensorFile
+from lrq_export.compiler import build
 from lrq_export.engine.onnxruntime import open_session
 from lrq_export.errors import InputError, UsageError
 from lrq_export.models.pixart import PixArt

@@ -6,7 +6,7 @@ import signal
 import check_resume
 import pytest
 
-from lrq_export.build import STAGES, build
+from lrq_export.compiler import STAGES, build
 from lrq_export.package import save_tensors_atomic
 
 

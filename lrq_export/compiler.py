@@ -16,6 +16,7 @@ from graphs.checks import check, check_preserved
 from graphs.passes import PIPELINE
 from lrq_export import __version__
 from lrq_export.bind import assemble, quantize_layers, write_portable
+from lrq_export.calibrate.correlations import MEMORY_LIMIT, Correlations, required_bytes
 from lrq_export.calibrate.run import observe
 from lrq_export.calibrate.statistics import Moments, Statistics
 from lrq_export.engine.onnxruntime import build_engine
@@ -38,7 +39,7 @@ from lrq_export.package import (
 )
 from lrq_export.plan import LayerPlan, plan_layers
 from lrq_export.progress import Progress, Silent, stage
-from lrq_export.quantized import QuantizedFile
+from lrq_export.quantized import INT8_BITS, QuantizedFile
 from lrq_export.recipe import Recipe, to_toml
 from lrq_export.sampling import scheduler_from
 from lrq_export.saved_graphs import TRACE, load_graph, pass_file, rewritten_graph, save_graph
@@ -75,6 +76,31 @@ class Job:
     workspace: Workspace
     progress: Progress
     timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def compensates(self) -> bool:
+        """Whether rounding errors are to be carried forward, and the matrices that this takes are small enough."""
+        return self.asks_for_compensation and required_bytes(self.plans) <= MEMORY_LIMIT
+
+    @property
+    def asks_for_compensation(self) -> bool:
+        return self.recipe.weights.rounding == "compensated" and self.recipe.weights.bits != INT8_BITS
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know of how this package was made."""
+        if not self.asks_for_compensation or self.compensates:
+            return self.inputs.warnings
+        size = required_bytes(self.plans) / 2**30
+        return [
+            *self.inputs.warnings,
+            f"weights were rounded to nearest: compensated rounding would keep {size:.1f} GiB of correlations",
+        ]
+
+    @property
+    def correlations(self) -> Path:
+        """Beside the layers, not part of the package."""
+        return self.workspace.layers / "correlations.safetensors"
 
     @property
     def path(self) -> Path:
@@ -151,10 +177,13 @@ def _calibrate(job: Job) -> None:
     with stage(job.progress, "calibrate", job.timings, len(job.inputs.calibration["hidden_states"]) + steps):
         model = source.load(source.model())
         if not (job.path / STATS).exists():
+            correlations = Correlations() if job.compensates else None
             statistics = observe(
                 source.family, model, job.plans, job.inputs.calibration, recipe.calibration.batch,
-                lambda count: [job.progress.advance() for _ in range(count)],
+                lambda count: [job.progress.advance() for _ in range(count)], correlations,
             )  # fmt: skip
+            if correlations is not None:
+                correlations.save(job.correlations)
             statistics.save(job.path / STATS)
         statistics = Statistics.load(job.path / STATS)
         summary = {plan.name: _summary(statistics.layer(plan.name)) for plan in job.plans}
@@ -199,7 +228,7 @@ def _quantize(job: Job) -> None:
             advance = job.progress.advance
             quantize_layers(
                 traced, job.plans, job.source.checkpoint, statistics, job.workspace.layers, advance,
-                bias_correction=job.recipe.weights.bias_correction,
+                correlations=job.correlations, bias_correction=job.recipe.weights.bias_correction,
             )  # fmt: skip
             assemble(traced, job.workspace.layers, path / QUANTIZED)
     if not (path / MODEL).exists():
@@ -218,7 +247,7 @@ def _engine(job: Job) -> None:
 def _verify(job: Job) -> tuple[dict[str, Any], Any]:
     with stage(job.progress, "verify", job.timings, 6):
         report, samples = climb(job.path, job.recipe, job.source.config, job.source, advance=job.progress.advance)
-    report["warnings"] = job.inputs.warnings + report["warnings"]
+    report["warnings"] = job.warnings + report["warnings"]
     report["timings"] = [{"stage": name, "seconds": round(seconds, 2)} for name, seconds in job.timings.items()]
     report["tool"] = {"name": "lrq-export", "version": __version__, "libraries": libraries()}
     report["source"] |= {"path_name": job.source.checkpoint.path.resolve().name}
@@ -235,7 +264,7 @@ def _facts(job: Job, key: str) -> dict[str, Any]:
         "scheduler": job.source.scheduler_config(),
         "recipe": job.recipe.model_dump(mode="json", by_alias=True),
         "layers": {name: vars(record) for name, record in records.items()},
-        "warnings": job.inputs.warnings,
+        "warnings": job.warnings,
     }
 
 

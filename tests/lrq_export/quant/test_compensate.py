@@ -1,0 +1,90 @@
+"""Error-compensated rounding: a smaller output error than nearest rounding, on any codebook."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lrq_export.quant import compensate
+from lrq_export.quant.compensate import inverse_factor, round_compensated
+
+ROWS, COLS, LEVELS = 16, 40, 8
+
+
+def correlated_inputs(cols: int = COLS, tokens: int = 400, seed: int = 0) -> torch.Tensor:
+    """Inputs (tokens, cols) that live near a few directions, as activations do."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(cols // 4, cols, generator=generator)
+    noise = torch.randn(tokens, cols, generator=generator)
+    return torch.randn(tokens, cols // 4, generator=generator) @ mix + 0.2 * noise
+
+
+def problem(seed: int = 0, groups: int = 1):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(ROWS, COLS, generator=generator)
+    values = torch.sort(2 * torch.randn(ROWS, groups, LEVELS, generator=generator)).values
+    x = correlated_inputs(seed=seed)
+    return weight, values, x, x.T @ x / len(x)
+
+
+def decode(values: torch.Tensor, codes: torch.Tensor, group_size: int) -> torch.Tensor:
+    group = torch.arange(codes.shape[1]) // group_size
+    return torch.stack([values[:, g].gather(1, codes[:, j : j + 1].long())[:, 0] for j, g in enumerate(group)], dim=1)
+
+
+def nearest(weight: torch.Tensor, values: torch.Tensor, group_size: int) -> torch.Tensor:
+    group = torch.arange(weight.shape[1]) // group_size
+    return (values[:, group] - weight[..., None]).abs().argmin(-1)
+
+
+def output_error(weight, rounded, x) -> float:
+    return float((x @ (weight - rounded).T).square().mean())
+
+
+@pytest.mark.parametrize(("groups", "group_size"), [(1, 40), (4, 10)])
+def test_the_output_error_is_well_below_that_of_nearest_rounding(groups, group_size):
+    weight, values, x, moments = problem(groups=groups)
+    compensated = decode(values, round_compensated(weight, values, group_size, moments), group_size)
+    plain = decode(values, nearest(weight, values, group_size), group_size)
+    assert output_error(weight, compensated, x) < 0.5 * output_error(weight, plain, x)
+
+
+def test_uncorrelated_inputs_leave_nearest_rounding_as_it_is():
+    weight, values, _, _ = problem()
+    codes = round_compensated(weight, values, COLS, torch.eye(COLS))
+    assert torch.equal(codes.long(), nearest(weight, values, COLS))
+
+
+def test_the_result_does_not_depend_on_the_size_of_the_blocks(monkeypatch):
+    weight, values, x, moments = problem()
+    whole = round_compensated(weight, values, COLS, moments)
+    monkeypatch.setattr(compensate, "BLOCK", 7)
+    blocked = round_compensated(weight, values, COLS, moments)
+    # The same sums in another order: a value at a boundary may fall the other way, the error may not.
+    assert (whole != blocked).float().mean() < 0.05
+    errors = [output_error(weight, decode(values, codes, COLS), x) for codes in (whole, blocked)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.2)
+
+
+@given(seed=st.integers(0, 1000), tokens=st.integers(1, 60))
+@settings(max_examples=25, deadline=None)
+def test_any_inputs_give_finite_codes_within_the_codebook(seed, tokens):
+    weight, values, _, _ = problem(seed)
+    x = correlated_inputs(tokens=tokens, seed=seed)  # fewer tokens than columns: H is singular
+    codes = round_compensated(weight, values, COLS, x.T @ x / tokens)
+    assert codes.dtype == torch.uint8
+    assert int(codes.max()) < LEVELS
+
+
+def test_the_factor_is_that_of_the_damped_inverse():
+    moments = problem()[3].double()
+    damped = moments + compensate.DAMPING * moments.diagonal().mean() * torch.eye(COLS, dtype=torch.float64)
+    factor = inverse_factor(moments).double()
+    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped), rtol=1e-4, atol=1e-6)
+    assert torch.equal(factor, factor.triu())
+
+
+def test_inputs_that_are_zero_throughout_are_rounded_to_nearest():
+    weight, values, _, _ = problem()
+    codes = round_compensated(weight, values, COLS, torch.zeros(COLS, COLS))
+    assert torch.equal(codes.long(), nearest(weight, values, COLS))
