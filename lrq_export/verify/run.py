@@ -112,6 +112,7 @@ def climb(
     del model
     r3, passes = _r3(state)
     advance("R3")
+    layers, histograms = _layers(state), _histograms(state)  # the float model is in memory only while no session is
     r4 = _r4(state, answers)
     advance("R4")
     session = open_session(package / ONNXRUNTIME_ENGINE)
@@ -127,8 +128,8 @@ def climb(
         "warnings": [],
         "ladder": [rung.to_json() for rung in rungs],
         "passes": passes,
-        "layers": _layers(state),
-        "histograms": _histograms(state),
+        "layers": layers,
+        "histograms": histograms,
         "noise_error_by_timestep": by_timestep,
         "trajectory": trajectory,
         "images": images,
@@ -300,10 +301,11 @@ def _output_errors(state: Climb) -> dict[str, float]:
 
     def replacement(name: str):
         """The quantized layer in the floating-point model's basis: folded rotations are undone on both sides."""
-        record, module = state.quantized.records[name], state.quantized.module(name)
+        record = state.quantized.records[name]
         folded = Rotation(record.cols, record.block, record.signs_seed) if record.rotated_by == FOLDED else None
 
         def run(x: torch.Tensor) -> torch.Tensor:
+            module = state.quantized.module(name)  # decoded for each call: all at once would be a second model
             y = module(x if folded is None else folded.apply(x))
             for step in reversed(record.output_steps()):
                 y = rotation_of(step, y.shape[-1]).apply_inverse(y)
