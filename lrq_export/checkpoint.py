@@ -195,6 +195,11 @@ def check_tensors(checkpoint: Checkpoint, expected: Mapping[str, Sequence[int]])
             hint=f"the nearest known name is {near}" if near else f"check that {CONFIG} belongs to these weights",
         )
     for name in names:
+        if not checkpoint.dtype(name).is_floating_point:
+            raise InputError(
+                f"{checkpoint.path}: {name}: got {checkpoint.dtype(name)}, needed floating-point weights",
+                hint="pass the original checkpoint, not a quantized one",
+            )
         got, needed = checkpoint.shape(name), tuple(expected[name])
         if got != needed:
             raise InputError(

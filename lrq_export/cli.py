@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lrq_export import __version__
-from lrq_export.errors import Interrupted, LrqError
+from lrq_export.errors import Interrupted, LrqError, UsageError
 
 # Before torch is imported: its OpenMP threads then sleep while they wait. Spinning, they fight whatever else the
 # machine runs: quantizing one 288 x 288 layer beside two busy processes took 9.4 s instead of 0.7 s.
@@ -51,7 +51,6 @@ def build(
 ) -> None:
     """Quantize, trace, rewrite, bind and verify SOURCE into a package."""
     from lrq_export.compiler import build as run
-    from lrq_export.errors import UsageError
     from lrq_export.recipe import load_recipe
 
     settings = load_recipe(preset, recipe, _overrides(set_ or []))
@@ -60,7 +59,7 @@ def build(
             raise UsageError("--prompts and --calibration exclude each other", hint="pass one of them")
         from lrq_export.calibrate.pipeline import record_prompts
 
-        calibration = record_prompts(source, prompts, settings, beside=out)
+        calibration = record_prompts(source, prompts, settings, beside=out.resolve())
     with _progress(as_json) as progress:
         result = run(
             source, out, recipe=settings, calibration=calibration, conditions=conditions, until=until.value,
@@ -112,7 +111,6 @@ def sample(
     prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; needs --pipeline.")] = None,
 ) -> None:
     """Draw samples through diffusers' scheduler with the engine in place of the transformer."""
-    from lrq_export.errors import UsageError
     from lrq_export.sample import sample_conditions, sample_prompts
 
     if (pipeline is None) != (prompts is None):
@@ -167,7 +165,6 @@ def init(
     preset: Annotated[str | None, typer.Option(help="w4a8 (default), w3a8, w4a6 or w8a8.")] = None,
 ) -> None:
     """Write a recipe with every key spelled out, to edit and pass to build --recipe."""
-    from lrq_export.errors import UsageError
     from lrq_export.package import write_bytes_atomic
     from lrq_export.recipe import load_recipe, to_toml
 
@@ -204,7 +201,6 @@ def _show_report(report: dict, as_json: bool) -> None:
 
 
 def _overrides(pairs: list[str]) -> dict[str, str]:
-    from lrq_export.errors import UsageError
 
     overrides = {}
     for pair in pairs:
@@ -216,7 +212,6 @@ def _overrides(pairs: list[str]) -> dict[str, str]:
 
 
 def _numbers(flag: str, text: str) -> list[int]:
-    from lrq_export.errors import UsageError
 
     try:
         return [int(part) for part in text.split(",")]
@@ -249,6 +244,10 @@ def main() -> None:
         _fail(error)
     except (KeyboardInterrupt, typer.Abort):
         _fail(interrupted)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(UsageError(f"{error.filename}: {error.strerror}", hint="check the path and its permissions"))
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's usage errors, whose class typer does not export
         if usage is None:

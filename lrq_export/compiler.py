@@ -20,7 +20,7 @@ from lrq_export.calibrate.correlations import MEMORY_LIMIT, Correlations, requir
 from lrq_export.calibrate.run import observe
 from lrq_export.calibrate.statistics import Moments, Statistics
 from lrq_export.engine.onnxruntime import build_engine
-from lrq_export.errors import UsageError
+from lrq_export.errors import InputError, UsageError
 from lrq_export.package import (
     MODEL,
     ONNXRUNTIME_ENGINE,
@@ -30,7 +30,6 @@ from lrq_export.package import (
     REPORT_PAGE,
     STATS,
     is_package,
-    load_manifest,
     require_free_disk,
     verify_hashes,
     write_bytes_atomic,
@@ -41,7 +40,7 @@ from lrq_export.plan import LayerPlan, plan_layers
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.quantized import INT8_BITS, QuantizedFile
 from lrq_export.recipe import Recipe, to_toml
-from lrq_export.sampling import scheduler_from
+from lrq_export.sampling import check_steps, scheduler_from
 from lrq_export.saved_graphs import TRACE, load_graph, pass_file, rewritten_graph, save_graph
 from lrq_export.source import Inputs, Source, conditions_path, fingerprint, gather_inputs, open_source
 from lrq_export.trace import trace
@@ -132,19 +131,31 @@ def build(
         opened = open_source(Path(source))
         plans = plan_layers(opened.model(), opened.family, recipe)
         inputs = gather_inputs(opened, recipe, calibration, conditions)
-        scheduler_from(recipe.sampling.scheduler, opened.scheduler_config())
+        check_steps(scheduler_from(recipe.sampling.scheduler, opened.scheduler_config()), recipe.sampling.steps)
         files = [calibration, conditions_path(opened, conditions)]
-        key = fingerprint(opened, to_toml(recipe), files, libraries() | {"lrq-export": __version__})
+        key = fingerprint(opened, to_toml(recipe), files, libraries() | {"lrq-export": __version__} | threads())
     if until == "load":
         return BuildResult(out, True, None, "load")
-    if is_package(out) and load_manifest(out).get("fingerprint") == key:
-        verify_hashes(out)
-        report = json.loads((out / REPORT).read_text())
+    report = _finished_report(out, key)
+    if report is not None:
         return BuildResult(out, _all_passed(report), report, up_to_date=True)
     with open_workspace(out, key) as workspace:
-        require_free_disk(workspace.partial, _estimated_bytes(opened, plans))
+        require_free_disk(
+            workspace.partial, _estimated_bytes(opened, plans, len(inputs.calibration["timestep"].unique()))
+        )
         job = Job(opened, recipe, plans, inputs, workspace, progress, timings)
         return _run(job, until, key)
+
+
+def _finished_report(out: Path, key: str) -> dict[str, Any] | None:
+    """The report of a whole package made from the same inputs; None when there is none, or it was edited: build it."""
+    if not is_package(out):
+        return None
+    try:
+        manifest = verify_hashes(out)
+    except InputError:
+        return None
+    return json.loads((out / REPORT).read_text()) if manifest.get("fingerprint") == key else None
 
 
 def _run(job: Job, until: str, key: str) -> BuildResult:
@@ -273,17 +284,24 @@ def _summary(moments: Moments) -> dict[str, float]:
     return {"rms": moments.rms, "kurtosis": moments.kurtosis, "peak_to_rms": moments.peak_to_rms}
 
 
+def threads() -> dict[str, str]:
+    """Sums of floats depend on how many threads share them: another number is another build, not a resumed one."""
+    return {"threads": str(torch.get_num_threads())}
+
+
 def libraries() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
 
 
-def _estimated_bytes(source: Source, plans: list[LayerPlan]) -> int:
+def _estimated_bytes(source: Source, plans: list[LayerPlan], timesteps: int) -> int:
     """Disk that a build takes at most: per-layer files, quantized file, portable model, INT8 engine, kept floats."""
     planned = {f"{plan.name}.weight" for plan in plans}
     kept = [name for name in source.checkpoint.names() if name not in planned]
     floats = sum(4 * torch.Size(source.checkpoint.shape(name)).numel() for name in kept)
     codes = sum(plan.rows * plan.cols for plan in plans)
-    return codes * 5 // 2 + 4 * floats + (16 << 20)
+    statistics = sum(28 * plan.cols for plan in plans) * timesteps
+    correlations = min(required_bytes(plans), MEMORY_LIMIT)
+    return codes * 5 // 2 + 4 * floats + statistics + correlations + (16 << 20)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from lrq_export.errors import UsageError
 from lrq_export.package import atomic_file, load_manifest, save_tensors_atomic
 from lrq_export.recipe import Recipe
 from lrq_export.runtime import load
-from lrq_export.sampling import ConditionalSampler, scheduler_from
+from lrq_export.sampling import ConditionalSampler, check_steps, scheduler_from
 from lrq_export.verify.reference import Reference
 
 IMAGE_CHANNELS = (1, 3)
@@ -24,7 +24,10 @@ def sample_conditions(
     which needs a model of 1 or 3 channels (latents of others want their pipeline's decoder).
     """
     manifest = load_manifest(package)
+    _check_request(package, out, images, steps)
     settings = Recipe.model_validate(manifest["recipe"]).sampling
+    scheduler = scheduler_from(settings.scheduler, manifest["scheduler"])
+    check_steps(scheduler, steps or settings.steps)
     transformer = load(package)
     conditions = Reference.load(package).conditions
     available = min(len(tensor) for tensor in conditions.values())
@@ -34,7 +37,6 @@ def sample_conditions(
             hint="name a .safetensors file, or pass --pipeline and --prompts to decode them",
         )
     chosen = rows if rows is not None else [i % available for i in range(images or settings.images)]
-    scheduler = scheduler_from(settings.scheduler, manifest["scheduler"])
     latents = ConditionalSampler(transformer, scheduler, conditions)(
         chosen, num_inference_steps=steps or settings.steps, guidance_scale=settings.guidance_scale,
         generator=torch.Generator().manual_seed(settings.seed if seed is None else seed),
@@ -52,6 +54,7 @@ def sample_prompts(
     """Run a whole diffusers pipeline with the package in place of its transformer; writes a PNG contact sheet."""
     from lrq_export.calibrate.pipeline import open_pipeline, read_prompts
 
+    _check_request(package, out, None, steps)
     settings = Recipe.model_validate(load_manifest(package)["recipe"]).sampling
     whole = open_pipeline(pipeline)
     whole.register_modules(transformer=None)
@@ -62,6 +65,17 @@ def sample_prompts(
     ).images  # fmt: skip
     write_contact_sheet(out, np.transpose(drawn, (0, 3, 1, 2)) * 2 - 1)
     return out
+
+
+def _check_request(package: Path, out: Path, images: int | None, steps: int | None) -> None:
+    """Raise UsageError before any work is done for what could not be drawn or written afterwards."""
+    for flag, value in (("--images", images), ("--steps", steps)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag}: got {value}, needed at least 1")
+    if out.suffix not in (".png", ".safetensors"):
+        raise UsageError(f"{out}: needed a name that ends in .png or .safetensors", hint="e.g. samples.png")
+    if out.is_dir() or out.resolve().is_relative_to(package.resolve()):
+        raise UsageError(f"{out}: is a folder or lies in the package", hint="write the samples beside the package")
 
 
 def write_contact_sheet(path: Path, images: np.ndarray, columns: int = 10, enlarge_to: int = 96) -> None:

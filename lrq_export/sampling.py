@@ -1,6 +1,7 @@
 """Draw samples through a diffusers scheduler, from stored conditions instead of a text encoder."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,30 @@ def scheduler_from(class_name: str, config: dict[str, Any] | None = None):
     if scheduler is None or not hasattr(scheduler, "add_noise"):
         raise UsageError(f"sampling.scheduler: diffusers has no scheduler {class_name!r}", hint="e.g. DDIMScheduler")
     return scheduler.from_config(config or {"clip_sample": False, "num_train_timesteps": 1000})
+
+
+def check_steps(scheduler, steps: int) -> None:
+    """Try the scheduler for one step on zeros. Raises UsageError when it takes other arguments or so many steps not."""
+    trial, latents = copy.deepcopy(scheduler), torch.zeros(1, 1, 2, 2)
+    try:
+        trial.set_timesteps(steps)
+        trial.scale_model_input(latents, trial.timesteps[0])
+        _step(trial, latents, trial.timesteps[0], latents, torch.Generator())
+        if len(trial.timesteps) != steps:
+            raise ValueError(f"it makes {len(trial.timesteps)} steps of {steps}")
+    except Exception as error:  # each scheduler has its own way to refuse
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"sampling: {type(scheduler).__name__} cannot take {steps} steps here: {reason}",
+            hint="set sampling.steps or sampling.scheduler, e.g. 20 and DDIMScheduler",
+        ) from error
+
+
+def _step(scheduler, noise: torch.Tensor, timestep, latents: torch.Tensor, generator) -> torch.Tensor:
+    """One step; a stochastic scheduler draws from the generator, so that equal seeds stay equal trajectories."""
+    seeded = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": generator} if seeded else {}
+    return scheduler.step(noise, timestep, latents, return_dict=False, **options)[0]
 
 
 class ConditionalSampler:
@@ -53,7 +78,7 @@ class ConditionalSampler:
             if guidance_scale != 1:
                 unconditional, conditional = noise.chunk(2)
                 noise = unconditional + guidance_scale * (conditional - unconditional)
-            latents = scheduler.step(noise, timestep, latents, return_dict=False)[0]
+            latents = _step(scheduler, noise, timestep, latents, generator)
             if trajectory is not None:
                 trajectory.append(latents)
         return latents

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrq_export.calibrate.inputs import load_inputs, spread_rows, synthetic_inputs
+from lrq_export.calibrate.inputs import check_names, check_shapes, load_inputs, spread_rows, synthetic_inputs
 from lrq_export.checkpoint import Checkpoint, TensorFile, check_finite, check_tensors, open_checkpoint, read_json_object
-from lrq_export.errors import InputError, UsageError
+from lrq_export.errors import InputError
 from lrq_export.models import family_of
-from lrq_export.models.base import ModelFamily
+from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily
 from lrq_export.package import sha256_file
 from lrq_export.recipe import Recipe
+from lrq_export.sampling import NEGATIVE
 
 CONDITIONS = "conditions.safetensors"
 SCHEDULER = "scheduler_config.json"
@@ -69,7 +70,7 @@ def open_source(path: Path) -> Source:
     family = family_of(checkpoint.class_name)
     try:
         model = family.construct(dict(checkpoint.config))
-    except (TypeError, ValueError, NotImplementedError, KeyError, ZeroDivisionError) as error:
+    except Exception as error:  # whatever a constructor raises here, the config made it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{checkpoint.path / 'config.json'}: diffusers cannot construct {checkpoint.class_name} from it: {reason}",
@@ -144,21 +145,16 @@ def _conditions(source: Source, given: Path | None, evaluation: dict[str, torch.
     if path is None:
         rest = {name: t for name, t in evaluation.items() if name not in ("hidden_states", "timestep")}
         return _rows(rest, spread_rows(len(evaluation["hidden_states"]), 8))
-    tensors = TensorFile(path).read_all()
     specs = source.family.inputs(source.config)
+    expected = {name: spec for name, spec in specs.items() if name not in ("hidden_states", "timestep")}
+    expected |= {  # as many rows as they like, but the sizes of the others
+        NEGATIVE + name: InputSpec((NEGATIVE + SAMPLES, *spec.shape[1:]), optional=True)
+        for name, spec in expected.items()
+    }
+    file = TensorFile(path)
+    check_names(file, expected)
+    check_shapes(file, expected)
+    tensors = file.read_all()
     for name, tensor in tensors.items():
         check_finite(f"{path}: {name}", tensor)
-        spec = specs.get(name.removeprefix("negative."))
-        if spec is None or name in ("hidden_states", "timestep"):
-            raise InputError(f"{path}: got {name!r}, needed conditions such as encoder_hidden_states")
-        if len(tensor.shape) != len(spec.shape) or any(
-            isinstance(needed, int) and needed != got for got, needed in zip(tensor.shape, spec.shape, strict=True)
-        ):
-            raise InputError(f"{path}: {name}: got shape {tuple(tensor.shape)}, needed {spec.shape}")
-    required = [name for name, spec in specs.items() if not spec.optional and name not in ("hidden_states", "timestep")]
-    for name in required:
-        if name not in tensors:
-            raise InputError(f"{path}: {name} is missing", hint="add it, one row a prompt")
-    if not tensors:
-        raise UsageError(f"{path}: holds no conditions")
     return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}

@@ -1,7 +1,7 @@
 """Train the demo checkpoint: a class-conditional PixArt on handwritten digits, in diffusers layout.
 
     python tools/train_demo.py FOLDER                             # from the start: 2600 steps of 32 digits
-    python tools/train_demo.py FOLDER --continue --steps 600 --rate 3e-4 --seed 1   # then once more, at a lower rate
+    python tools/train_demo.py FOLDER --continue --steps 600 --rate 4e-4 --seed 1   # then once more, at a lower rate
     python tools/train_demo.py FOLDER --skip-training             # only record the calibration set again
 
 The weights in examples/digits-pixart come from the first two commands; training.json there lists both runs.

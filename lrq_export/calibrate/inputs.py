@@ -28,8 +28,8 @@ def load_inputs(path: Path, expected: Mapping[str, InputSpec], samples: int | No
     tensors, no rows, NaN or Inf.
     """
     file = TensorFile(path)
-    _check_names(file, expected)
-    sizes = _check_shapes(file, expected)
+    check_names(file, expected)
+    sizes = check_shapes(file, expected)
     rows = spread_rows(sizes[SAMPLES], sizes[SAMPLES] if samples is None else samples)
     inputs = {}
     for name in expected:
@@ -96,7 +96,11 @@ def priority(row: int) -> int:
     return row * _GOLDEN_STEP % 2**64
 
 
-def _check_names(file: TensorFile, expected: Mapping[str, InputSpec]) -> None:
+def check_names(file: TensorFile, expected: Mapping[str, InputSpec]) -> None:
+    """Raise InputError for a tensor that the model does not take, is missing, or is not of real numbers."""
+    for name, entry in file.entries.items():
+        if entry.dtype.is_complex:
+            raise InputError(f"{file.path}: {name}: got {entry.dtype}, needed real numbers")
     unknown = sorted(file.entries.keys() - expected.keys())
     missing = [name for name, spec in expected.items() if not spec.optional and name not in file.entries]
     if unknown:
@@ -113,7 +117,7 @@ def _check_names(file: TensorFile, expected: Mapping[str, InputSpec]) -> None:
         )
 
 
-def _check_shapes(file: TensorFile, expected: Mapping[str, InputSpec]) -> dict[str, int]:
+def check_shapes(file: TensorFile, expected: Mapping[str, InputSpec]) -> dict[str, int]:
     """Sizes of the free dimensions by name. Raises InputError when one is wrong or two tensors disagree on it."""
     sizes: dict[str, int] = {}
     source: dict[str, str] = {}

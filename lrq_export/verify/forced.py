@@ -99,7 +99,7 @@ def cut_model(model: onnx.ModelProto, tensor_names: list[str]) -> None:
 
 
 def worst_difference(got: Answers, reference: Answers) -> tuple[float, str]:
-    """The largest NMSE over the output and all layer inputs, and the tensor where it is, in graph order."""
+    """The largest NMSE over the output and all layer inputs, and the tensor where it is."""
     errors = {name: nmse(got.layer_inputs[name], each) for name, each in reference.layer_inputs.items()}
     errors["sample"] = nmse(got.output, reference.output)
     worst = max(errors, key=lambda name: errors[name])

@@ -178,6 +178,7 @@ def _r2(state: Climb, model: nn.Module) -> tuple[ladder.Rung, list[forced.Answer
     """Teacher-forced (see `forced`) on recorded inputs and on random ones of other sizes; run freely for the note."""
     tensor_of = forced.layer_inputs(onnx.load(state.package / MODEL, load_external_data=False))
     names = list(dict.fromkeys(tensor_of.values()))
+    layer_of = {tensor: layer for layer, tensor in reversed(tensor_of.items())}
     session = forced.ForcedSession(state.package / MODEL, names, portable_config(state))
     reference = [forced.torch_answers(state.family, model, case, tensor_of) for case in state.cases]
     worst, where = 0.0, "sample"
@@ -190,6 +191,7 @@ def _r2(state: Climb, model: nn.Module) -> tuple[ladder.Rung, list[forced.Answer
     changed = differing_weight(state.package / MODEL, portable_weights(traced, state.quantized))
     if changed is not None:
         worst, where = math.inf, f"{changed}, whose bytes are not those of {QUANTIZED}"
+    where = f"the input of {layer_of[where]}" if where in layer_of else where
     rung = ladder.at_most(
         "R2", "model.onnx in ONNX Runtime vs quantized torch", f"trace and binding (worst at {where})", worst,
         state.recipe.gates.parity_nmse,

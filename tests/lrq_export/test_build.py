@@ -9,7 +9,7 @@ import torch
 
 from lrq_export.compiler import STAGES, build
 from lrq_export.engine.onnxruntime import open_session
-from lrq_export.errors import InputError, UsageError
+from lrq_export.errors import UsageError
 from lrq_export.models.pixart import PixArt
 from lrq_export.package import load_manifest, verify_hashes
 from lrq_export.quantized import QuantizedFile
@@ -87,11 +87,12 @@ def test_a_second_build_is_up_to_date_and_does_nothing(tiny, package, cli):
     assert [path.name for path in package.parent.iterdir()] == [package.name]
 
 
-def test_an_edited_package_is_not_called_up_to_date(tiny, package, copy_of):
+def test_an_edited_package_is_built_again(tiny, package, copy_of):
     edited = copy_of(package)
     (edited / "recipe.toml").write_text("")
-    with pytest.raises(InputError, match="was edited"):
-        build(tiny.source, edited, recipe=tiny.recipe(), calibration=tiny.calibration)
+    result = build(tiny.source, edited, recipe=tiny.recipe(), calibration=tiny.calibration, until="calibrate")
+    assert not result.up_to_date
+    assert result.stopped_after == "calibrate"
 
 
 def test_an_unknown_stage_is_refused(tiny, tmp_path):

@@ -88,7 +88,7 @@ REFUSED = {
     "calibration that is text": (lambda s, c: c.write_text("hello"), (), 3, ["calibration.safetensors", "got 5 bytes"]),
     "no calibration file": (lambda s, c: c.unlink(), (), 3, ["calibration.safetensors", "No such file"]),
     "conditions of a wrong name": (
-        lambda s, c: edited_tensors(s / "conditions.safetensors", labels=torch.ones(4)), (), 3, ["'labels'"]),
+        lambda s, c: edited_tensors(s / "conditions.safetensors", labels=torch.ones(4)), (), 3, ["labels"]),
     "conditions of a wrong shape": (
         lambda s, c: save_file({"encoder_hidden_states": torch.ones(4, 6, 17)}, s / "conditions.safetensors"), (), 3,
         ["conditions.safetensors", "(4, 6, 17)"]),
