@@ -6,6 +6,8 @@ import time
 from contextlib import contextmanager
 from typing import Protocol
 
+from lrq_export.memory import give_back
+
 
 class Progress(Protocol):
     """What the stages report to."""
@@ -83,5 +85,6 @@ def stage(progress: Progress, name: str, timings: dict[str, float], total: int =
     progress.begin(name, total)
     started = time.perf_counter()
     yield
+    give_back()
     timings[name] = timings.get(name, 0.0) + time.perf_counter() - started
     progress.end(name, timings[name])

@@ -19,6 +19,7 @@ from lrq_export.bind import portable_weights
 from lrq_export.engine.onnxruntime import SESSION, engine_weights, lower_linears, open_session
 from lrq_export.errors import InputError
 from lrq_export.evaluate import evaluate, rotation_of
+from lrq_export.memory import give_back
 from lrq_export.models import family_of
 from lrq_export.models.base import ModelFamily
 from lrq_export.package import MODEL, MODEL_DATA, ONNXRUNTIME_ENGINE, QUANTIZED, verify_hashes
@@ -103,21 +104,28 @@ def climb(
     quantized, reference = QuantizedFile(package / QUANTIZED), Reference.load(package)
     state = Climb(package, recipe, family, config, source, quantized, reference)
     rungs = [_r0(state)]
+    give_back()
     advance("R0")
     model = quantized_model(family, config, quantized)
     r1, by_timestep = _r1(state, model)
+    give_back()
     advance("R1")
     r2, answers = _r2(state, model)
-    advance("R2")
     del model
+    give_back()
+    advance("R2")
     r3, passes = _r3(state)
+    give_back()
     advance("R3")
     layers, histograms = _layers(state), _histograms(state)  # the float model is in memory only while no session is
+    give_back()
     r4 = _r4(state, answers)
+    give_back()
     advance("R4")
     session = open_session(package / ONNXRUNTIME_ENGINE)
     scheduler = source.scheduler_config() if source is not None else scheduler
     r5, trajectory, images, samples = _r5(state, PackagedTransformer(session, config), scheduler)
+    give_back()
     advance("R5")
     rungs += [r1, r2, r3, r4, r5]
     report = {
