@@ -21,6 +21,7 @@ from lrq_export.models.base import InputSpec, ModelFamily
 from lrq_export.quant.linear import QuantizedLinear
 from lrq_export.runtime import feeds
 from lrq_export.verify.metrics import nmse
+from lrq_export.verify.sessions import frugal_options
 
 FORCED = ".forced"  # suffix of the graph inputs that stand in for the inputs of quantized layers
 FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
@@ -71,8 +72,7 @@ class ForcedSession:
 
         model = onnx.load(path, load_external_data=False)
         cut_model(model, tensor_names)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options = frugal_options()
         for key, value in (config | {FOLDER_OPTION: str(path.parent)}).items():
             options.add_session_config_entry(key, value)
         self.tensor_names = tensor_names

@@ -25,6 +25,7 @@ from lrq_export.models.base import InputSpec, ModelFamily
 from lrq_export.runtime import feeds
 from lrq_export.sampling import ConditionalSampler
 from lrq_export.verify.metrics import nmse, psnr
+from lrq_export.verify.sessions import frugal_options
 
 Inputs = dict[str, torch.Tensor]
 
@@ -147,8 +148,7 @@ def _run_in_floating_point(
         if each not in evaluated:
             evaluated[each] = evaluate(each, read).numpy()
     weights = {name: evaluated[each] for name, each in expressions.items()}
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = frugal_options()
     model = float_model(traced, weights).SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return [session.run(None, feeds(specs, case) | weights)[0] for case in cases]

@@ -34,6 +34,7 @@ from lrq_export.verify import forced, ladder
 from lrq_export.verify.bound import differing_weight
 from lrq_export.verify.metrics import nmse
 from lrq_export.verify.reference import Reference, adapter_error
+from lrq_export.verify.sessions import frugal_options
 
 HISTOGRAMS = 6  # layers whose weights are drawn against their levels
 FOLD_LIMIT = 100_000_000  # weights; larger models are decoded on every run rather than folded to dense float32
@@ -275,7 +276,7 @@ def portable_session(state: Climb):
     """model.onnx in stock ONNX Runtime; weights of small models are folded at load, which only saves time."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
+    options = frugal_options()
     for key, value in portable_config(state).items():
         options.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(str(state.package / MODEL), options, providers=["CPUExecutionProvider"])
