@@ -202,7 +202,7 @@ def test_samples_of_prompts_come_out_of_the_whole_pipeline(pipeline_folder, prom
 
     monkeypatch.setattr(sample, "load", lambda package: open_pipeline(pipeline_folder).transformer)
     monkeypatch.setattr(sample, "load_manifest", lambda package: {"recipe": load_recipe().model_dump(by_alias=True)})
-    written = sample.sample_prompts(tmp_path, tmp_path / "s.png", pipeline_folder, prompts, steps=1, seed=0)
+    written = sample.sample_prompts(tmp_path / "package", tmp_path / "s.png", pipeline_folder, prompts, steps=1, seed=0)
     with Image.open(written) as image:
         assert image.size == (2 * 256, 256)
         assert len(np.unique(np.asarray(image))) > 10
