@@ -4,11 +4,8 @@
     TwinLogLinear(x, codes, ..., bias), Int8Linear(...)   ->  MatMul(x, Wᵀ) + bias   x is not quantized
 
 Rotations stay and keep their bodies, so one that was folded wrongly shows. Weights are graph inputs, not initializers:
-protobuf ends at 2 GiB, and most weights are the same before and after a pass. Whoever evaluates them may keep them by
-`Expression`, for equal expressions are equal weights, and feed both models from one copy.
+protobuf ends at 2 GiB, and whoever runs the model may evaluate each weight when it is needed.
 """
-
-from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -31,14 +28,12 @@ def weight_names(traced: TracedGraph) -> dict[str, Expression]:
     return {float_name(codes): weight.weight for codes, weight in traced.linears.items()} | traced.tensors
 
 
-def float_model(traced: TracedGraph, tensors: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+def float_model(traced: TracedGraph) -> onnx.ModelProto:
     """The function of `traced` without any quantization, for stock ONNX Runtime; `traced` stays as it is.
 
-    Its inputs are the model's own, then those of `weight_names`, for which `tensors` is what will be fed: it is checked
-    here and not stored. Raises ValueError for a weight that is missing there or has another shape, and for a rotation
-    fused into a linear node, which only a plugin target may hold.
+    Its inputs are the model's own, then those of `weight_names`, of the shapes of their expressions. Raises ValueError
+    for a rotation fused into a linear node, which only a plugin target may hold.
     """
-    _check_tensors(weight_names(traced), tensors)
     floating = traced.copy()
     graph = floating.graph
     weights = {
@@ -55,14 +50,6 @@ def float_model(traced: TracedGraph, tensors: Mapping[str, np.ndarray]) -> onnx.
     model = gs.export_onnx(graph)
     model.ir_version = names.IR_VERSION
     return attach_bodies(model)
-
-
-def _check_tensors(expressions: dict[str, Expression], tensors: Mapping[str, np.ndarray]) -> None:
-    for name, expression in expressions.items():
-        if name not in tensors:
-            raise ValueError(f"no tensor for the weight {name!r} {expression.shape}")
-        if tensors[name].shape != expression.shape:
-            raise ValueError(f"the weight {name!r} has shape {tensors[name].shape}, needed {expression.shape}")
 
 
 def _open(graph: gs.Graph, node: gs.Node, weight: gs.Variable) -> None:

@@ -26,6 +26,7 @@ from graphs.passes.make_linear import make_linear
 from graphs.traced import LinearWeight, TracedGraph
 from lrq_export.bind import quantize_layer
 from lrq_export.engine import onnxruntime as engine
+from lrq_export.machine import describe_machine
 from lrq_export.onnx_file import write_model
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quantized import LayerRecord, QuantizedFile, onnx_float, write_quantized
@@ -33,7 +34,6 @@ from lrq_export.runtime import feeds
 from lrq_export.source import open_source
 from lrq_export.trace import trace
 from lrq_export.verify.metrics import nmse
-from lrq_export.verify.run import describe_machine
 
 TOKENS, COLS, ROWS = 1024, 1152, 4608
 Run = Callable[[], np.ndarray]

@@ -11,14 +11,13 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-import onnx
 import onnxruntime
 import torch
 from torch import nn
 
 from graphs.float_model import float_model, weight_names
 from lrq_export.engine.onnxruntime import MODEL as ENGINE_MODEL
-from lrq_export.engine.onnxruntime import open_session
+from lrq_export.engine.onnxruntime import open_session, products_saturate
 from lrq_export.evaluate import evaluate
 from lrq_export.models import family_of
 from lrq_export.package import MODEL, ONNXRUNTIME_ENGINE, QUANTIZED, verify_hashes
@@ -27,10 +26,10 @@ from lrq_export.recipe import Recipe
 from lrq_export.runtime import feeds
 from lrq_export.saved_graphs import rewritten_graph
 from lrq_export.source import Source, open_source
-from lrq_export.verify import forced, ladder
+from lrq_export.verify import forced, ladder, rungs
 from lrq_export.verify.metrics import nmse
 from lrq_export.verify.reference import Reference
-from lrq_export.verify.run import Climb, portable_config, portable_session, quantized_model
+from lrq_export.verify.subject import Subject, quantized_model
 
 MOVE = 1e-7  # relative, about one unit in the last place of float32
 REPEATS = 3
@@ -41,41 +40,45 @@ def main() -> None:
     parser.add_argument("package", type=Path)
     parser.add_argument("source", type=Path)
     arguments = parser.parse_args()
-    state = open_package(arguments.package, arguments.source)
-    model = quantized_model(state.family, state.config, state.quantized)
-    cases = {"recorded": state.few, "other sizes": ladder.other_shapes(state.specs, state.reference.inputs, seed=2)}
+    subject = open_package(arguments.package, arguments.source)
+    model = quantized_model(subject.family, subject.config, subject.quantized)
+    cases = {
+        "recorded": subject.few,
+        "other sizes": ladder.other_shapes(subject.specs, subject.reference.inputs, seed=2),
+    }
     for case, inputs in cases.items():
-        for name, value in measurements(state, model, inputs):
+        for name, value in measurements(subject, model, inputs):
             print(f"{case:12} {name:62} {value:.2e}", flush=True)
 
 
-def open_package(package: Path, source: Path) -> Climb:
+def open_package(package: Path, source: Path) -> Subject:
     manifest = verify_hashes(package)
     config = manifest["source"]["config"]
-    return Climb(
+    return Subject(
         package, Recipe.model_validate(manifest["recipe"]), family_of(config["_class_name"]), config,
         open_source(source), QuantizedFile(package / QUANTIZED), Reference.load(package),
     )  # fmt: skip
 
 
-def measurements(state: Climb, model: nn.Module, inputs: ladder.Inputs) -> Iterator[tuple[str, float]]:
-    family, specs = state.family, state.specs
-    yield "floating point: ONNX Runtime vs torch", floating_point_difference(state, state.source, inputs)
+def measurements(subject: Subject, model: nn.Module, inputs: ladder.Inputs) -> Iterator[tuple[str, float]]:
+    family, specs = subject.family, subject.specs
+    yield "floating point: ONNX Runtime vs torch", floating_point_difference(subject, subject.source, inputs)
     quantized = ladder.run_torch(family, model, inputs)
     for seed in range(REPEATS):
-        moved = ladder.run_torch(family, model, inputs | {"hidden_states": nudged(inputs["hidden_states"], seed)})
+        moved = ladder.run_torch(family, model, inputs | {"hidden_subjects": nudged(inputs["hidden_subjects"], seed)})
         yield f"quantized torch vs itself, latents moved by {MOVE:g} (seed {seed})", nmse(moved, quantized)
-    portable = ladder.run_session(portable_session(state), specs, inputs)
+    portable = rungs.free_run(subject, inputs)
     yield "model.onnx vs quantized torch, free", nmse(portable, quantized)
-    engine = ladder.run_session(open_session(state.package / ONNXRUNTIME_ENGINE), specs, inputs)
+    engine = ladder.run_session(open_session(subject.package / ONNXRUNTIME_ENGINE), specs, inputs)
     yield "engine vs quantized torch, free", nmse(engine, quantized)
     yield "engine vs model.onnx, free", nmse(engine, portable)
-    plain = onnxruntime.InferenceSession(
-        str(state.package / ONNXRUNTIME_ENGINE / ENGINE_MODEL), providers=["CPUExecutionProvider"]
-    )
-    careless = ladder.run_session(plain, specs, inputs)
-    yield "engine without session.x64quantprecision vs model.onnx, free", nmse(careless, portable)
-    yield "model.onnx vs quantized torch, each layer on the same input", forced_difference(state, model, inputs)
+    if products_saturate():  # elsewhere the engine needs no option
+        plain = onnxruntime.InferenceSession(
+            str(subject.package / ONNXRUNTIME_ENGINE / ENGINE_MODEL), providers=["CPUExecutionProvider"]
+        )
+        careless = ladder.run_session(plain, specs, inputs)
+        yield "engine without session.x64quantprecision vs model.onnx, free", nmse(careless, portable)
+    yield "model.onnx vs quantized torch, each layer on the same input", forced_difference(subject, model, inputs)
 
 
 def nudged(latents: torch.Tensor, seed: int) -> torch.Tensor:
@@ -83,23 +86,21 @@ def nudged(latents: torch.Tensor, seed: int) -> torch.Tensor:
     return latents * (1 + MOVE * noise)
 
 
-def floating_point_difference(state: Climb, source: Source, inputs: ladder.Inputs) -> float:
+def floating_point_difference(subject: Subject, source: Source, inputs: ladder.Inputs) -> float:
     """The rewritten graph with its weights in floating point, against the diffusers model."""
-    traced = rewritten_graph(state.package)
-    weights = {name: evaluate(each, source.checkpoint.read).numpy() for name, each in weight_names(traced).items()}
-    session = onnxruntime.InferenceSession(
-        float_model(traced, weights).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    got = session.run(None, feeds(state.specs, inputs) | weights)[0]
-    return nmse(got, ladder.run_torch(state.family, source.load(source.model()), inputs))
+    traced = rewritten_graph(subject.package)
+    read = source.checkpoint.read
+    weights = {name: evaluate(each, read).numpy() for name, each in weight_names(traced).items()}
+    session = onnxruntime.InferenceSession(float_model(traced).SerializeToString(), providers=["CPUExecutionProvider"])
+    got = session.run(None, feeds(subject.specs, inputs) | weights)[0]
+    return nmse(got, ladder.run_torch(subject.family, source.load(source.model()), inputs))
 
 
-def forced_difference(state: Climb, model: nn.Module, inputs: ladder.Inputs) -> float:
-    tensor_of = forced.layer_inputs(onnx.load(state.package / MODEL, load_external_data=False))
-    names = list(dict.fromkeys(tensor_of.values()))
-    session = forced.ForcedSession(state.package / MODEL, names, portable_config(state))
-    answers = forced.torch_answers(state.family, model, inputs, tensor_of)
-    return forced.worst_difference(session.run(state.specs, inputs, answers), answers)[0]
+def forced_difference(subject: Subject, model: nn.Module, inputs: ladder.Inputs) -> float:
+    answers = forced.torch_answers(subject.family, model, inputs, subject.tensor_of)
+    case = forced.forced_inputs(feeds(subject.specs, inputs), answers)
+    portable = rungs.forced_model(subject, subject.package / MODEL, rungs.PORTABLE_CONFIG)
+    return forced.worst_difference(portable, [case], [answers])[0]
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ drift apart to about 1e-6 NMSE (docs/graph.md), which would hide a small fault. 
 between layers and within them, and a fault shows at the tensor where it happens.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -17,22 +16,14 @@ from torch import nn
 
 from graphs import names
 from graphs.passes.patterns import LINEAR_OPS
-from lrq_export.models.base import InputSpec, ModelFamily
+from lrq_export.models.base import ModelFamily
 from lrq_export.quant.linear import QuantizedLinear
-from lrq_export.runtime import feeds
+from lrq_export.verify.array_folder import ArrayFolder
 from lrq_export.verify.metrics import nmse
-from lrq_export.verify.sessions import frugal_options
+from lrq_export.verify.sliced import ReadInput, SlicedModel
 
+OUTPUT = "sample"
 FORCED = ".forced"  # suffix of the graph inputs that stand in for the inputs of quantized layers
-FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a model computed: its output, and by tensor name the input of every quantized layer."""
-
-    output: np.ndarray
-    layer_inputs: dict[str, np.ndarray]
 
 
 def layer_inputs(portable: onnx.ModelProto) -> dict[str, str]:
@@ -43,64 +34,53 @@ def layer_inputs(portable: onnx.ModelProto) -> dict[str, str]:
 
 @torch.no_grad()
 def torch_answers(
-    family: ModelFamily, model: nn.Module, inputs: dict[str, torch.Tensor], tensor_of: dict[str, str]
-) -> Answers:
-    """Run the quantized torch model, noting what each of its layers reads (after its rotation)."""
-    seen: dict[str, np.ndarray] = {}
+    family: ModelFamily, model: nn.Module, inputs: dict[str, torch.Tensor], tensor_of: Mapping[str, str]
+) -> ArrayFolder:
+    """Run the quantized torch model; by tensor name, what each of its layers reads (after its rotation), and OUTPUT."""
+    answers = ArrayFolder()
 
     def watch(tensor_name: str):
         def hook(module: QuantizedLinear, arguments: tuple[torch.Tensor, ...]) -> None:
             x = arguments[0]
-            seen[tensor_name] = (x if module.rotation is None else module.rotation.apply(x)).numpy()
+            answers[tensor_name] = (x if module.rotation is None else module.rotation.apply(x)).numpy()
 
         return hook
 
-    handles = [model.get_submodule(layer).register_forward_pre_hook(watch(name)) for layer, name in tensor_of.items()]
+    # Layers that read one tensor are watched at the first.
+    first_reader = {name: layer for layer, name in reversed(tensor_of.items())}
+    handles = [
+        model.get_submodule(layer).register_forward_pre_hook(watch(name)) for name, layer in first_reader.items()
+    ]
     try:
-        output = family.call(model, inputs).numpy()
+        answers[OUTPUT] = family.call(model, inputs).numpy()
     finally:
         for handle in handles:
             handle.remove()
-    return Answers(output, seen)
+    return answers
 
 
-class ForcedSession:
-    """An ONNX model whose quantized layers read what they are told, and which reports what they would have read."""
-
-    def __init__(self, path: Path, tensor_names: list[str], config: dict[str, str]):
-        import onnxruntime
-
-        model = onnx.load(path, load_external_data=False)
-        cut_model(model, tensor_names)
-        options = frugal_options()
-        for key, value in (config | {FOLDER_OPTION: str(path.parent)}).items():
-            options.add_session_config_entry(key, value)
-        self.tensor_names = tensor_names
-        self.session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-
-    def run(self, specs: dict[str, InputSpec], inputs: dict[str, torch.Tensor], forced: Answers) -> Answers:
-        given = {name + FORCED: forced.layer_inputs[name] for name in self.tensor_names}
-        output, *rest = self.session.run(None, feeds(specs, inputs) | given)
-        return Answers(output, dict(zip(self.tensor_names, rest, strict=True)))
-
-
-def cut_model(model: onnx.ModelProto, tensor_names: list[str]) -> None:
+def cut_model(model: onnx.ModelProto, tensor_names: set[str]) -> None:
     """Edit `model`: every reader of these tensors reads a new graph input instead; the tensors become outputs."""
-    wanted = set(tensor_names)
     for node in model.graph.node:
         for index, name in enumerate(node.input):
-            if name in wanted:
+            if name in tensor_names:
                 node.input[index] = name + FORCED
-    for name in tensor_names:
+    for name in sorted(tensor_names):
         model.graph.input.append(onnx.helper.make_tensor_value_info(name + FORCED, onnx.TensorProto.FLOAT, None))
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
 
 
-def worst_difference(got: Answers, reference: Answers) -> tuple[float, str]:
-    """The largest NMSE over the output and all layer inputs, and the tensor where it is."""
-    errors = {name: nmse(got.layer_inputs[name], each) for name, each in reference.layer_inputs.items()}
-    errors["sample"] = nmse(got.output, reference.output)
-    worst = max(errors, key=lambda name: errors[name])
-    return errors[worst], worst
+def forced_inputs(fed: Mapping[str, np.ndarray], answers: Mapping[str, np.ndarray]) -> ReadInput:
+    """The inputs of a cut model: the model's own as `fed`, and for each cut tensor what `answers` holds."""
+
+    def read(name: str) -> np.ndarray:
+        return fed[name] if name in fed else answers[name.removesuffix(FORCED)]
+
+    return read
+
+
+def worst_difference(
+    cut: SlicedModel, cases: Sequence[ReadInput], answers: Sequence[Mapping[str, np.ndarray]]
+) -> tuple[float, str]:
+    """The largest NMSE over all outputs of the cut model in all cases, and the name of that tensor."""
+    return max((nmse(array, answers[case][name]), name) for case, name, array in cut.run(cases))

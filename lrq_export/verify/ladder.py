@@ -8,6 +8,7 @@ R4  model.onnx                  engine                       blames lowering and
 R5  floating-point trajectory   trajectory of the engine     what a user sees: same-seed images
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from graphs.expressions import Expression
 from graphs.float_model import float_model, weight_names
 from graphs.traced import TracedGraph
 from lrq_export.evaluate import ReadTensor, evaluate
@@ -25,7 +25,7 @@ from lrq_export.models.base import InputSpec, ModelFamily
 from lrq_export.runtime import feeds
 from lrq_export.sampling import ConditionalSampler
 from lrq_export.verify.metrics import nmse, psnr
-from lrq_export.verify.sessions import frugal_options
+from lrq_export.verify.sliced import SlicedModel
 
 Inputs = dict[str, torch.Tensor]
 
@@ -108,9 +108,9 @@ def rewrites(
     """
     read = read or random_source(stages[0][1])
     cases = [{name: tensor[:1] for name, tensor in inputs.items()}, other_shapes(specs, inputs, seed=3)]
-    measured, before, evaluated = {}, None, {}
+    measured, before = {}, None
     for name, traced in stages:
-        outputs = _run_in_floating_point(traced, read, specs, cases, evaluated)
+        outputs = _run_in_floating_point(traced, read, [feeds(specs, case) for case in cases])
         if before is not None:
             measured[name] = max(nmse(after, was) for after, was in zip(outputs, before, strict=True))
         before = outputs
@@ -132,26 +132,16 @@ def random_source(traced: TracedGraph) -> ReadTensor:
 
 
 def _run_in_floating_point(
-    traced: TracedGraph,
-    read: ReadTensor,
-    specs: dict[str, InputSpec],
-    cases: list[Inputs],
-    evaluated: dict[Expression, np.ndarray],
+    traced: TracedGraph, read: ReadTensor, cases: list[dict[str, np.ndarray]]
 ) -> list[np.ndarray]:
-    """Outputs for every case. `evaluated` carries weights from stage to stage: a pass changes few of them."""
-    import onnxruntime
-
-    expressions = weight_names(traced)
-    for gone in evaluated.keys() - set(expressions.values()):
-        del evaluated[gone]
-    for each in expressions.values():
-        if each not in evaluated:
-            evaluated[each] = evaluate(each, read).numpy()
-    weights = {name: evaluated[each] for name, each in expressions.items()}
-    options = frugal_options()
-    model = float_model(traced, weights).SerializeToString()
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return [session.run(None, feeds(specs, case) | weights)[0] for case in cases]
+    """The output for every case; each weight is evaluated when the slice that reads it runs."""
+    weights = {
+        name: functools.partial(lambda expression: evaluate(expression, read).numpy(), expression)
+        for name, expression in weight_names(traced).items()
+    }
+    sliced = SlicedModel(float_model(traced), weights=weights)
+    outputs = {case: array for case, _, array in sliced.run([case.__getitem__ for case in cases])}
+    return [outputs[index] for index in range(len(cases))]
 
 
 def layer_output_errors(

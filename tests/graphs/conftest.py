@@ -73,7 +73,7 @@ def difference(weights) -> Callable[..., float]:
 def _run(traced: TracedGraph, fed: dict[str, np.ndarray]) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
-    model = float_model(traced, fed).SerializeToString()
+    model = float_model(traced).SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     outputs = []
     for seed, sizes in enumerate(SIZES):

@@ -18,7 +18,7 @@ from lrq_export.runtime import PackagedTransformer, feeds
 from lrq_export.source import open_source
 from lrq_export.verify.ladder import run_torch
 from lrq_export.verify.metrics import nmse
-from lrq_export.verify.run import quantized_model
+from lrq_export.verify.subject import quantized_model
 
 FILES = {
     "manifest.json", "recipe.toml", "stats.safetensors", "quantized.safetensors", "reference.safetensors", "model.onnx",

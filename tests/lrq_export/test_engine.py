@@ -8,7 +8,9 @@ import onnxruntime
 import pytest
 import torch
 
-from lrq_export.engine.onnxruntime import lower_linears, open_session
+from lrq_export.engine import onnxruntime as engine
+from lrq_export.engine.onnxruntime import lower_linears, open_session, products_saturate
+from lrq_export.machine import describe_machine
 from lrq_export.quantized import QuantizedFile
 from lrq_export.runtime import load
 from lrq_export.saved_graphs import rewritten_graph
@@ -52,7 +54,8 @@ def test_one_layer_is_bit_exact_against_integers_in_numpy(package, model, tmp_pa
     onnx.save(model, path)
     onnx.utils.extract_model(str(path), str(cut), [peak.input[0]], [last.output[0]], check_model=False)
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if products_saturate():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(cut, options, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 6, 96)).astype(np.float32)
@@ -80,9 +83,27 @@ def test_all_zero_inputs_give_finite_answers(package):
     assert torch.isfinite(drop_in(**zeros).sample).all()
 
 
-def test_a_session_takes_its_options_from_the_file_and_threads_from_the_caller(package):
+def test_a_session_takes_its_threads_from_the_caller(package):
     session = open_session(package / "engine/onnxruntime", threads=1)
-    options = session.get_session_options()
-    assert options.intra_op_num_threads == 1
-    assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    assert session.get_session_options().intra_op_num_threads == 1
     assert session.get_providers()[-1] == "CPUExecutionProvider"
+
+
+@pytest.mark.parametrize("saturate", [True, False])
+def test_exact_products_are_asked_for_where_the_processor_s_own_saturate(package, monkeypatch, saturate):
+    monkeypatch.setattr(engine, "products_saturate", lambda: saturate)
+    options = open_session(package / "engine/onnxruntime").get_session_options()
+    if saturate:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    else:
+        with pytest.raises(RuntimeError):
+            options.get_session_config_entry("session.x64quantprecision")
+
+
+def test_the_processor_s_features_say_whether_products_saturate():
+    """VNNI and its kin sum in 32 bits; x86 without them sums pairs in 16. Other processors are only asked."""
+    features = set(describe_machine()["features"])
+    if "avx2" in features:
+        assert products_saturate() == features.isdisjoint({"avx512_vnni", "avx_vnni", "amx_int8"})
+    else:
+        assert products_saturate() in (True, False)

@@ -133,5 +133,5 @@ def test_a_weight_that_is_not_what_it_announced_leaves_no_file(tmp_path):
 
 def test_the_session_file_holds_what_makes_the_engine_exact(package):
     settings = json.loads((package / "engine/onnxruntime/session.json").read_text())
-    assert settings["config"]["session.x64quantprecision"] == "1"
+    assert settings["config_where_products_saturate"]["session.x64quantprecision"] == "1"
     assert "CPUExecutionProvider" in settings["providers"]
