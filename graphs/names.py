@@ -5,6 +5,11 @@ OPSET = 1
 ONNX_OPSET = 21  # the first with INT4 DequantizeLinear
 IR_VERSION = 10  # the first with INT4 tensors
 
+FRACTION_BITS = 4  # F of the codebook: exponents are in units of 2^-F
+INTEGER_BITS = 6  # I of the codebook: mantissas carry I bits before they are shifted
+INT8_BITS = 8  # weights of so many bits are plain integers, not twin-log codes
+FLOATING_POINT = 16  # act_bits of a layer whose activations are not quantized
+
 # Carried by every lrq node: makes TensorRT prefer a loaded plugin over the function body (docs/graph.md).
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = ""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from graphs import names
 from graphs.expressions import RotateOutput
 from graphs.ops import packing, twin_log_dequant
 from graphs.passes.patterns import LINEAR_OPS, is_lrq, open_linear, producer
@@ -27,7 +28,6 @@ from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.weight import dequantize
 from lrq_export.quantized import (
     FOLDED,
-    INT8_BITS,
     ONLINE,
     UNROTATED,
     LayerRecord,
@@ -91,13 +91,13 @@ def quantize_layer(
 
     Given E[x xᵀ] (cols, cols), codes are chosen for the least output error; at 8 bits rounding is fine enough as it is.
     """
-    if record.bits == INT8_BITS:
+    if record.bits == names.INT8_BITS:
         quantized = uniform.quantize(weight, second_moment)
         codes, exponents = quantized.codes, None
     else:
         quantized = twin_log.quantize(weight, second_moment, bits=record.bits, group_size=record.group_size)
         if correlation is not None:
-            table = twin_log_dequant.table(quantized.exponents.numpy(), record.bits, 4, 6)
+            table = twin_log_dequant.table(quantized.exponents.numpy(), record.bits)
             values = torch.from_numpy(table).float() * quantized.scale[:, None, None]
             chosen = round_compensated(weight, values, record.group_size, correlation)
             quantized = replace(quantized, codes=chosen)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from graphs import names
 from graphs.checks import check, check_preserved
 from graphs.passes import PIPELINE
 from lrq_export import __version__
@@ -38,7 +39,7 @@ from lrq_export.package import (
 )
 from lrq_export.plan import LayerPlan, plan_layers
 from lrq_export.progress import Progress, Silent, stage
-from lrq_export.quantized import INT8_BITS, QuantizedFile
+from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe, to_toml
 from lrq_export.sampling import check_steps, scheduler_from
 from lrq_export.saved_graphs import TRACE, load_graph, pass_file, rewritten_graph, save_graph
@@ -83,7 +84,7 @@ class Job:
 
     @property
     def asks_for_compensation(self) -> bool:
-        return self.recipe.weights.rounding == "compensated" and self.recipe.weights.bits != INT8_BITS
+        return self.recipe.weights.rounding == "compensated" and self.recipe.weights.bits != names.INT8_BITS
 
     @property
     def warnings(self) -> list[str]:

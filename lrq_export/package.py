@@ -34,12 +34,8 @@ MODEL_DATA = "model.onnx.data"
 GRAPHS = "graphs"  # the graph after trace and after each pass
 ENGINE = "engine"
 ONNXRUNTIME_ENGINE = "engine/onnxruntime"
-TENSORRT_ENGINE = "engine/tensorrt"
-TENSORRT_RTX_ENGINE = "engine/tensorrt-rtx"
 REPORT = "report.json"
 REPORT_PAGE = "report.html"
-# The files at the top of a package; engines lie in folders below ENGINE.
-FILES = (MANIFEST, RECIPE, STATS, QUANTIZED, MODEL, MODEL_DATA, REPORT, REPORT_PAGE)
 # Hold timings, so they differ between two builds of the same inputs; no other file may.
 TIMED_FILES = frozenset({REPORT, REPORT_PAGE})
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import torch
 
+from graphs import names
 from graphs.expressions import RotateOutput
 from graphs.ops import packing, twin_log_dequant
 from lrq_export.checkpoint import TensorFile
@@ -23,7 +24,6 @@ from lrq_export.package import save_tensors_atomic
 from lrq_export.quant.linear import QuantizedLinear
 from lrq_export.quant.rotation import Rotation
 
-INT8_BITS = 8
 # How a layer's input comes to be rotated.
 ONLINE, FOLDED, UNROTATED = "HadamardRotate", "value projection", "nothing"
 
@@ -110,7 +110,7 @@ class QuantizedFile:
 
     def layer(self, name: str) -> LayerTensors:
         record = self.records[name]
-        exponents = None if record.bits == INT8_BITS else self.file.read(f"{name}.exponents")
+        exponents = None if record.bits == names.INT8_BITS else self.file.read(f"{name}.exponents")
         return LayerTensors(record, self.file.read(f"{name}.codes"), exponents, self.file.read(f"{name}.scale"))
 
     def float_names(self) -> list[str]:

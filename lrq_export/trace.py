@@ -39,7 +39,7 @@ class TracedLinear(nn.Module):
     def __init__(self, plan: LayerPlan, bias: nn.Parameter | None):
         super().__init__()
         self.plan, self.bias = plan, bias
-        if plan.bits == 8:
+        if plan.bits == names.INT8_BITS:
             codes_shape = (plan.rows, plan.cols)
         else:
             codes_shape = packing.layout(plan.bits).shape(plan.rows, plan.cols)
@@ -61,9 +61,12 @@ class TracedLinear(nn.Module):
     def dequantize(self) -> torch.Tensor:
         plan, shape = self.plan, (self.plan.rows, self.plan.cols)
         size = {"rows": plan.rows, "cols": plan.cols}
-        if plan.bits == 8:
+        if plan.bits == names.INT8_BITS:
             return symbolic("Int8Dequant", (self.codes, self.scale), size, shape)
-        attributes = {"bits": plan.bits, "group_size": plan.group_size, "fraction_bits": 4, "integer_bits": 6} | size
+        attributes = {
+            "bits": plan.bits, "group_size": plan.group_size,
+            "fraction_bits": names.FRACTION_BITS, "integer_bits": names.INTEGER_BITS,
+        } | size  # fmt: skip
         return symbolic("TwinLogDequant", (self.codes, self.exponents, self.scale), attributes, shape)
 
 

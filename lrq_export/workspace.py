@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from lrq_export.errors import UsageError
 from lrq_export.package import (
@@ -31,9 +31,8 @@ class Workspace:
     """OUT.partial while a package is built in it; made by `open_workspace`, used in a with block.
 
     `.path` is the folder to build in, `.layers` one for work that the package will not hold (the caller creates it),
-    `.resumed` says whether an earlier build of the same fingerprint left work, `.notes` is a dict that survives a kill
-    once `remember` stored a value. Leaving the block without `commit` releases the lock and keeps the work for the next
-    run; `commit` removes it.
+    Both hold what an earlier build of the same fingerprint left. Leaving the block without `commit` releases the lock
+    and keeps the work for the next run; `commit` removes it.
     """
 
     def __init__(self, out: Path, fingerprint: str):
@@ -41,14 +40,7 @@ class Workspace:
         self.partial, self.previous = beside(out, ".partial"), beside(out, ".previous")
         self.path, self.layers = self.partial / "package", self.partial / LAYERS
         self._state, self._lock_path = self.partial / "state.json", self.partial / "lock"
-        self.notes: dict[str, Any] = {}
-        self.resumed = False
         self._lock: int | None = None
-
-    def remember(self, key: str, value: Any) -> None:
-        """Keep a JSON value in `notes` across a kill, for example a finished layer."""
-        self.notes[key] = value
-        write_json_atomic(self._state, {"fingerprint": self.fingerprint, "notes": self.notes})
 
     def commit(self) -> None:
         """Swap the finished package in for OUT and remove everything else. Its manifest must be written.
@@ -95,17 +87,14 @@ class Workspace:
             sync_folder(self.out.parent)
         elif self.previous.exists():
             self._discard_previous()
-        state = _read_state(self._state)
-        self.resumed = state.get("fingerprint") == self.fingerprint and self.path.is_dir()
-        if self.resumed:
-            self.notes = state.get("notes", {})
+        if _read_fingerprint(self._state) == self.fingerprint and self.path.is_dir():
             return
         # The state goes first: without it, what is left of the work is never taken for whole.
         self._state.unlink(missing_ok=True)
         _remove_folder(self.path)
         _remove_folder(self.layers)
         self.path.mkdir()
-        write_json_atomic(self._state, {"fingerprint": self.fingerprint, "notes": {}})
+        write_json_atomic(self._state, {"fingerprint": self.fingerprint})
 
     def _acquire(self) -> None:
         while self._lock is None:
@@ -201,13 +190,12 @@ def _first_name(folder: Path) -> str:
     return min(entry.name for entry in folder.iterdir())
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """The state of an earlier build, or {} when there is none that can be trusted."""
+def _read_fingerprint(path: Path) -> str | None:
+    """The fingerprint of an earlier build, or None when there is none that can be trusted."""
     try:
-        state = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return state if isinstance(state, dict) and isinstance(state.get("notes", {}), dict) else {}
+        return json.loads(path.read_bytes())["fingerprint"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
 
 
 def _remove_unfinished(folder: Path) -> None:

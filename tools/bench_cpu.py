@@ -64,16 +64,22 @@ def session(model: bytes | str, threads: int, config: dict[str, str] | None = No
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry(*engine.STOP_SPINNING)  # or threads would spin on while others are timed
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def plain_model(nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray]) -> bytes:
+def plain_model(
+    nodes: list[onnx.NodeProto],
+    weights: dict[str, np.ndarray],
+    takes: int = TensorProto.FLOAT,
+    gives: int = TensorProto.FLOAT,
+) -> bytes:
     graph = helper.make_graph(
         nodes, "linear",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "tokens", COLS])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, "tokens", ROWS])],
+        [helper.make_tensor_value_info("x", takes, [1, "tokens", COLS])],
+        [helper.make_tensor_value_info("y", gives, [1, "tokens", ROWS])],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )  # fmt: skip
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -100,7 +106,7 @@ def our_linear(weight: torch.Tensor, bias: torch.Tensor, folder: Path, rotate: b
         weight = Rotation(COLS, COLS).apply(weight)
         signs, read = gs.Constant("signs", np.ones(COLS, np.float32)), gs.Variable("rotated", np.float32, x.shape)
         nodes.append(gs.Node("HadamardRotate", "rotate", rotation_attributes(COLS), [x, signs], [read], domain="lrq"))
-    decoding = {"bits": 4, "group_size": COLS, "fraction_bits": 4, "integer_bits": 6} | size
+    decoding = {"bits": 4, "group_size": COLS} | size
     dense, turned = gs.Variable("dense", np.float32, (ROWS, COLS)), gs.Variable("turned", np.float32, (COLS, ROWS))
     product, y = (gs.Variable(name, np.float32, (1, "tokens", ROWS)) for name in ("product", "y"))
     nodes += [
@@ -136,6 +142,13 @@ def bench_linear(threads: int, count: int) -> None:
         "MatMulNBits", ["x", "codes", "scales"], ["t"], domain="com.microsoft", K=COLS, N=ROWS, bits=4, block_size=32,
         accuracy_level=4,
     )  # fmt: skip
+    integers = np.clip(np.round(weight.numpy().T / 0.001), -127, 127).astype(np.int8)
+    levels = np.random.default_rng(0).integers(0, 256, (1, TOKENS, COLS), np.uint8)
+    product = helper.make_node("MatMulInteger", ["x", "w"], ["y"])
+    bare = session(
+        plain_model([product], {"w": integers}, TensorProto.UINT8, TensorProto.INT32), threads,
+        engine.EXACT_PRODUCTS if engine.products_saturate() else None,
+    )  # fmt: skip
     sessions = {
         "ONNX Runtime fp32 MatMul": session(fp32, threads),
         "ONNX Runtime MatMulNBits 4-bit, level 4": session(
@@ -147,10 +160,12 @@ def bench_linear(threads: int, count: int) -> None:
             path = our_linear(weight, bias, Path(folder) / str(rotate), rotate)
             sessions[name] = engine.open_session(path, threads)
     runs: dict[str, Run] = {name: lambda s=s: s.run(None, feed)[0] for name, s in sessions.items()}
+    product_alone = timed({"product": lambda: bare.run(None, {"x": levels})[0]}, count)["product"]
     runs["torch fp32"] = lambda: torch.nn.functional.linear(x, weight, bias).numpy()
     halves = [t.bfloat16() for t in (x, weight, bias)]
     runs["torch bf16"] = lambda: torch.nn.functional.linear(*halves).float().numpy()
     show(f"linear {TOKENS} x {COLS} -> {ROWS}", runs, count, "lrq-export engine", "torch fp32")
+    print(f"  of ours, MatMulInteger alone takes {product_alone:.1f} ms")
 
 
 def bench_block(threads: int, count: int) -> None:

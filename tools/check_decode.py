@@ -24,7 +24,7 @@ from graphs import names
 from graphs.ops import OPS, attach_bodies, packing
 from lrq_export.package import QUANTIZED
 from lrq_export.quant import twin_log
-from lrq_export.quantized import INT8_BITS, LayerTensors, QuantizedFile
+from lrq_export.quantized import LayerTensors, QuantizedFile
 
 CORE = Path(__file__).resolve().parents[1] / "plugins" / "core" / "c_api.cpp"
 FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
@@ -77,7 +77,7 @@ def in_core(core: ctypes.CDLL, layer: LayerTensors, function: str) -> np.ndarray
     codes, exponents = np.frombuffer(layer.packed().raw, np.uint8), layer.exponents.numpy()
     weight = PackedWeight(
         codes.ctypes.data, codes.nbytes, exponents.ctypes.data, exponents.nbytes, record.rows, record.cols,
-        record.group_size, record.bits, 4, 6,
+        record.group_size, record.bits, names.FRACTION_BITS, names.INTEGER_BITS,
     )  # fmt: skip
     decoded = np.empty((record.rows, record.cols), np.int8)
     status = getattr(core, function)(ctypes.byref(weight), POINTER(decoded.ctypes.data))
@@ -105,7 +105,7 @@ def main() -> None:
     if shutil.which("g++") is None:
         sys.exit("check_decode needs a C++ compiler: install g++")
     quantized = QuantizedFile(args.package / QUANTIZED)
-    layers = [name for name, record in quantized.records.items() if record.bits != INT8_BITS]
+    layers = [name for name, record in quantized.records.items() if record.bits != names.INT8_BITS]
     weights, totals = 0, {}
     with tempfile.TemporaryDirectory() as folder:
         core = compile_core(Path(folder))

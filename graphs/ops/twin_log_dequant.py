@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from graphs import names
 from graphs.ops import packing
 from graphs.ops.spec import Attribute, AttributeValue, Example, OpSpec, Shape, Tensor, Tolerance, dims, same
 
@@ -39,7 +40,9 @@ def mantissas(fraction_bits: int, integer_bits: int) -> np.ndarray:
     return np.rint(np.exp2(np.arange(steps) / steps + integer_bits)).astype(np.int32)
 
 
-def levels(exponents: np.ndarray, bits: int, fraction_bits: int, integer_bits: int) -> np.ndarray:
+def levels(
+    exponents: np.ndarray, bits: int, fraction_bits: int = names.FRACTION_BITS, integer_bits: int = names.INTEGER_BITS
+) -> np.ndarray:
     """The magnitudes m[..., q] int32 of shape (rows, groups, 2, 2^(bits-1)) from exponents (rows, groups, 2, 3) int8.
 
     Shifts are limited to what can matter, so any exponents give a defined result; only those that
@@ -55,7 +58,9 @@ def levels(exponents: np.ndarray, bits: int, fraction_bits: int, integer_bits: i
     return (((mantissa << left) + half) >> right) - offset
 
 
-def table(exponents: np.ndarray, bits: int, fraction_bits: int, integer_bits: int) -> np.ndarray:
+def table(
+    exponents: np.ndarray, bits: int, fraction_bits: int = names.FRACTION_BITS, integer_bits: int = names.INTEGER_BITS
+) -> np.ndarray:
     """The signed value of every code, (rows, groups, 2^bits) int32: the lower half positive, the upper negative."""
     magnitude = levels(exponents, bits, fraction_bits, integer_bits)
     return np.concatenate([magnitude[:, :, 0], -magnitude[:, :, 1]], axis=-1)
@@ -84,8 +89,8 @@ def integer_weight(
     bits: int,
     group_size: int,
     cols: int,
-    fraction_bits: int = 4,
-    integer_bits: int = 6,
+    fraction_bits: int = names.FRACTION_BITS,
+    integer_bits: int = names.INTEGER_BITS,
 ) -> np.ndarray:
     """The integers w (rows, cols) int8 from packed elements (rows, planes, elements) of int8 or int4.
 
@@ -112,8 +117,8 @@ def twin_log_dequant(
     group_size: int,
     rows: int,
     cols: int,
-    fraction_bits: int = 4,
-    integer_bits: int = 6,
+    fraction_bits: int = names.FRACTION_BITS,
+    integer_bits: int = names.INTEGER_BITS,
     **_: str,
 ) -> np.ndarray:
     """W (rows, cols) float32 = scale (rows,) float32 * w, one rounding per weight."""
@@ -301,8 +306,8 @@ PACKED_INPUTS = (
 PACKED_ATTRIBUTES = (
     Attribute("bits", int, "bits of a code, its sign included", choices=(2, 3, 4)),
     Attribute("group_size", int, "columns that share exponents; divides cols; cols itself is per channel"),
-    Attribute("fraction_bits", int, "F: exponents are in units of 2^-F", 4),
-    Attribute("integer_bits", int, "I: mantissas carry I bits before they are shifted", 6),
+    Attribute("fraction_bits", int, "F: exponents are in units of 2^-F", names.FRACTION_BITS),
+    Attribute("integer_bits", int, "I: mantissas carry I bits before they are shifted", names.INTEGER_BITS),
     Attribute("rows", int, "rows of W, output channels"),
     Attribute("cols", int, "columns of W, input channels"),
 )

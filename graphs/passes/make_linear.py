@@ -13,14 +13,13 @@ from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
 LINEAR_OF = {"TwinLogDequant": "TwinLogLinear", "Int8Dequant": "Int8Linear"}
-FLOATING_POINT = 16
 
 
 def make_linear(traced: TracedGraph) -> PassResult:
     result, graph = PassResult(), traced.graph
     for dequant in [node for node in graph.nodes if is_lrq(node, *DEQUANT_OPS)]:
         weight = traced.linears[dequant.inputs[0].name]
-        if weight.act_bits == FLOATING_POINT:
+        if weight.act_bits == names.FLOATING_POINT:
             result.skip(dequant, "its activations stay in floating point")
             continue
         readers = [matmul for transpose in dequant.outputs[0].outputs for matmul in transpose.outputs[0].outputs]

@@ -26,6 +26,7 @@ from lrq_export.quantized import QuantizedFile, onnx_float
 MODEL = "model.onnx"
 SESSION = "session.json"
 EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
+STOP_SPINNING = ("session.force_spinning_stop", "1")  # between two calls the cores belong to the rest of the pipeline
 PROVIDERS = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 CONTRIB = "com.microsoft"
 ZERO_POINT = 128
@@ -50,14 +51,15 @@ def open_session(folder: Path, threads: int | None = None):
     """An `onnxruntime.InferenceSession` of the engine with the options it needs to be exact."""
     import onnxruntime
 
-    settings = json.loads((folder / SESSION).read_text())
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(*STOP_SPINNING)
     for key, value in session_config(folder).items():
         options.add_session_config_entry(key, value)
     if threads is not None:
         options.intra_op_num_threads = threads
     available = onnxruntime.get_available_providers()
-    providers = [name for name in settings["providers"] if name in available]
+    wanted = json.loads((folder / SESSION).read_text())["providers"]
+    providers = [name for name in wanted if name in available]
     return onnxruntime.InferenceSession(str(folder / MODEL), options, providers=providers)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from graphs import names
 from lrq_export.errors import UsageError
 from lrq_export.quant.activation import largest_integer, quantize_tokens
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.weight import QuantizedWeight
 
-FLOATING_POINT = 16  # act_bits that leave the activations alone
 EXACT = 2**24  # float32 holds every integer up to here
 RANGE_STEP = 64  # columns: where a product may be cut
 
@@ -44,12 +44,12 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight", integers)
         self.register_buffer("scale", weight.scale.float())
         self.register_buffer("bias", None if bias is None else bias.detach().float())
-        self._ranges = [] if act_bits == FLOATING_POINT else exact_ranges(integers, largest_integer(act_bits))
+        self._ranges = [] if act_bits == names.FLOATING_POINT else exact_ranges(integers, largest_integer(act_bits))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) of any floating type -> (..., out_features) of the same type."""
         y = self.rotation.apply(x.float()) if self.rotation is not None else x.float()
-        if self.act_bits == FLOATING_POINT:
+        if self.act_bits == names.FLOATING_POINT:
             y = y @ (self.weight.float() * self.scale[:, None]).T
         else:
             q, s = quantize_tokens(y, self.act_bits)

@@ -7,9 +7,9 @@ defines it.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -70,15 +70,6 @@ class Rotation:
         if x.shape[-1] != self.width:
             raise UsageError(f"rotation: got {x.shape[-1]} channels, needed {self.width}")
         return x if x.dtype == torch.float64 else x.float()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data from which `from_dict` makes an equal rotation."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Rotation:
-        """The rotation that `to_dict` described."""
-        return cls(**fields)
 
 
 def _transform(x: torch.Tensor, block: int, *, inverse: bool) -> torch.Tensor:

@@ -80,7 +80,7 @@ def _mean_levels(layer: LayerTensors) -> list[float]:
     """The value of every code, averaged over rows and groups; of the 255 levels at 8 bits one in 16 is drawn."""
     if layer.exponents is None:
         return [float(level) for level in range(-112, 113, 16)]
-    values = twin_log_dequant.table(layer.exponents.numpy(), layer.record.bits, 4, 6)
+    values = twin_log_dequant.table(layer.exponents.numpy(), layer.record.bits)
     return sorted(values.mean(axis=(0, 1)).tolist())
 
 

@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import resource
 import shutil
@@ -269,17 +268,14 @@ def test_a_commit_leaves_the_package_and_nothing_else(tmp_path, before):
 def test_work_is_resumed_for_the_same_fingerprint_only(tmp_path):
     out = tmp_path / "out"
     with open_workspace(out, "a") as workspace:
-        assert not workspace.resumed
+        assert _names(workspace.path) == []
         (workspace.path / "codes").write_bytes(b"layer 1")
         package.write_bytes_atomic(workspace.layers / "1", b"layer 1")
         (workspace.path / f".stats.1{package.TEMPORARY}").touch()
-        workspace.remember("finished", ["layer 1"])
     with open_workspace(out, "a") as workspace:
-        assert workspace.resumed
-        assert workspace.notes == {"finished": ["layer 1"]}
         assert (_names(workspace.path), _names(workspace.layers)) == (["codes"], ["1"])
     with open_workspace(out, "b") as workspace:
-        assert (workspace.resumed, workspace.notes, _names(workspace.path)) == (False, {}, [])
+        assert _names(workspace.path) == []
         assert not workspace.layers.exists()
 
 
@@ -438,10 +434,3 @@ def test_a_disk_that_is_full_when_work_begins_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "mkdir", full)
     _refused(lambda: open_workspace(tmp_path / "out", "a"), MissingError, "No space left", "free bytes")
-
-
-def test_a_state_file_holds_json_only(tmp_path):
-    with open_workspace(tmp_path / "out", "a") as workspace:
-        workspace.remember("stage", 3)
-        state = json.loads((tmp_path / "out.partial" / "state.json").read_text())
-    assert state == {"fingerprint": "a", "notes": {"stage": 3}}

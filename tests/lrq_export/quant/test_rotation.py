@@ -1,6 +1,5 @@
 """Hadamard rotations preserve the function and cost no dense product."""
 
-import json
 
 import pytest
 import torch
@@ -62,11 +61,6 @@ def test_signs_are_the_same_for_ever():
 
 
 SIGNS_OF_SEED_0 = [1, -1, 1, -1, -1, -1, 1, 1, 1, -1, 1, -1, -1, 1, 1, 1]
-
-
-def test_a_rotation_survives_json():
-    turned = Rotation(288, 72, 9)
-    assert Rotation.from_dict(json.loads(json.dumps(turned.to_dict()))) == turned
 
 
 @pytest.mark.parametrize(
