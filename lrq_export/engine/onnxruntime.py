@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 
 from graphs.passes.patterns import is_lrq
 from graphs.traced import TracedGraph
+from lrq_export.engine.attention import CONTRIB, fuse_attention
 from lrq_export.onnx_file import WeightTensor, write_model
 from lrq_export.package import write_json_atomic
 from lrq_export.quantized import QuantizedFile, onnx_float
@@ -28,7 +29,6 @@ SESSION = "session.json"
 EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 STOP_SPINNING = ("session.force_spinning_stop", "1")  # between two calls the cores belong to the rest of the pipeline
 PROVIDERS = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-CONTRIB = "com.microsoft"
 ZERO_POINT = 128
 SMALLEST = np.finfo(np.float32).tiny  # stands in for the scale of an all-zero token, whose codes are then all zero
 
@@ -37,6 +37,8 @@ def build_engine(traced: TracedGraph, quantized: QuantizedFile, folder: Path, **
     """Write engine/onnxruntime/model.onnx and session.json. Returns the bytes of its weights."""
     lowered = traced.copy()
     layers = lower_linears(lowered)
+    fuse_attention(lowered.graph)
+    lowered.forget_unused()
     model = lowered.to_onnx()
     if not any(entry.domain == CONTRIB for entry in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
@@ -109,24 +111,27 @@ def lower_linears(traced: TracedGraph) -> list[str]:
 
 
 def _quantize_tokens(graph: gs.Graph, x: gs.Tensor, act_bits: int, prefix: str) -> tuple[gs.Variable, gs.Variable]:
-    """uint8 codes around 128, (..., cols), and the scale of each token, (..., 1)."""
+    """uint8 codes around 128, (..., cols), and the scale of each token, (..., 1).
 
-    def scalar(name: str, value) -> gs.Constant:
+    Few passes over x: its peak comes from two reductions that write next to nothing, and one QuantizeLinear rounds half
+    to even, shifts by 128 and narrows.
+    """
+
+    def constant(name: str, value) -> gs.Constant:
         return gs.Constant(f"{prefix}.{name}", np.asarray(value))
 
-    def step(op: str, *inputs, **attrs) -> gs.Variable:
-        output = gs.Variable(f"{prefix}.{op.lower()}", np.float32)
-        graph.nodes.append(gs.Node(op, f"{prefix}.{op}", attrs, list(inputs), [output]))
+    def step(name: str, op: str, *inputs, **attrs) -> gs.Variable:
+        output = gs.Variable(f"{prefix}.{name}", np.float32)
+        graph.nodes.append(gs.Node(op, f"{prefix}.{name}", attrs, list(inputs), [output]))
         return output
 
-    peak = step("ReduceMax", step("Abs", x), scalar("axis", np.array([-1])), keepdims=1)
-    limit = scalar("limit", np.float32(2 ** (act_bits - 1) - 1))
-    token_scale = step("Max", step("Div", peak, limit), scalar("smallest", np.float32(SMALLEST)))
-    # A name of its own: the prefix already has a Div.
-    steps = gs.Variable(f"{prefix}.steps", np.float32)
-    graph.nodes.append(gs.Node("Div", f"{prefix}.Steps", {}, [x, token_scale], [steps]))
-    shifted = step("Add", step("Round", steps), scalar("zero", np.float32(ZERO_POINT)))
-    codes = step("Cast", shifted, to=int(onnx.TensorProto.UINT8))
+    axis = constant("axis", np.array([-1]))
+    lowest = step("lowest", "ReduceMin", x, axis, keepdims=1)
+    peak = step("peak", "Max", step("highest", "ReduceMax", x, axis, keepdims=1), step("depth", "Neg", lowest))
+    limit = constant("limit", np.float32(2 ** (act_bits - 1) - 1))
+    token_scale = step("scale", "Max", step("quotient", "Div", peak, limit), constant("tiny", np.float32(SMALLEST)))
+    one, zero_point = constant("one", np.float32(1)), constant("zero_point", np.array(ZERO_POINT, np.uint8))
+    codes = step("codes", "QuantizeLinear", step("steps", "Div", x, token_scale), one, zero_point)
     codes.dtype = np.uint8
     return codes, token_scale
 

@@ -88,6 +88,22 @@ def test_one_changed_code_of_the_portable_graph_breaks_r2_and_r4(edited, cli):
 def test_one_changed_weight_of_the_engine_breaks_r4_alone(edited):
     report, _ = verify(edited("engine/onnxruntime/model.onnx", flip_initializer("int8", 0x7F)))
     assert broken(report) == ["R4"]
+    assert f"{LAYER}.int8" in next(rung["blames"] for rung in report["ladder"] if rung["rung"] == "R4")
+
+
+def test_a_fault_between_layers_is_blamed_on_the_layer_behind_it(edited):
+    def other_epsilon(path):
+        model = onnx.load(path)
+        norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
+        for attribute in norms[-2].attribute:  # before the second block's feed-forward
+            if attribute.name == "epsilon":
+                attribute.f = 0.1
+        onnx.save(model, path)
+
+    report, _ = verify(edited("engine/onnxruntime/model.onnx", other_epsilon))
+    assert broken(report) == ["R4"]
+    blames = next(rung["blames"] for rung in report["ladder"] if rung["rung"] == "R4")
+    assert "the input of transformer_blocks.1.ff.net.0.proj" in blames
 
 
 def test_a_pass_that_changes_the_function_breaks_r3_alone(edited):
