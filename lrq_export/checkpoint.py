@@ -270,6 +270,9 @@ def _read_config(folder: Path, root: Path) -> dict[str, Any]:
             f"{path}: _class_name: got {got}, needed the name of a diffusers model class",
             hint='add for example "_class_name": "PixArtTransformer2DModel"',
         )
+    for key, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):  # Python reads NaN and Infinity, JSON has neither
+            raise InputError(f"{path}: {key}: got {value}, needed a finite number", hint="fetch the file again")
     return config
 
 

@@ -50,15 +50,18 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Quantize, trace, rewrite, bind and verify SOURCE into a package."""
+    from lrq_export.calibrate.pipeline import record_prompts
     from lrq_export.compiler import build as run
     from lrq_export.recipe import load_recipe
+    from lrq_export.workspace import refuse_foreign
 
     settings = load_recipe(preset, recipe, _overrides(set_ or []))
     if prompts is not None:
         if calibration is not None:
             raise UsageError("--prompts and --calibration exclude each other", hint="pass one of them")
-        from lrq_export.calibrate.pipeline import record_prompts
-
+        # Recording runs the whole pipeline: what can be refused without it is refused before.
+        refuse_foreign(out.resolve())
+        run(source, out, recipe=settings, conditions=conditions, until="load")
         calibration = record_prompts(source, prompts, settings, beside=out.resolve())
     with _progress(as_json) as progress:
         result = run(
@@ -92,9 +95,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every hash, then climb the parity ladder again from the package's files."""
-    from lrq_export.verify.run import verify as run
-
-    report, _ = run(package, source=source)
+    report, _ = _verified(package, source, as_json)
     _show_report(report, as_json)
     raise typer.Exit(0 if all(rung["passed"] is not False for rung in report["ladder"]) else 1)
 
@@ -115,11 +116,15 @@ def sample(
 
     if (pipeline is None) != (prompts is None):
         raise UsageError("--pipeline and --prompts go together", hint="pass both, or neither")
-    if pipeline is not None:
-        written = sample_prompts(package, out, pipeline, prompts, steps=steps, seed=seed)
-    else:
-        chosen = None if rows is None else _numbers("--rows", rows)
-        written = sample_conditions(package, out, images=images, steps=steps, seed=seed, rows=chosen)
+    chosen = None if rows is None else _numbers("--rows", rows)
+    _check_output(package, out)
+    with _progress(as_json=False) as progress:
+        if pipeline is not None:
+            written = sample_prompts(package, out, pipeline, prompts, steps=steps, seed=seed, progress=progress)
+        else:
+            written = sample_conditions(
+                package, out, images=images, steps=steps, seed=seed, rows=chosen, progress=progress
+            )
     print(written)
 
 
@@ -151,10 +156,13 @@ def report(
     source: Annotated[Path | None, typer.Option(help="The source folder, for figures that need its weights.")] = None,
 ) -> None:
     """Verify a package and write the findings as one offline HTML page."""
+    from lrq_export.package import REPORT
     from lrq_export.verify.report_page import write_report_page
-    from lrq_export.verify.run import verify as run
 
-    found, samples = run(package, source=source)
+    _check_output(package, out)
+    found, samples = _verified(package, source, as_json=False)
+    built = json.loads((package / REPORT).read_text())  # what only the build could know; its hash is checked by now
+    found |= {key: built[key] for key in ("source", "tool", "timings", "warnings")}
     write_report_page(out, found, samples)
     print(out)
 
@@ -172,6 +180,29 @@ def init(
         raise UsageError(f"{out}: already exists", hint="choose another name or remove it")
     write_bytes_atomic(out, to_toml(load_recipe(preset)).encode())
     print(out)
+
+
+def _verified(package: Path, source: Path | None, as_json: bool) -> tuple[dict, dict]:
+    """Climb the ladder in sight of the user; returns (report, samples)."""
+    from lrq_export.progress import stage
+    from lrq_export.verify.report_sections import RUNGS
+    from lrq_export.verify.run import verify as run
+
+    with _progress(as_json) as progress, stage(progress, "verify", {}, len(RUNGS)):
+        return run(package, source=source, advance=progress.advance)
+
+
+def _check_output(package: Path, out: Path) -> None:
+    """Raise UsageError, before any work, for an output that cannot be written or would spoil the package."""
+    from lrq_export.package import load_manifest
+
+    load_manifest(package)  # what is no package is said first
+    if out.is_dir():
+        raise UsageError(f"{out}: is a folder, needed the name of a file", hint="name a file in it")
+    if out.resolve().is_relative_to(package.resolve()):
+        raise UsageError(
+            f"{out}: lies in the package, which an added file makes invalid", hint="write it beside the package"
+        )
 
 
 def _show_report(report: dict, as_json: bool) -> None:

@@ -9,8 +9,13 @@ import gc
 
 
 def give_back() -> None:
-    """Collect garbage and trim the C heap; does nothing on systems whose C library has no malloc_trim."""
+    """Collect garbage, then `trim`."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim()
+
+
+def trim() -> None:
+    """Trim the C heap; does nothing on systems whose C library has no malloc_trim."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

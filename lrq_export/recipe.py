@@ -24,6 +24,7 @@ SCHEMA = 1
 DEFAULT_PRESET = "w4a8"
 UNSET = "none"  # how TOML, which has no null, spells a gate that is not set
 FAMILY_DEFAULT = "default"  # how it spells `keep` left to the model family
+OVERRIDE = "--set"  # what errors call an override: the command line's word for it
 
 Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=0)]
@@ -155,7 +156,7 @@ def load_recipe(
     """
     values: dict[str, Any] = _preset_values(preset or DEFAULT_PRESET)
     origin: dict[str, str] = {}
-    for source, layer in ((str(path), _file_values(path) if path else {}), ("override", _override_values(overrides))):
+    for source, layer in ((str(path), _file_values(path) if path else {}), (OVERRIDE, _override_values(overrides))):
         values.update(layer)
         origin.update(dict.fromkeys(layer, source))
     return _validated(values, origin)
@@ -253,7 +254,7 @@ def _override_values(overrides: Mapping[str, str] | None) -> dict[str, Any]:
     """Overrides as TOML values; a bare word is a string."""
     values = {}
     for key, text in (overrides or {}).items():
-        _check_known(key, "override")
+        _check_known(key, OVERRIDE)
         try:
             parsed = tomllib.loads(f"value = {text}")
         except (tomllib.TOMLDecodeError, RecursionError):

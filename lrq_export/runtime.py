@@ -9,7 +9,7 @@ import torch
 from lrq_export.engine import onnxruntime as engine
 from lrq_export.errors import InputError, MissingError, UsageError
 from lrq_export.models import family_of
-from lrq_export.models.base import SAMPLES, InputSpec
+from lrq_export.models.base import SAMPLES, InputSpec, Sizes
 from lrq_export.package import ONNXRUNTIME_ENGINE, load_manifest, verify_hashes
 
 
@@ -80,30 +80,16 @@ def feeds(specs: dict[str, InputSpec], given: dict[str, torch.Tensor | None]) ->
 
     Raises InputError for one that is missing or of another rank or size.
     """
-    sizes: dict[str, int] = {}
-    arrays = {}
+    sizes, arrays = Sizes(), {}
     for name, spec in specs.items():
         tensor = given.get(name)
         if tensor is None and not spec.optional:
-            raise InputError(f"{name}: got None, needed a tensor of shape {spec.shape}")
+            raise InputError(f"{name}: got None, needed a tensor of shape {spec}")
         if tensor is None:
             arrays[name] = np.ones([sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape])
         else:
             if spec.shape == (SAMPLES,) and tensor.numel() == 1:  # one timestep for all samples
                 tensor = tensor.reshape(1).expand(sizes[SAMPLES])
-            _check_shape(name, tuple(tensor.shape), spec, sizes)
+            sizes.admit(name, tuple(tensor.shape), spec)
             arrays[name] = tensor.detach().cpu().float().numpy()
     return {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
-
-
-def _check_shape(name: str, shape: tuple[int, ...], spec: InputSpec, sizes: dict[str, int]) -> None:
-    """Raise InputError unless `shape` is what `spec` and the sizes of earlier inputs ask for; note its own sizes."""
-    fits = len(shape) == len(spec.shape) and all(
-        got == (sizes.setdefault(needed, got) if isinstance(needed, str) else needed)
-        for got, needed in zip(shape, spec.shape, strict=True)
-    )
-    if not fits:
-        raise InputError(f"{name}: got shape {shape}, needed {spec.shape}")
-    for got, extent in zip(shape, spec.shape, strict=True):
-        if isinstance(extent, str) and extent != SAMPLES and got % spec.multiple_of:
-            raise InputError(f"{name}: got {extent} {got}, needed a multiple of {spec.multiple_of}")

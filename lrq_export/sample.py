@@ -1,12 +1,15 @@
 """Draw samples from a package, through diffusers' own schedulers and pipelines."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from lrq_export.errors import UsageError
 from lrq_export.package import atomic_file, load_manifest, save_tensors_atomic
+from lrq_export.progress import Progress, Silent, stage
 from lrq_export.recipe import Recipe
 from lrq_export.runtime import load
 from lrq_export.sampling import ConditionalSampler, check_steps, scheduler_from
@@ -16,19 +19,28 @@ IMAGE_CHANNELS = (1, 3)
 
 
 def sample_conditions(
-    package: Path, out: Path, *, images: int | None, steps: int | None, seed: int | None, rows: list[int] | None
+    package: Path,
+    out: Path,
+    *,
+    images: int | None,
+    steps: int | None,
+    seed: int | None,
+    rows: list[int] | None,
+    progress: Progress | None = None,
 ) -> Path:
     """Draw from the conditions that the package carries; None takes the recipe's setting. Returns the file written.
 
     `out` ending in .safetensors gets the latents (n, channels, height, width); any other name a PNG contact sheet,
     which needs a model of 1 or 3 channels (latents of others want their pipeline's decoder).
     """
-    manifest = load_manifest(package)
-    _check_request(package, out, images, steps)
+    manifest, progress = load_manifest(package), progress or Silent()
+    _check_request(out, (".png", ".safetensors"), images, steps)
     settings = Recipe.model_validate(manifest["recipe"]).sampling
+    steps = steps or settings.steps
     scheduler = scheduler_from(settings.scheduler, manifest["scheduler"])
-    check_steps(scheduler, steps or settings.steps)
-    transformer = load(package)
+    check_steps(scheduler, steps)
+    with stage(progress, "load", {}):
+        transformer = load(package)
     conditions = Reference.load(package).conditions
     available = min(len(tensor) for tensor in conditions.values())
     if out.suffix != ".safetensors" and transformer.config.in_channels not in IMAGE_CHANNELS:
@@ -37,10 +49,11 @@ def sample_conditions(
             hint="name a .safetensors file, or pass --pipeline and --prompts to decode them",
         )
     chosen = rows if rows is not None else [i % available for i in range(images or settings.images)]
-    latents = ConditionalSampler(transformer, scheduler, conditions)(
-        chosen, num_inference_steps=steps or settings.steps, guidance_scale=settings.guidance_scale,
-        generator=torch.Generator().manual_seed(settings.seed if seed is None else seed),
-    )  # fmt: skip
+    with stage(progress, "sample", {}, steps):
+        latents = ConditionalSampler(Counted(transformer, progress.advance), scheduler, conditions)(
+            chosen, num_inference_steps=steps, guidance_scale=settings.guidance_scale,
+            generator=torch.Generator().manual_seed(settings.seed if seed is None else seed),
+        )  # fmt: skip
     if out.suffix == ".safetensors":
         save_tensors_atomic(out, {"samples": latents})
     else:
@@ -49,33 +62,57 @@ def sample_conditions(
 
 
 def sample_prompts(
-    package: Path, out: Path, pipeline: Path, prompts: Path, *, steps: int | None, seed: int | None
+    package: Path,
+    out: Path,
+    pipeline: Path,
+    prompts: Path,
+    *,
+    steps: int | None,
+    seed: int | None,
+    progress: Progress | None = None,
 ) -> Path:
     """Run a whole diffusers pipeline with the package in place of its transformer; writes a PNG contact sheet."""
     from lrq_export.calibrate.pipeline import open_pipeline, read_prompts
 
-    _check_request(package, out, None, steps)
+    _check_request(out, (".png",), None, steps)
     settings = Recipe.model_validate(load_manifest(package)["recipe"]).sampling
-    whole = open_pipeline(pipeline)
-    whole.register_modules(transformer=None)
-    whole.transformer = load(package)
-    drawn = whole(
-        read_prompts(prompts), num_inference_steps=steps or settings.steps, output_type="np",
-        generator=torch.Generator().manual_seed(settings.seed if seed is None else seed),
-    ).images  # fmt: skip
+    steps, progress, texts = steps or settings.steps, progress or Silent(), read_prompts(prompts)
+    with stage(progress, "load", {}):
+        whole = open_pipeline(pipeline)
+        whole.set_progress_bar_config(disable=True)
+        whole.register_modules(transformer=None)
+        whole.transformer = Counted(load(package), progress.advance)
+    with stage(progress, "sample", {}, steps):
+        drawn = whole(
+            texts, num_inference_steps=steps, output_type="np",
+            generator=torch.Generator().manual_seed(settings.seed if seed is None else seed),
+        ).images  # fmt: skip
     write_contact_sheet(out, np.transpose(drawn, (0, 3, 1, 2)) * 2 - 1)
     return out
 
 
-def _check_request(package: Path, out: Path, images: int | None, steps: int | None) -> None:
+class Counted:
+    """A transformer that reports every call, of which samplers make one a step; everything else is its own."""
+
+    def __init__(self, transformer: Any, advance: Callable[[], None]):
+        self._transformer, self._advance = transformer, advance
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        answer = self._transformer(*args, **kwargs)
+        self._advance()
+        return answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transformer, name)
+
+
+def _check_request(out: Path, endings: tuple[str, ...], images: int | None, steps: int | None) -> None:
     """Raise UsageError before any work is done for what could not be drawn or written afterwards."""
     for flag, value in (("--images", images), ("--steps", steps)):
         if value is not None and value < 1:
             raise UsageError(f"{flag}: got {value}, needed at least 1")
-    if out.suffix not in (".png", ".safetensors"):
-        raise UsageError(f"{out}: needed a name that ends in .png or .safetensors", hint="e.g. samples.png")
-    if out.is_dir() or out.resolve().is_relative_to(package.resolve()):
-        raise UsageError(f"{out}: is a folder or lies in the package", hint="write the samples beside the package")
+    if out.suffix not in endings:
+        raise UsageError(f"{out}: needed a name that ends in {' or '.join(endings)}", hint="e.g. samples.png")
 
 
 def write_contact_sheet(path: Path, images: np.ndarray, columns: int = 10, enlarge_to: int = 96) -> None:

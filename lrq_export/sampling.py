@@ -7,20 +7,36 @@ from typing import Any
 
 import torch
 
-from lrq_export.errors import UsageError
+from lrq_export.errors import InputError, MissingError, UsageError
 from lrq_export.models.base import nest
 
 NEGATIVE = "negative."  # prefix of the unconditional embeddings in a conditions file
 
 
 def scheduler_from(class_name: str, config: dict[str, Any] | None = None):
-    """A diffusers scheduler by class name; raises UsageError when diffusers has none of that name."""
+    """A diffusers scheduler by class name, made from a scheduler_config.json.
+
+    Raises UsageError when diffusers has none of that name, InputError when it cannot make one from that config, and
+    MissingError when it needs a library for it that is not here.
+    """
     import diffusers
 
     scheduler = getattr(diffusers, class_name, None)
-    if scheduler is None or not hasattr(scheduler, "add_noise"):
+    try:
+        known = hasattr(scheduler, "add_noise")
+    except ImportError as error:  # from the stand-in that diffusers has for a class whose library is missing
+        raise MissingError(
+            f"sampling.scheduler: {_reason(error)}", hint="install it, or set sampling.scheduler, e.g. DDIMScheduler"
+        ) from error
+    if not known:
         raise UsageError(f"sampling.scheduler: diffusers has no scheduler {class_name!r}", hint="e.g. DDIMScheduler")
-    return scheduler.from_config(config or {"clip_sample": False, "num_train_timesteps": 1000})
+    try:
+        return scheduler.from_config(config or {"clip_sample": False, "num_train_timesteps": 1000})
+    except Exception as error:  # each scheduler has its own way to refuse
+        raise InputError(
+            f"scheduler_config.json: diffusers cannot construct {class_name} from it: {_reason(error)}",
+            hint="compare it with the scheduler_config.json the model was published with",
+        ) from error
 
 
 def check_steps(scheduler, steps: int) -> None:
@@ -29,15 +45,21 @@ def check_steps(scheduler, steps: int) -> None:
     try:
         trial.set_timesteps(steps)
         trial.scale_model_input(latents, trial.timesteps[0])
-        _step(trial, latents, trial.timesteps[0], latents, torch.Generator())
+        stepped = _step(trial, latents, trial.timesteps[0], latents, torch.Generator())
+        if not bool(stepped.isfinite().all()):
+            raise ValueError("its first step gives NaN or Inf")
         if len(trial.timesteps) != steps:
             raise ValueError(f"it makes {len(trial.timesteps)} steps of {steps}")
     except Exception as error:  # each scheduler has its own way to refuse
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"sampling: {type(scheduler).__name__} cannot take {steps} steps here: {reason}",
+            f"sampling: {type(scheduler).__name__} cannot take {steps} steps here: {_reason(error)}",
             hint="set sampling.steps or sampling.scheduler, e.g. 20 and DDIMScheduler",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _step(scheduler, noise: torch.Tensor, timestep, latents: torch.Tensor, generator) -> torch.Tensor:

@@ -3,15 +3,31 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lrq_export.calibrate.inputs import check_names, check_shapes, load_inputs, spread_rows, synthetic_inputs
-from lrq_export.checkpoint import Checkpoint, TensorFile, check_finite, check_tensors, open_checkpoint, read_json_object
-from lrq_export.errors import InputError
+from lrq_export import trial
+from lrq_export.calibrate.inputs import (
+    check_names,
+    check_shapes,
+    latent_sizes,
+    load_inputs,
+    spread_rows,
+    synthetic_inputs,
+)
+from lrq_export.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    TensorFile,
+    check_finite,
+    check_tensors,
+    open_checkpoint,
+    read_json_object,
+)
 from lrq_export.models import family_of
 from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily
 from lrq_export.package import sha256_file
@@ -51,13 +67,16 @@ class Source:
         return model
 
     def scheduler_config(self) -> dict[str, Any] | None:
-        """The scheduler_config.json beside the transformer or in the pipeline; None when there is none."""
+        """The scheduler_config.json beside the transformer or in the pipeline; None when there is none.
+
+        Without its infinities: diffusers writes the default of `lambda_min_clipped` as -Infinity, which is no JSON.
+        """
         places = [self.checkpoint.path / SCHEDULER]
         if self.checkpoint.pipeline_path is not None:
             places.append(self.checkpoint.pipeline_path / "scheduler" / SCHEDULER)
         for path in places:
             if path.is_file():
-                return read_json_object(path)
+                return {key: value for key, value in read_json_object(path).items() if value not in (inf, -inf)}
         return None
 
 
@@ -67,17 +86,11 @@ def open_source(path: Path) -> Source:
     Raises InputError for anything missing, unknown, truncated or of the wrong shape.
     """
     checkpoint = open_checkpoint(path)
-    family = family_of(checkpoint.class_name)
-    try:
-        model = family.construct(dict(checkpoint.config))
-    except Exception as error:  # whatever a constructor raises here, the config made it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{checkpoint.path / 'config.json'}: diffusers cannot construct {checkpoint.class_name} from it: {reason}",
-            hint="compare it with the config.json the model was published with",
-        ) from error
-    persistent = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_tensors(checkpoint, persistent)
+    config_file = checkpoint.path / CONFIG
+    family = family_of(checkpoint.class_name, str(config_file))
+    model = trial.construct(config_file, family, checkpoint.config)
+    check_tensors(checkpoint, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    trial.run(config_file, family, checkpoint.config)
     return Source(checkpoint, family, {"_class_name": checkpoint.class_name} | dict(model.config))
 
 
@@ -99,9 +112,8 @@ def gather_inputs(source: Source, recipe: Recipe, calibration: Path | None, cond
     else:
         warnings.append(SYNTHETIC_WARNING)
         settings = recipe.calibration
-        size = source.config.get("sample_size")
-        sizes = {"height": size, "width": size} if isinstance(size, int) else {}
         total = settings.samples + min(settings.samples, EVALUATION_SAMPLES)
+        sizes = latent_sizes(source.config)
         everything = synthetic_inputs(specs, total, settings.timesteps, settings.seed, sizes=sizes)
     chosen, rest = _split(len(everything["hidden_states"]), recipe.calibration.samples)
     if not rest:

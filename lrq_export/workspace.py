@@ -30,7 +30,7 @@ LAYERS = "layers"  # beside the unfinished package: results of single layers, go
 class Workspace:
     """OUT.partial while a package is built in it; made by `open_workspace`, used in a with block.
 
-    `.path` is the folder to build in, `.layers` one for work that the package will not hold (the caller creates it),
+    `.path` is the folder to build in, `.layers` one for work that the package will not hold (the caller creates it).
     Both hold what an earlier build of the same fingerprint left. Leaving the block without `commit` releases the lock
     and keeps the work for the next run; `commit` removes it.
     """
@@ -48,7 +48,7 @@ class Workspace:
         Raises UsageError when OUT was filled with something else meanwhile.
         """
         assert (self.path / MANIFEST).is_file(), "commit before write_manifest"
-        _refuse_foreign(self.out)
+        refuse_foreign(self.out)
         _remove_unfinished(self.path)
         _sync_tree(self.path)
         if self.out.exists():
@@ -136,8 +136,8 @@ def open_workspace(out: Path, fingerprint: str) -> Workspace:
             f"{out}: got a mount point, needed a folder that can be renamed", hint=f"build to {out / 'package'}"
         )
     workspace = Workspace(out, fingerprint)
-    _refuse_foreign(out)
-    _refuse_foreign(workspace.previous)
+    refuse_foreign(out)
+    refuse_foreign(workspace.previous)
     _refuse_foreign_partial(workspace.partial)
     try:
         workspace._open()
@@ -156,7 +156,7 @@ def open_workspace(out: Path, fingerprint: str) -> Workspace:
     return workspace
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
     """Raise UsageError unless the path is free, an empty folder, or a package that may be replaced."""
     if not os.path.lexists(folder):
         return

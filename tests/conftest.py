@@ -6,8 +6,10 @@ is what a build spends its time on (10 s), so tests share `package` and build wi
 
 import hashlib
 import json
+import resource
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,3 +182,19 @@ def tiny_transformer():
 @pytest.fixture(scope="session")
 def tiny_calibration():
     return write_calibration
+
+
+@pytest.fixture(scope="session")
+def file_size_limit():
+    """Within its block, files beyond so many bytes cannot be written: what a full disk does, without root."""
+
+    @contextmanager
+    def limit(size: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit

@@ -99,7 +99,7 @@ def floating_point_difference(subject: Subject, source: Source, inputs: ladder.I
 def forced_difference(subject: Subject, model: nn.Module, inputs: ladder.Inputs) -> float:
     answers = forced.torch_answers(subject.family, model, inputs, subject.tensor_of)
     case = forced.forced_inputs(feeds(subject.specs, inputs), answers)
-    portable = rungs.forced_model(subject, subject.package / MODEL, rungs.PORTABLE_CONFIG)
+    portable = rungs.forced_model(subject, subject.package / MODEL)
     return forced.worst_difference(portable, [case], [answers])[0]
 
 

@@ -7,12 +7,13 @@ timesteps and masks stay far below.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lrq_export.checkpoint import TensorFile, check_finite
 from lrq_export.errors import InputError
-from lrq_export.models.base import SAMPLES, InputSpec
+from lrq_export.models.base import SAMPLES, InputSpec, Sizes
 from lrq_export.recipe import nearest
 
 TIMESTEP = "timestep"
@@ -70,6 +71,12 @@ def synthetic_inputs(
     return inputs
 
 
+def latent_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """The height and width of latents that a diffusers config says, as `synthetic_inputs` takes them."""
+    size = config.get("sample_size")
+    return {} if size is None else {"height": size, "width": size}
+
+
 def batches(inputs: Mapping[str, torch.Tensor], batch: int) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of at most `batch` rows that share one timestep, the latest (noisiest) timestep first.
 
@@ -117,39 +124,13 @@ def check_names(file: TensorFile, expected: Mapping[str, InputSpec]) -> None:
         )
 
 
-def check_shapes(file: TensorFile, expected: Mapping[str, InputSpec]) -> dict[str, int]:
+def check_shapes(file: TensorFile, expected: Mapping[str, InputSpec]) -> Sizes:
     """Sizes of the free dimensions by name. Raises InputError when one is wrong or two tensors disagree on it."""
-    sizes: dict[str, int] = {}
-    source: dict[str, str] = {}
+    sizes = Sizes(f"{file.path}: ", hint="record it from the model that the checkpoint holds")
     for name, spec in expected.items():
-        if name not in file.entries:
-            continue
-        got = file.entries[name].shape
-        if not _fits(got, spec):
-            raise _wrong_shape(file, name, got, spec, "record it from the model that the checkpoint holds")
-        for extent, size in zip(spec.shape, got, strict=True):
-            if isinstance(extent, int):
-                continue
-            unit = 1 if extent == SAMPLES else spec.multiple_of
-            if size == 0 or size % unit:
-                raise _wrong_shape(file, name, got, spec, f"{extent} must be a positive multiple of {unit}")
-            if sizes.setdefault(extent, size) != size:
-                hint = f"{source[extent]} has {extent} = {sizes[extent]}, all tensors must agree on it"
-                raise _wrong_shape(file, name, got, spec, hint)
-            source.setdefault(extent, name)
+        if name in file.entries:
+            sizes.admit(name, file.entries[name].shape, spec)
     return sizes
-
-
-def _fits(shape: tuple[int, ...], spec: InputSpec) -> bool:
-    """Whether the rank and the fixed dimensions are right."""
-    return len(shape) == len(spec.shape) and all(
-        isinstance(needed, str) or needed == got for got, needed in zip(shape, spec.shape, strict=True)
-    )
-
-
-def _wrong_shape(file: TensorFile, name: str, got: tuple[int, ...], spec: InputSpec, hint: str) -> InputError:
-    needed = ", ".join(str(extent) for extent in spec.shape)
-    return InputError(f"{file.path}: {name}: got shape {got}, needed ({needed})", hint=hint)
 
 
 def _free_sizes(expected: Mapping[str, InputSpec]) -> dict[str, int]:

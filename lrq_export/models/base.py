@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from lrq_export.errors import InputError
 
 SAMPLES = "samples"  # the first axis of every input
 
@@ -18,6 +20,43 @@ class InputSpec:
     shape: tuple[int | str, ...]
     multiple_of: int = 1  # what every free dimension but the samples must be a multiple of
     optional: bool = False  # absent means all ones (a mask that masks nothing)
+
+    def __str__(self) -> str:
+        return f"({', '.join(map(str, self.shape))})"
+
+
+@dataclass
+class Sizes:
+    """The sizes of the free dimensions that inputs agree on, each learnt from the first input that has it.
+
+    `where` begins every error, for example the file that holds the inputs; `hint` ends it.
+    """
+
+    where: str = ""
+    hint: str | None = None
+    _known: dict[str, tuple[int, str]] = field(default_factory=dict)  # size and whose it is, by dimension
+
+    def __getitem__(self, dimension: str) -> int:
+        return self._known[dimension][0]
+
+    def admit(self, name: str, shape: tuple[int, ...], spec: InputSpec) -> None:
+        """Raise InputError unless the input `name` has the shape that `spec` and the inputs before it ask for."""
+        if len(shape) != len(spec.shape):
+            raise self._refusal(name, shape, spec)
+        for size, needed in zip(shape, spec.shape, strict=True):
+            if isinstance(needed, int):
+                if size != needed:
+                    raise self._refusal(name, shape, spec)
+                continue
+            unit = 1 if needed == SAMPLES else spec.multiple_of
+            if size < 1 or size % unit:
+                raise self._refusal(name, shape, spec, f" with {needed} a positive multiple of {unit}")
+            known, owner = self._known.setdefault(needed, (size, name))
+            if size != known:
+                raise self._refusal(name, shape, spec, f" with {needed} = {known} as in {owner}")
+
+    def _refusal(self, name: str, shape: tuple[int, ...], spec: InputSpec, condition: str = "") -> InputError:
+        return InputError(f"{self.where}{name}: got shape {shape}, needed {spec}{condition}", hint=self.hint)
 
 
 class ModelFamily(Protocol):

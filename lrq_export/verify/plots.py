@@ -1,19 +1,20 @@
-"""The look of the report page: how it writes text, numbers and tables, its pictures, and its style sheet.
+"""The report page's pictures: inline SVG, embedded PNG, and bars and gauges drawn with CSS.
 
 Equal numbers give equal bytes: no dates, no random ids. A picture takes its colours from the CSS variables of the page
 it stands in, so that the same one is right on light, on dark and on paper.
 """
 
 import base64
-import html
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+
+from lrq_export.verify.markup import PSNR_METRIC, Html, scientific, tag
 
 # Placeholders that matplotlib takes for colours; `_inline` puts the page's variables in their place.
 INK, GRID, ACCENT, MARK = "#010101", "#020202", "#030303", "#040404"
@@ -41,97 +42,9 @@ STYLE = {
 }
 PLAIN_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
-DASH = "–"
-PSNR_METRIC = "PSNR dB"
 GAUGE_DECADES = 16  # the ladder's scale runs from 1e-16 to 1
 AMPLIFICATIONS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 LARGEST_SIDE = 256  # pixels of an embedded image; larger ones are averaged down
-
-
-class Html(str):
-    """Text that is HTML already; every other string is escaped where it is placed."""
-
-
-def _html(value: Any) -> str:
-    """Any value as HTML text."""
-    if value is None:
-        return DASH
-    if isinstance(value, Html):
-        return value
-    if isinstance(value, list | tuple):
-        return "".join(map(_html, value))
-    return html.escape(str(value))
-
-
-def join(parts: Iterable[Any], separator: str = "") -> Html:
-    return Html(separator.join(map(_html, parts)))
-
-
-def tag(name: str, *children: Any, **attributes: Any) -> Html:
-    """<name attributes>children</name>; children and attribute values are escaped; `class_` stands for class."""
-    given = "".join(f' {key.rstrip("_")}="{html.escape(str(value))}"' for key, value in attributes.items() if value)
-    return Html(f"<{name}{given}>{join(children)}</{name}>")
-
-
-class Digits(str):
-    """The text of a number: escaped like any other, set in digits of equal width, aligned right in a table."""
-
-
-def digits(value: float | None, spec: str = ",", unit: str = "") -> Digits:
-    if value is None:
-        return Digits(DASH)
-    if isinstance(value, float) and not math.isfinite(value):
-        return Digits("NaN" if math.isnan(value) else "∞" if value > 0 else "-∞")
-    return Digits(f"{value:{spec}}{unit}")
-
-
-def scientific(value: float | None) -> Digits:
-    """3.2e-4; a plain 0 for zero."""
-    text = digits(value, ".1e" if value else ".0f")
-    return Digits(re.sub(r"e([+-])0*(\d)", lambda found: f"e{found[1].strip('+')}{found[2]}", text))
-
-
-def byte_size(value: int | None) -> Digits:
-    """Decimal units with three digits: 1.22 GB."""
-    if value is None:
-        return Digits(DASH)
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if value >= 0.9995 * size:
-            return Digits(f"{value / size:.3g} {unit}" if value < 999.5 * size else f"{value / size:,.0f} {unit}")
-    return Digits(f"{value} B")
-
-
-def quotient(part: float | None, whole: float | None) -> Digits:
-    return digits(part / whole if part is not None and whole else None, ".3f")
-
-
-def measure(metric: str | None, value: float | None) -> Digits:
-    return digits(value, ".2f", " dB") if metric == PSNR_METRIC else scientific(value)
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def table(heads: Sequence[Any], rows: Sequence[Sequence[Any]], class_: str = "") -> Html:
-    """A table whose columns align by what the first row holds: figures right, text left."""
-    sides = ["n" if isinstance(cell, Digits) else "" for cell in rows[0]] if rows else [""] * len(heads)
-    head = [tag("th", title, class_=side, scope="col") for title, side in zip(heads, sides, strict=True)]
-    body = [tag("tr", *map(_cell, row)) for row in rows]
-    return tag("table", tag("thead", tag("tr", *head)), "\n", tag("tbody", join(body, "\n")), class_=class_)
-
-
-def _cell(value: Any) -> Html:
-    return tag("td", value, class_="n" if isinstance(value, Digits) else "")
-
-
-def pairs(rows: Iterable[tuple[str, Any]]) -> Html:
-    """A two-column list of names and values."""
-    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in rows))
-
-
-def folded(summary: Any, *content: Any) -> Html:
-    return tag("details", tag("summary", summary), *content)
 
 
 def image_triple(float_: np.ndarray, quantized: np.ndarray, factor: int, caption: Html) -> Html:
@@ -201,6 +114,7 @@ def dots(name: str, ys: Sequence[float | None], marked: Sequence[int], xlabel: s
             axes.annotate(str(row + 1), (row + 1, values[row]), xytext=(5, 1), textcoords="offset points", fontsize=8)
         _label(axes, values, xlabel, ylabel)
         axes.set_xlim(0, len(ys) + 1)
+        axes.locator_params(axis="x", integer=True)
         axes.margins(y=0.12)
     return Html(svg.getvalue())
 
@@ -226,7 +140,8 @@ def _label(axes: Any, ys: Sequence[float], xlabel: str, ylabel: str) -> None:
     axes.set_ylabel(ylabel)
     if positive:
         axes.set_yscale("log", nonpositive="mask")
-        axes.yaxis.set_major_formatter(lambda value, _: scientific(value).replace(".0e", "e"))
+        # Two decimals keep apart the ticks of errors that hardly differ.
+        axes.yaxis.set_major_formatter(lambda value, _: re.sub(r"\.?0+e", "e", scientific(value, 2)))
         if max(positive) < 30 * min(positive):  # too few decades to read from decades alone
             axes.yaxis.set_major_locator(_one_two_five())
         axes.yaxis.set_minor_formatter(lambda value, _: "")
@@ -297,135 +212,3 @@ def _averaged(planes: np.ndarray) -> np.ndarray:
     height, width = (side // factor for side in planes.shape[1:])
     cropped = planes[:, : height * factor, : width * factor]
     return cropped.reshape(len(planes), height, factor, width, factor).mean(axis=(2, 4))
-
-
-STYLE_SHEET = """
-:root {
-  color-scheme: light dark;
-  --page: #ffffff; --ink: #1c2024; --soft: #5f6a74; --line: #d9dee3; --panel: #f5f7f9;
-  --accent: #2f6fb3; --mark: #c2570c; --good: #1a7a3d; --bad: #b3261e; --band: #cfe8d6;
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root {
-    --page: #15181b; --ink: #e4e8eb; --soft: #9aa5af; --line: #343b42; --panel: #1d2226;
-    --accent: #6ba6e4; --mark: #f0984f; --good: #6cc98d; --bad: #ff8a80; --band: #24452f;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 1320px;
-  background: var(--page); color: var(--ink); font: 14px/1.5 system-ui, sans-serif;
-}
-h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
-h1 small { color: var(--soft); font-weight: normal; margin-left: .5rem; }
-h2 { margin: 0; font-size: 1.15rem; }
-h3 { margin: .75rem 0 .25rem; font-size: .9rem; overflow-wrap: anywhere; }
-p { margin: .4rem 0; }
-a { color: var(--accent); text-decoration: none; }
-a:hover { text-decoration: underline; }
-nav { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; padding: .5rem 0; font-size: .9rem; }
-section { margin-top: 1.75rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-code, .n, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: .92em; }
-.n { font-variant-numeric: tabular-nums; }
-.line, .note, .empty { color: var(--soft); }
-.line { max-width: 62rem; margin: .15rem 0 .75rem; }
-.note { font-size: .86em; }
-.empty { font-style: italic; }
-
-.verdict {
-  margin: .75rem 0; padding: .6rem .9rem; border-left: 5px solid var(--soft); background: var(--panel);
-  font-size: 1.05rem;
-}
-.verdict.pass { border-color: var(--good); }
-.verdict.fail { border-color: var(--bad); }
-.mark { white-space: nowrap; color: var(--soft); }
-.mark.pass { color: var(--good); font-weight: 600; }
-.mark.fail { color: var(--bad); font-weight: 700; }
-
-table { border-collapse: collapse; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { color: var(--soft); font-size: .86em; font-weight: 600; vertical-align: bottom; }
-th.n { font-family: inherit; }
-th.n, td.n { text-align: right; white-space: nowrap; }
-dl { display: flex; flex-wrap: wrap; gap: .2rem 1.6rem; margin: .5rem 0; font-size: .9em; }
-dl div { display: flex; gap: .45rem; max-width: 100%; }
-dt { color: var(--soft); white-space: nowrap; }
-dd { margin: 0; overflow-wrap: anywhere; }
-.ladder { width: 100%; }
-.metric { white-space: nowrap; }
-.ladder td:last-child, .ladder th:last-child { width: 24%; min-width: 13rem; padding-inline: 1.2rem; }
-.scroll { max-height: 44rem; overflow: auto; border: 1px solid var(--line); margin: .75rem 0; }
-.scroll table { width: 100%; }
-.scroll thead th { position: sticky; top: 0; background: var(--panel); box-shadow: 0 1px var(--line); border: 0; }
-.compact { font-size: 12px; line-height: 1.3; }
-.compact th, .compact td { padding: .16rem .3rem; white-space: nowrap; }
-.compact th { white-space: normal; }
-.compact .why { display: inline-block; min-width: 11rem; white-space: normal; }
-.compact .why b { color: var(--soft); font-weight: normal; }
-.compact tbody tr:hover { background: var(--panel); }
-.reasons { margin: .3rem 0; padding-left: 1.6rem; columns: 2; column-gap: 3rem; font-size: .92em; }
-.warnings { margin: 0; padding-left: 1.2rem; }
-.warnings li::marker { content: "! "; color: var(--mark); font-weight: 700; }
-
-.bar { display: inline-block; width: 6rem; height: .6rem; background: var(--panel); }
-.compact .bar { width: 2.5rem; }
-.bar i { display: block; height: 100%; background: var(--accent); }
-.gauge {
-  display: block; position: relative; height: .5rem; margin-top: .45rem;
-  background: var(--panel); border: 1px solid var(--line);
-}
-.gauge i { position: absolute; inset: 0 auto 0 0; background: var(--band); border-right: 2px solid var(--good); }
-.gauge b {
-  position: absolute; top: 50%; width: .8rem; height: .8rem; margin: -.4rem;
-  border-radius: 50%; background: var(--soft);
-}
-.gauge b.pass { background: var(--good); }
-.gauge b.fail { background: var(--bad); border-radius: 0; transform: rotate(45deg); }
-.ticks { display: block; position: relative; height: 1.3em; font-weight: normal; }
-.ticks span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
-
-.grid { display: grid; gap: .9rem 1.4rem; margin-top: .75rem; }
-.grid { grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); }
-.grid.wide { grid-template-columns: repeat(auto-fill, minmax(560px, 1fr)); }
-figure { margin: 0; break-inside: avoid; }
-figure div { display: flex; gap: 3px; }
-figure img { width: 33%; image-rendering: pixelated; outline: 1px solid var(--line); }
-figcaption { display: flex; justify-content: space-between; font-size: .86em; }
-figcaption em { color: var(--mark); font-style: normal; }
-.pair, .three { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: .5rem 2rem; }
-.three { grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); }
-.three .n { overflow-wrap: anywhere; }
-svg { display: block; width: 100%; height: auto; }
-details { margin: .25rem 0; }
-summary { cursor: pointer; color: var(--accent); }
-td details { margin: 0; }
-td ul { margin: .2rem 0; padding-left: 1.1rem; max-width: 44rem; overflow-wrap: anywhere; }
-
-@media print {
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  nav { display: none; }
-  .scroll { max-height: none; overflow: visible; border: 0; }
-  .scroll thead th { position: static; }
-  .compact { font-size: 6.5pt; }
-  .compact th, .compact td { padding: .1rem .2rem; }
-  tr, .pair > div, .three > div, h2, h3 { break-inside: avoid; break-after: auto; }
-  h2, h3, .line { break-after: avoid; break-inside: avoid; }
-  figure img { outline: 0; }
-  details::details-content { content-visibility: visible; }
-  * { print-color-adjust: exact; }
-}
-"""
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""

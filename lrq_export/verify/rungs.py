@@ -25,9 +25,6 @@ from lrq_export.verify.reference import adapter_error
 from lrq_export.verify.sliced import SlicedModel
 from lrq_export.verify.subject import Subject
 
-# The bodies of a slice are decoded once, when it is loaded, and not again for every case.
-PORTABLE_CONFIG = {"session.disable_quant_qdq": "1"}
-
 
 def r0(subject: Subject) -> ladder.Rung:
     value, note = subject.reference.adapter_nmse, "as recorded when the package was built"
@@ -56,7 +53,7 @@ def torch_answers(subject: Subject, model: nn.Module) -> list[ArrayFolder]:
 
 def r2(subject: Subject, answers: list[ArrayFolder]) -> ladder.Rung:
     """Teacher-forced (see `forced`) on recorded inputs and on random ones of other sizes; run freely for the note."""
-    sliced = forced_model(subject, subject.package / MODEL, PORTABLE_CONFIG)
+    sliced = forced_model(subject, subject.package / MODEL)
     worst, tensor = forced.worst_difference(sliced, _forced_cases(subject, answers), answers)
     blamed = _blamed(subject, tensor)
     free = nmse(free_run(subject, subject.few), answers[0][forced.OUTPUT])
@@ -75,12 +72,12 @@ def r2(subject: Subject, answers: list[ArrayFolder]) -> ladder.Rung:
 def free_run(subject: Subject, inputs: ladder.Inputs) -> np.ndarray:
     """The output of model.onnx, nothing forced."""
     model = onnx.load(subject.package / MODEL, load_external_data=False)
-    sliced = SlicedModel(model, subject.package, config=PORTABLE_CONFIG)
+    sliced = SlicedModel(model, subject.package)
     ((_, _, output),) = sliced.run([feeds(subject.specs, inputs).__getitem__])
     return output
 
 
-def forced_model(subject: Subject, path: Path, config: dict[str, str]) -> SlicedModel:
+def forced_model(subject: Subject, path: Path, config: dict[str, str] | None = None) -> SlicedModel:
     """The model at `path`, cut before every quantized layer."""
     model = onnx.load(path, load_external_data=False)
     forced.cut_model(model, set(subject.tensor_of.values()))
@@ -106,7 +103,7 @@ def r4(subject: Subject, answers: list[ArrayFolder]) -> ladder.Rung:
     """The engine against model.onnx, both teacher-forced with the same inputs."""
     cases = _forced_cases(subject, answers)
     expected = [ArrayFolder() for _ in cases]
-    for case, name, array in forced_model(subject, subject.package / MODEL, PORTABLE_CONFIG).run(cases):
+    for case, name, array in forced_model(subject, subject.package / MODEL).run(cases):
         expected[case][name] = array
     engine = subject.package / ONNXRUNTIME_ENGINE
     sliced = forced_model(subject, engine / ENGINE_MODEL, session_config(engine))

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from lrq_export.memory import give_back
+from lrq_export.memory import trim
 
-SLICE_BYTES = 48 << 20  # of weights, two elements of 4 bits counted as two bytes; folded, those take four times that
+SLICE_BYTES = 48 << 20  # of weights, two elements of 4 bits counted as two bytes
 FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 ReadInput = Callable[[str], np.ndarray]
 
@@ -71,7 +71,7 @@ class SlicedModel:
                 for name in known.keys() - later:
                     del known[name]
             del session, made, feed
-            give_back()
+            trim()
 
     def _weight_bytes(self) -> dict[str, int]:
         sizes = {name: _bytes(tensor.data_type, tensor.dims) for name, tensor in self.stored.items()}
@@ -124,7 +124,8 @@ def cut(graph: onnx.GraphProto, weight_bytes: Mapping[str, int], limit: int) -> 
 def frugal_options(config: Mapping[str, str]):
     """`onnxruntime.SessionOptions` of a session that runs a few times only: memory counts more than speed.
 
-    There is no arena, which grows in powers of two and never shrinks, and no second copy of weights in another order.
+    There is no arena, which grows in powers of two and never shrinks. Function bodies are not folded into constants
+    (`session.disable_quant_qdq` would): that keeps every intermediate of every decode until all are done.
     """
     import onnxruntime
 

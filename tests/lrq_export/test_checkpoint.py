@@ -189,6 +189,8 @@ def test_a_pipeline_without_a_transformer_says_what_it_has(tmp_path):
     ("text", "part"),
     [
         ("{", "not valid JSON"),
+        ('{"_class_name": "A", "norm_eps": NaN}', "norm_eps: got nan, needed a finite number"),
+        ('{"_class_name": "A", "norm_eps": 1e999}', "norm_eps: got inf, needed a finite number"),
         ("[]", "a JSON list"),
         ("{}", "_class_name: got nothing"),
         ('{"_class_name": 3}', "_class_name: got 3"),

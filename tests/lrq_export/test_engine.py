@@ -25,8 +25,8 @@ def test_every_layer_is_one_integer_product_and_siblings_share_their_codes(model
     ops = Counter(node.op_type for node in model.graph.node)
     assert ops["MatMulIntegerToFloat"] == 20
     # One rotation per input of q, k, v, feed-forward and one for all texts; four attention outputs are not rotated.
-    assert sum(node.op_type == "ReduceMax" for node in model.graph.node) == ops["HadamardRotate"] + 4 == 13
-    assert not any("Linear" in op or "Dequant" in op for op in ops)
+    assert ops["ReduceMax"] == ops["QuantizeLinear"] == ops["HadamardRotate"] + 4 == 13
+    assert {node.op_type for node in model.graph.node if node.domain == "lrq"} == {"HadamardRotate"}
 
 
 def test_weights_are_int8_and_nothing_is_packed(model):

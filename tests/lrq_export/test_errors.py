@@ -1,8 +1,6 @@
 """What a user can get wrong with a build: one line, the right exit code, earlier results untouched (DESIGN 5)."""
 
 import json
-import resource
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -58,10 +56,10 @@ REFUSED = {
     "config is no JSON": (lambda s, c: (s / "config.json").write_text("{"), (), 3, ["config.json", "not valid JSON"]),
     "no class": (config_of(_class_name=None), (), 3, ["_class_name"]),
     "a misspelt class": (config_of(_class_name="PixartTransformer2DModel"), (), 3, ["'PixArtTransformer2DModel'?"]),
-    "an unknown class": (config_of(_class_name="Unet"), (), 3, ["'Unet'", "PixArtTransformer2DModel"]),
+    "an unknown class": (config_of(_class_name="Unet"), (), 3, ["model/config.json: got _class_name 'Unet', needed"]),
     "a config of another depth": (config_of(num_layers=3), (), 3, ["transformer_blocks.2.", "missing"]),
     "a config of another width": (config_of(num_attention_heads=3), (), 3, ["got shape", "needed", "config.json"]),
-    "a config of the wrong type": (config_of(num_layers="two"), (), 3, ["config.json", "cannot construct"]),
+    "a config of the wrong type": (config_of(num_layers="two"), (), 3, ["config.json: num_layers: got 'two'"]),
     "truncated weights": (truncated, (), 3, [WEIGHTS, "truncated", "got", "needed"]),
     "renamed weights": (
         lambda s, c: (s / WEIGHTS).rename(s / "model.safetensors"), (), 3, [WEIGHTS, "rename model.safetensors"]),
@@ -80,7 +78,7 @@ REFUSED = {
     "calibration of wrong channels": (
         calibration_of(hidden_states=torch.ones(16, 4, 8, 8)), (), 3, ["hidden_states", "(16, 4, 8, 8)", "needed"]),
     "calibration of odd height": (
-        calibration_of(hidden_states=torch.ones(16, 1, 7, 8)), (), 3, ["height must be a positive multiple of 2"]),
+        calibration_of(hidden_states=torch.ones(16, 1, 7, 8)), (), 3, ["height a positive multiple of 2"]),
     "calibration that disagrees": (
         calibration_of(timestep=torch.ones(15)), (), 3, ["timestep", "(15,)", "samples = 16"]),
     "NaN calibration": (
@@ -95,6 +93,10 @@ REFUSED = {
     "conditions that lack one": (
         lambda s, c: save_file({"encoder_attention_mask": torch.ones(4, 6)}, s / "conditions.safetensors"), (), 3,
         ["encoder_hidden_states is missing"]),
+    "a scheduler of wrong values": (
+        lambda s, c: (s / "scheduler_config.json").write_text('{"beta_schedule": "steep"}'), (), 3,
+        ["scheduler_config.json", "DDIMScheduler", "steep"]),
+    "a scheduler that takes fewer steps": (nothing, ("--set", "sampling.steps=1001"), 2, ["cannot take 1001 steps"]),
     "a scheduler that is no JSON": (
         lambda s, c: (s / "scheduler_config.json").write_text("]"), (), 3, ["scheduler_config.json"]),
     "an unknown scheduler": (nothing, ("--set", "sampling.scheduler=Euler"), 2, ["'Euler'", "DDIMScheduler"]),
@@ -127,6 +129,38 @@ def test_a_user_error_is_one_line_and_earlier_results_stay(
     assert digests(out) == before
 
 
+# What diffusers itself would accept, or refuse in words that name no key; some of it only after minutes of work.
+WRONG_IN_CONFIG = {
+    "norm_eps": ["x", [1], None, float("nan"), float("inf")],
+    "sample_size": [17, -4, 0, 8.0, "big", [8, 8]],
+    "patch_size": [0, -1, 2.0, "x"],
+    "num_attention_heads": [-1, "x", 2.0],
+    "attention_head_dim": [0, -1, 3, "x"],
+    "caption_channels": ["x", -1, 16.0, {}],
+    "cross_attention_dim": ["x", -1],
+    "in_channels": [-1, "x", 1.0],
+    "out_channels": [-1, "x", 1.0],
+    "num_layers": [2.0, "x", None],
+    "interpolation_scale": [0, "x", [2]],
+    "activation_fn": ["gelu-exact", 0, None],
+    "norm_type": ["ada_norm_double", 0, None],
+    "num_embeds_ada_norm": [None],
+    "dropout": [-1, 2, "x"],
+}
+WRONG_VALUES = [(key, value) for key, values in WRONG_IN_CONFIG.items() for value in values]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG_VALUES, ids=[f"{key}={value!r}" for key, value in WRONG_VALUES])
+def test_a_wrong_value_of_a_config_is_one_line_that_names_it(tiny, cli, copy_of, tmp_path, recwarn, key, value):
+    source = copy_of(tiny.source)
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    outcome = cli("build", source, "-o", tmp_path / "out", *tiny.arguments)
+    outcome.refused(3, f"{path}: ", f"{key}: got {value!r}, needed a")
+    assert not recwarn.list
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_a_misspelt_key_in_a_recipe_file_names_the_nearest(tiny, cli, tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text("[weights]\nbis = 4\n")
@@ -154,30 +188,6 @@ def test_an_output_that_is_a_file_is_refused(tiny, cli, tmp_path):
     out.write_text("text")
     cli("build", tiny.source, "-o", out, *tiny.arguments).refused(2, out, "got a file")
     assert out.read_text() == "text"
-
-
-@contextmanager
-def file_size_limit(size):
-    """Files beyond `size` bytes cannot be written: what a full disk does, for real and without root."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize("size", [100, 4096, 40_000])  # the recipe or the state, the reference, the statistics
-def test_a_full_disk_is_one_line_and_the_build_can_go_on(tiny, package, cli, copy_of, digests, size):
-    out = copy_of(package)
-    before = digests(out)
-    arguments = ["build", tiny.source, "-o", out, *tiny.arguments, "--set", "sampling.seed=1", "--until", "calibrate"]
-    with file_size_limit(size):
-        outcome = cli(*arguments)
-    outcome.refused(4, out, "too large", "resumes")
-    assert digests(out) == before
-    assert cli(*arguments).code == 0
-    assert digests(out) == before
 
 
 def test_too_little_free_disk_is_said_before_work_begins(tiny, cli, tmp_path, monkeypatch):

@@ -137,9 +137,9 @@ def test_a_file_that_is_no_text_or_not_there_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        ({"weight.bits": "3"}, "did you mean weights.bits?"),
+        ({"weight.bits": "3"}, "--set: weight.bits: unknown key. Fix: did you mean weights.bits?"),
         ({"weights": "3"}, "such as weights.bits"),
-        ({"weights.bits": "3\nx = 1"}, "override: weights.bits: got '3\\nx = 1'"),
+        ({"weights.bits": "3\nx = 1"}, "--set: weights.bits: got '3\\nx = 1'"),
         ({"weights.bits": "many"}, "got 'many', needed 2, 3, 4 or 8"),
     ],
 )

@@ -59,6 +59,11 @@ def test_a_wrong_flag_is_refused(package, cli, tmp_path, flags, part):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_pipeline_draws_is_no_latents(package, cli, tmp_path):
+    outcome = cli("sample", package, "-o", tmp_path / "s.safetensors", "--pipeline", tmp_path, "--prompts", tmp_path)
+    outcome.refused(2, "s.safetensors", "ends in .png")
+
+
 class Halving:
     """A transformer that predicts half its input plus its text's mean, and remembers its calls."""
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from lrq_export.errors import InputError
+from lrq_export.package import json_bytes
 from lrq_export.source import EVALUATION_SAMPLES, fingerprint, gather_inputs, open_source
 
 
@@ -80,14 +81,84 @@ def test_conditions_are_the_given_ones_then_the_sources_then_the_recorded(source
     assert len(recorded["encoder_hidden_states"]) == 8
 
 
-@pytest.mark.parametrize(
-    "tensors", [{"timestep": torch.ones(2)}, {"encoder_hidden_states": torch.full((2, 5, 16), torch.nan)}]
-)
-def test_wrong_conditions_are_refused(source, tiny, tmp_path, tensors):
+TEXT, MASK, NEGATIVE = "encoder_hidden_states", "encoder_attention_mask", "negative.encoder_hidden_states"
+
+
+def conditions(source, tiny, path, **tensors):
+    """What a build takes from a file that holds 3 rows of text and these."""
+    save_file({TEXT: torch.ones(3, 5, 16)} | tensors, path)
+    return gather_inputs(source, tiny.recipe(), tiny.calibration, path).conditions
+
+
+def test_conditions_are_read_as_float32_whatever_they_were(source, tiny, tmp_path):
+    given = {TEXT: torch.rand(3, 5, 16).bfloat16(), MASK: torch.tensor([[1, 1, 1, 0, 0]] * 3)}
+    read = conditions(source, tiny, tmp_path / "c.safetensors", **given)
+    assert {tensor.dtype for tensor in read.values()} == {torch.float32}
+    assert read.keys() == given.keys()
+    assert all(torch.equal(read[name], tensor.float()) for name, tensor in given.items())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+def test_unconditional_embeddings_may_have_rows_of_their_own_number(source, tiny, tmp_path, rows):
+    unconditional = {NEGATIVE: torch.zeros(rows, 5, 16), f"negative.{MASK}": torch.ones(rows, 5)}
+    read = conditions(source, tiny, tmp_path / "c.safetensors", **unconditional)
+    assert {name: len(tensor) for name, tensor in read.items()} == {TEXT: 3} | dict.fromkeys(unconditional, rows)
+
+
+WRONG_CONDITIONS = {
+    "an input that is no condition": ({"timestep": torch.ones(3)}, "got an input timestep"),
+    "a name that nothing has": ({"labels": torch.ones(3)}, "got an input labels"),
+    "a misspelt unconditional": ({"negativ.encoder_hidden_states": torch.ones(1, 5, 16)}, "did you mean negative.enc"),
+    "another width": ({TEXT: torch.ones(3, 5, 15)}, f"{TEXT}: got shape (3, 5, 15), needed (samples, text, 16)"),
+    "another rank": ({TEXT: torch.ones(5, 16)}, f"{TEXT}: got shape (5, 16)"),
+    "no rows": ({TEXT: torch.ones(0, 5, 16)}, "samples a positive multiple of 1"),
+    "a mask of other rows": ({MASK: torch.ones(2, 5)}, f"{MASK}: got shape (2, 5)"),
+    "a mask of another length": ({MASK: torch.ones(3, 4)}, f"text = 5 as in {TEXT}"),
+    "an unconditional of another length": ({NEGATIVE: torch.ones(1, 4, 16)}, f"text = 5 as in {TEXT}"),
+    "an unconditional of another width": ({NEGATIVE: torch.ones(1, 5, 15)}, f"{NEGATIVE}: got shape (1, 5, 15)"),
+    "unconditionals that disagree": (
+        {NEGATIVE: torch.ones(2, 5, 16), f"negative.{MASK}": torch.ones(1, 5)}, f"= 2 as in {NEGATIVE}"),
+    "NaN": ({TEXT: torch.full((3, 5, 16), torch.nan)}, f"{TEXT}: got 240 NaN or Inf"),
+    "Inf in an unconditional": ({NEGATIVE: torch.full((1, 5, 16), torch.inf)}, f"{NEGATIVE}: got 80 NaN or Inf"),
+    "complex numbers": ({TEXT: torch.ones(3, 5, 16, dtype=torch.complex64)}, "needed real numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "part"), WRONG_CONDITIONS.values(), ids=WRONG_CONDITIONS.keys())
+def test_wrong_conditions_are_refused(source, tiny, tmp_path, tensors, part):
     path = tmp_path / "c.safetensors"
-    save_file(tensors, path)
-    with pytest.raises(InputError, match=r"c\.safetensors"):
-        gather_inputs(source, tiny.recipe(), tiny.calibration, path)
+    with pytest.raises(InputError) as caught:
+        conditions(source, tiny, path, **tensors)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert part in str(caught.value)
+
+
+def test_conditions_without_the_text_are_refused(source, tiny, tmp_path):
+    save_file({MASK: torch.ones(3, 5)}, tmp_path / "c.safetensors")
+    with pytest.raises(InputError, match=f"{TEXT} is missing"):
+        gather_inputs(source, tiny.recipe(), tiny.calibration, tmp_path / "c.safetensors")
+
+
+def test_a_scheduler_with_an_open_bound_is_kept_as_json(copy_of, tiny):
+    """The scheduler that PixArt is published with has lambda_min_clipped = -Infinity, which a manifest cannot hold."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    folder = copy_of(tiny.source)
+    DPMSolverMultistepScheduler(solver_order=3).save_pretrained(folder)
+    assert "-Infinity" in (folder / "scheduler_config.json").read_text()
+    kept = open_source(folder).scheduler_config()
+    assert json_bytes(kept)
+    again = DPMSolverMultistepScheduler.from_config(kept)
+    assert (again.config.lambda_min_clipped, again.config.solver_order) == (-torch.inf, 3)
+
+
+def test_an_unknown_class_names_the_file_that_says_it(copy_of, tiny):
+    path = copy_of(tiny.source) / "config.json"
+    path.write_text('{"_class_name": "PixartTransformer2DModel"}')
+    with pytest.raises(InputError) as caught:
+        open_source(path.parent)
+    assert str(caught.value).startswith(f"{path}: got _class_name 'PixartTransformer2DModel', needed one of PixArt")
+    assert "did you mean 'PixArtTransformer2DModel'?" in str(caught.value)
 
 
 def test_the_fingerprint_follows_everything_that_decides_the_bytes(source, tiny, copy_of):

@@ -1,6 +1,5 @@
 """Hadamard rotations preserve the function and cost no dense product."""
 
-
 import pytest
 import torch
 

@@ -1,14 +1,21 @@
+"""The report page of made-up reports, in which everything can be varied."""
+
 import copy
 import html
 import re
+from base64 import b64decode
 from html.parser import HTMLParser
+from io import BytesIO
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from lrq_export.verify import plots
-from lrq_export.verify.plots import byte_size, digits, gauge, scientific
-from lrq_export.verify.report_page import SECTIONS, render_report_page, write_report_page
+from lrq_export.verify.markup import byte_size, digits, scientific
+from lrq_export.verify.plots import gauge
+from lrq_export.verify.report_page import render_report_page, write_report_page
+from lrq_export.verify.report_sections import SECTIONS
 
 HOSTILE = "\"><script>alert('x')</script>&amp;{braces}%s"
 VOID = {"meta", "img"}
@@ -219,6 +226,18 @@ def test_errors_that_are_not_finite_are_listed_but_not_drawn():
     assert section.count("<svg") == 1
 
 
+def test_ticks_of_errors_that_hardly_differ_are_told_apart():
+    picture = plots.curve("curve", [1, 2, 3], [1.05e-2, 1.18e-2, 1.17e-2], "step", "NMSE")
+    ticks = re.findall(r">([^<]*e-2)</text>", picture)
+    assert len(set(ticks)) == len(ticks) > 2
+
+
+def test_layers_are_counted_in_whole_numbers():
+    ticks = re.findall(r">([\d.]+)</text>", plots.dots("dots", [1e-3, 2e-3, 3e-3], [], "layer", "output NMSE"))
+    assert "2" in ticks
+    assert not any("." in tick for tick in ticks)
+
+
 @pytest.mark.parametrize("key", [*_report(), None])
 @pytest.mark.parametrize("emptied", ["missing", "empty", "none"])
 def test_a_report_without_a_part_still_renders(key, emptied):
@@ -306,15 +325,15 @@ def test_the_difference_is_amplified_as_far_as_it_fits():
     assert plots.amplification(np.full((1, 1, 4, 4), np.nan)) == plots.amplification(np.zeros((1, 1, 4, 4))) == 1000
 
 
+def _pixels(address):
+    """What a data URL shows, as red, green and blue from 0 to 1."""
+    return imread(BytesIO(b64decode(address.partition(",")[2])))[..., :3]
+
+
 def test_a_png_holds_the_image():
-    from base64 import b64decode
-    from io import BytesIO
-
-    from matplotlib.image import imread
-
     image = np.array([[[-1.0, 1.0], [0.0, np.nan]]])
-    pixels = imread(BytesIO(b64decode(plots.png(image).partition(",")[2])))
-    np.testing.assert_allclose(pixels[..., :3].mean(-1), [[0, 1], [128 / 255, 0]], atol=1e-6)
+    pixels = _pixels(plots.png(image))
+    np.testing.assert_allclose(pixels.mean(-1), [[0, 1], [128 / 255, 0]], atol=1e-6)
 
 
 def test_five_hundred_layers_are_all_listed():
@@ -338,3 +357,12 @@ def test_errors_are_written_short(value, text):
 )
 def test_sizes_have_three_digits(size, text):
     assert byte_size(size) == text
+
+
+def test_the_page_of_a_real_package_is_well_formed_and_fetches_nothing(package):
+    page = (package / "report.html").read_text()
+    assert FETCHED.findall(page) == []
+    structure = _Structure(page)
+    assert len(structure.ids) == len(set(structure.ids))
+    assert set(structure.references) <= set(structure.ids)
+    assert "None" not in _text(page).replace("None.", "")

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper, parser
 
+from lrq_export.errors import MissingError
 from lrq_export.verify.array_folder import ArrayFolder
 from lrq_export.verify.sliced import SlicedModel, cut
 
@@ -121,3 +122,11 @@ def test_arrays_lie_in_a_folder_that_goes_with_the_mapping():
     del arrays
     gc.collect()
     assert not folder.exists()
+
+
+def test_a_full_disk_says_so(file_size_limit):
+    arrays = ArrayFolder()
+    with file_size_limit(100), pytest.raises(MissingError, match="needed at least 4000 bytes"):
+        arrays["a"] = np.zeros(1000, np.float32)
+    arrays["a"] = np.zeros(3, np.float32)
+    assert arrays["a"].tolist() == [0, 0, 0]
