@@ -25,7 +25,7 @@ from lrq_export.recipe import KEYS, PRESETS, Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README, GRAPH = ROOT / "README.md", ROOT / "docs" / "graph.md"
-_PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+_PAGES = [README, ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
 PAGES = {str(path.relative_to(ROOT)): path for path in _PAGES}
 SCRIPTS = {path.name: path for path in (ROOT / "tools").iterdir() if path.is_file()}
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)

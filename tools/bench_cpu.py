@@ -6,8 +6,10 @@ linear: 1024 tokens, 1152 -> 4608. block: a PixArt-XL/2 of one block (1152 wide,
 """
 
 import argparse
+import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +38,7 @@ from lrq_export.trace import trace
 from lrq_export.verify.metrics import nmse
 
 TOKENS, COLS, ROWS = 1024, 1152, 4608
+PROFILED_RUNS = 7
 Run = Callable[[], np.ndarray]
 
 
@@ -60,14 +63,35 @@ def show(title: str, runs: dict[str, Run], count: int, ours: str, reference: str
         print(f"  {name:<34} {each:8.1f} ms   ours is {each / milliseconds[ours]:5.2f}x as fast   NMSE {error:.1e}")
 
 
-def session(model: bytes | str, threads: int, config: dict[str, str] | None = None) -> onnxruntime.InferenceSession:
+def session(
+    model: bytes | str, threads: int, config: dict[str, str] | None = None, profile: str | None = None
+) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry(*engine.STOP_SPINNING)  # or threads would spin on while others are timed
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def show_operators(path: Path, threads: int, config: dict[str, str], feed: dict[str, np.ndarray]) -> None:
+    """Where a model's time goes: milliseconds a run by operator, the six largest."""
+    with tempfile.TemporaryDirectory() as folder:
+        profiled = session(str(path), threads, config, profile=f"{folder}/run")
+        for _ in range(PROFILED_RUNS + 1):
+            profiled.run(None, feed)
+        events = json.loads(Path(profiled.end_profiling()).read_text())
+    spent: dict[str, list[float]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            spent.setdefault(f"{event['args']['op_name']} {event['name']}", []).append(event["dur"] / 1000)
+    by_operator: Counter[str] = Counter()
+    for name, each in spent.items():
+        by_operator[name.split()[0]] += float(np.median(each))
+    print("  " + ", ".join(f"{operator} {each:.1f} ms" for operator, each in by_operator.most_common(6)))
 
 
 def plain_model(
@@ -145,10 +169,11 @@ def bench_linear(threads: int, count: int) -> None:
     integers = np.clip(np.round(weight.numpy().T / 0.001), -127, 127).astype(np.int8)
     levels = np.random.default_rng(0).integers(0, 256, (1, TOKENS, COLS), np.uint8)
     product = helper.make_node("MatMulInteger", ["x", "w"], ["y"])
-    bare = session(
-        plain_model([product], {"w": integers}, TensorProto.UINT8, TensorProto.INT32), threads,
-        engine.EXACT_PRODUCTS if engine.products_saturate() else None,
-    )  # fmt: skip
+    bare = plain_model([product], {"w": integers}, TensorProto.UINT8, TensorProto.INT32)
+    products = {
+        "MatMulInteger alone": session(bare, threads),
+        "with session.x64quantprecision": session(bare, threads, engine.EXACT_PRODUCTS),
+    }
     sessions = {
         "ONNX Runtime fp32 MatMul": session(fp32, threads),
         "ONNX Runtime MatMulNBits 4-bit, level 4": session(
@@ -160,12 +185,12 @@ def bench_linear(threads: int, count: int) -> None:
             path = our_linear(weight, bias, Path(folder) / str(rotate), rotate)
             sessions[name] = engine.open_session(path, threads)
     runs: dict[str, Run] = {name: lambda s=s: s.run(None, feed)[0] for name, s in sessions.items()}
-    product_alone = timed({"product": lambda: bare.run(None, {"x": levels})[0]}, count)["product"]
     runs["torch fp32"] = lambda: torch.nn.functional.linear(x, weight, bias).numpy()
     halves = [t.bfloat16() for t in (x, weight, bias)]
     runs["torch bf16"] = lambda: torch.nn.functional.linear(*halves).float().numpy()
     show(f"linear {TOKENS} x {COLS} -> {ROWS}", runs, count, "lrq-export engine", "torch fp32")
-    print(f"  of ours, MatMulInteger alone takes {product_alone:.1f} ms")
+    alone = timed({name: lambda s=s: s.run(None, {"x": levels})[0] for name, s in products.items()}, count)
+    print("  of ours: " + ", ".join(f"{name} {each:.1f} ms" for name, each in alone.items()))
 
 
 def bench_block(threads: int, count: int) -> None:
@@ -181,33 +206,37 @@ def bench_block(threads: int, count: int) -> None:
         lrq_export.build(
             folder / "source", folder / "out", recipe=lrq_export.load_recipe(overrides=settings), until="engine"
         )
-        ours = engine.open_session(folder / "out.partial" / "package" / "engine" / "onnxruntime", threads)
+        engine_folder = folder / "out.partial" / "package" / "engine" / "onnxruntime"
+        ours = engine.open_session(engine_folder, threads)
         source = open_source(folder / "source")
         traced = trace(source.family, source.config, [])
         weights = [onnx_float(each, source.checkpoint.read(traced.tensors[each].source)) for each in traced.tensors]
         write_model(folder / "fp32.onnx", traced.to_onnx(), weights)
         fp32 = session(str(folder / "fp32.onnx"), threads)
         model = source.load(source.model())
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "hidden_states": torch.randn(2, 4, 64, 64, generator=generator),
-        "encoder_hidden_states": torch.randn(2, 120, 4096, generator=generator),
-        "timestep": torch.tensor([500.0, 20.0]),
-    }
-    specs = source.family.inputs(source.config)
-    feed = feeds(specs, inputs)
-    low = source.family.construct(source.config)
-    low.load_state_dict(model.state_dict(), assign=True)
-    low = low.bfloat16()
-    low_inputs = {each: tensor.bfloat16() for each, tensor in inputs.items()}
-    with torch.no_grad():
-        runs: dict[str, Run] = {
-            "lrq-export engine": lambda: ours.run(None, feed)[0],
-            "ONNX Runtime fp32": lambda: fp32.run(None, feed)[0],
-            "torch fp32": lambda: source.family.call(model, inputs).numpy(),
-            "torch bf16": lambda: source.family.call(low, low_inputs).float().numpy(),
+        generator = torch.Generator().manual_seed(0)
+        inputs = {
+            "hidden_states": torch.randn(2, 4, 64, 64, generator=generator),
+            "encoder_hidden_states": torch.randn(2, 120, 4096, generator=generator),
+            "timestep": torch.tensor([500.0, 20.0]),
         }
-        show("PixArt-XL/2, one block, 1024 tokens, batch 2", runs, count, "lrq-export engine", "torch fp32")
+        specs = source.family.inputs(source.config)
+        feed = feeds(specs, inputs)
+        low = source.family.construct(source.config)
+        low.load_state_dict(model.state_dict(), assign=True)
+        low = low.bfloat16()
+        low_inputs = {each: tensor.bfloat16() for each, tensor in inputs.items()}
+        with torch.no_grad():
+            runs: dict[str, Run] = {
+                "lrq-export engine": lambda: ours.run(None, feed)[0],
+                "ONNX Runtime fp32": lambda: fp32.run(None, feed)[0],
+                "torch fp32": lambda: source.family.call(model, inputs).numpy(),
+                "torch bf16": lambda: source.family.call(low, low_inputs).float().numpy(),
+            }
+            show("PixArt-XL/2, one block, 1024 tokens, batch 2", runs, count, "lrq-export engine", "torch fp32")
+            print("\nwhere the time of the engine goes, then that of ONNX Runtime fp32")
+            show_operators(engine_folder / engine.MODEL, threads, engine.session_config(engine_folder), feed)
+            show_operators(folder / "fp32.onnx", threads, {}, feed)
 
 
 def main() -> None:
