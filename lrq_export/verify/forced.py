@@ -18,7 +18,7 @@ from graphs import names
 from graphs.passes.patterns import LINEAR_OPS
 from lrq_export.models.base import ModelFamily
 from lrq_export.quant.linear import QuantizedLinear
-from lrq_export.verify.array_folder import ArrayFolder
+from lrq_export.verify.array_file import ArrayFile
 from lrq_export.verify.metrics import nmse
 from lrq_export.verify.sliced import ReadInput, SlicedModel
 
@@ -35,9 +35,9 @@ def layer_inputs(portable: onnx.ModelProto) -> dict[str, str]:
 @torch.no_grad()
 def torch_answers(
     family: ModelFamily, model: nn.Module, inputs: dict[str, torch.Tensor], tensor_of: Mapping[str, str]
-) -> ArrayFolder:
+) -> ArrayFile:
     """Run the quantized torch model; by tensor name, what each of its layers reads (after its rotation), and OUTPUT."""
-    answers = ArrayFolder()
+    answers = ArrayFile()
 
     def watch(tensor_name: str):
         def hook(module: QuantizedLinear, arguments: tuple[torch.Tensor, ...]) -> None:

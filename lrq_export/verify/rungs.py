@@ -18,7 +18,7 @@ from lrq_export.runtime import PackagedTransformer, feeds
 from lrq_export.sampling import scheduler_from
 from lrq_export.saved_graphs import rewritten_graph, saved_graphs
 from lrq_export.verify import forced, ladder
-from lrq_export.verify.array_folder import ArrayFolder
+from lrq_export.verify.array_file import ArrayFile
 from lrq_export.verify.bound import differing_weight
 from lrq_export.verify.metrics import nmse
 from lrq_export.verify.reference import adapter_error
@@ -46,12 +46,12 @@ def r1(subject: Subject, model: nn.Module) -> tuple[ladder.Rung, list[dict[str, 
     return rung, ladder.noise_error_by_timestep(got, noise, inputs["timestep"])
 
 
-def torch_answers(subject: Subject, model: nn.Module) -> list[ArrayFolder]:
+def torch_answers(subject: Subject, model: nn.Module) -> list[ArrayFile]:
     """What the quantized torch model computes for every case: its output and what each of its layers reads."""
     return [forced.torch_answers(subject.family, model, case, subject.tensor_of) for case in subject.cases]
 
 
-def r2(subject: Subject, answers: list[ArrayFolder]) -> ladder.Rung:
+def r2(subject: Subject, answers: list[ArrayFile]) -> ladder.Rung:
     """Teacher-forced (see `forced`) on recorded inputs and on random ones of other sizes; run freely for the note."""
     sliced = forced_model(subject, subject.package / MODEL)
     worst, tensor = forced.worst_difference(sliced, _forced_cases(subject, answers), answers)
@@ -99,10 +99,10 @@ def r3(subject: Subject) -> tuple[ladder.Rung, list[dict[str, Any]]]:
     return rung, passes
 
 
-def r4(subject: Subject, answers: list[ArrayFolder]) -> ladder.Rung:
+def r4(subject: Subject, answers: list[ArrayFile]) -> ladder.Rung:
     """The engine against model.onnx, both teacher-forced with the same inputs."""
     cases = _forced_cases(subject, answers)
-    expected = [ArrayFolder() for _ in cases]
+    expected = [ArrayFile() for _ in cases]
     for case, name, array in forced_model(subject, subject.package / MODEL).run(cases):
         expected[case][name] = array
     engine = subject.package / ONNXRUNTIME_ENGINE
@@ -142,7 +142,7 @@ def r5(subject: Subject, transformer: PackagedTransformer, scheduler_config: dic
     return rung, trajectory, images, samples
 
 
-def _forced_cases(subject: Subject, answers: list[ArrayFolder]):
+def _forced_cases(subject: Subject, answers: list[ArrayFile]):
     pairs = zip(subject.cases, answers, strict=True)
     return [forced.forced_inputs(feeds(subject.specs, case), each) for case, each in pairs]
 

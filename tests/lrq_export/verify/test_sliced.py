@@ -1,6 +1,7 @@
 """A model run in slices computes what it computes whole, and holds the weights of one slice at a time."""
 
-import gc
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -9,7 +10,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from lrq_export.errors import MissingError
-from lrq_export.verify.array_folder import ArrayFolder
+from lrq_export.verify.array_file import ArrayFile
 from lrq_export.verify.sliced import SlicedModel, cut
 
 TEXT = """
@@ -107,25 +108,28 @@ def test_external_weights_are_read_from_their_folder(model, inputs, tmp_path):
     assert all(np.array_equal(got[key], wanted[key]) for key in wanted)
 
 
-def test_arrays_lie_in_a_folder_that_goes_with_the_mapping():
-    arrays = ArrayFolder()
+def test_arrays_lie_in_a_file_without_a_name():
+    before = set(Path(tempfile.gettempdir()).iterdir())
+    arrays = ArrayFile()
     arrays["a/b"] = np.arange(6).reshape(2, 3)
     arrays["c"] = np.zeros(2)
-    arrays["c"] = np.ones(3, np.float32)
-    folder = arrays.path
-    assert sorted(arrays) == ["a/b", "c"]
-    assert len(list(folder.iterdir())) == len(arrays) == 2
+    arrays["none"] = np.zeros((0, 4), np.float32)
+    arrays["number"] = np.array(7)
+    arrays["c"] = np.ones(3, np.float32).T[::2]
+    assert set(Path(tempfile.gettempdir()).iterdir()) - before == set()
+    assert list(arrays) == ["a/b", "c", "none", "number"]
+    assert len(arrays) == 4
     assert arrays["a/b"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert arrays["c"].dtype == np.float32
+    assert arrays["c"].tolist() == [1, 1]
+    assert arrays["none"].shape == (0, 4)
+    assert arrays["number"] == 7
     with pytest.raises(KeyError):
         arrays["d"]
-    del arrays
-    gc.collect()
-    assert not folder.exists()
 
 
 def test_a_full_disk_says_so(file_size_limit):
-    arrays = ArrayFolder()
+    arrays = ArrayFile()
     with file_size_limit(100), pytest.raises(MissingError, match="needed at least 4000 bytes"):
         arrays["a"] = np.zeros(1000, np.float32)
     arrays["a"] = np.zeros(3, np.float32)
