@@ -1,7 +1,8 @@
 """Signed uniform grids in the logarithm of a weight: what all logarithmic quantizers share.
 
-With L = log2(|w| + η), every (row, sign) has a step s and a zero point z, and a code q stands for ±(2^(s (q + z)) - η),
-0 <= q < n. Rounding is to the nearest L, as the papers have it, not to the nearest w. A weight of zero counts as positive.
+With L = log2(|w| + η), every (row, sign) has a step s and a zero point z, and a code q, 0 <= q < n, stands for
+±(2^(s (q + z)) - η). Rounding is to the nearest L, as the papers have it, not to the nearest w. A weight of zero counts
+as positive.
 """
 
 from __future__ import annotations

@@ -11,8 +11,16 @@ from functools import partial
 
 import torch
 
-from lrq_export.quant import codebook, log2, shift_uniform_log2, tlq_paper, tlq_released, twin_log, twin_uniform
-from lrq_export.quant import uniform_affine
+from lrq_export.quant import (
+    codebook,
+    log2,
+    shift_uniform_log2,
+    tlq_paper,
+    tlq_released,
+    twin_log,
+    twin_uniform,
+    uniform_affine,
+)
 from lrq_export.quant.codebook_weight import CodebookWeight
 
 Quantize = Callable[..., CodebookWeight]

@@ -1,7 +1,7 @@
 """Shift-uniform-log2 (I&S-ViT, arXiv 2311.10126), made signed: uniform in log2(|w| + η) over each side's whole range.
 
-The paper quantizes softmax outputs; for weights every (row, sign) gets a grid of its own, and the offset η of least error
-over the tensor is taken.
+The paper quantizes softmax outputs; for weights every (row, sign) gets a grid of its own, and the offset η of least
+error over the tensor is taken.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     (8)-(10)       2^(s (q + z)) ≈ 2^(f - I) M,  M = round(2^(r + I)), f and r the whole and fractional part; I = 6 here
     α, β           scale the largest positive and negative magnitude of the range; searched, here for every row
 
-The text gives neither I nor the grid of α and β. A row's smallest weight lies many octaves below its largest, so the few
-levels crowd where nothing is: see `tlq_released` and `twin_log` for what was done about it.
+The text gives neither I nor the grid of α and β. A row's smallest weight lies many octaves below its largest, so the
+few levels crowd where nothing is: see `tlq_released` and `twin_log` for what was done about it.
 """
 
 from __future__ import annotations

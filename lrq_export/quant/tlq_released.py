@@ -1,8 +1,8 @@
 """Twin-Log as LRQ-DiT's authors released it, which is not what the text says; described in docs/methods.md.
 
 L = log2(|W| + η) with η searched per tensor; percentiles of L, the other sign's places filled with 0, give each row's
-range; b bits are a sign and b - 1 bits of magnitude. Unless weights exceed 1 - η, the fill makes every percentile 0: the
-grid is then anchored at 2^0 and only η is searched.
+range; b bits are a sign and b - 1 bits of magnitude. Unless weights exceed 1 - η, the fill makes every percentile 0:
+the grid is then anchored at 2^0 and only η is searched.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def quantize(
 ) -> CodebookWeight:
     """Round W (rows, cols) with the η and percentiles of least error over the whole tensor.
 
-    The released code gives negative weights one level more than bits allow, and exact zeros a state of their own: 2^b + 2
-    values in all. `exact_codes` keeps to 2^(b-1) levels a sign; False does as released. It weighs all errors alike;
-    `second_moment`, if given, weighs them by column.
+    The released code gives negative weights one level more than bits allow, and exact zeros a state of their own:
+    2^b + 2 values in all. `exact_codes` keeps to 2^(b-1) levels a sign; False does as released, which weighs all errors
+    alike; `second_moment`, if given, weighs them by column.
     """
     weight = checked_weight(weight)
     moment = checked_moment(second_moment, weight.shape[1]).double()
@@ -52,10 +52,11 @@ def quantize(
 
 
 def _as_released(weight: torch.Tensor, grid: LogGrid, count: int) -> CodebookWeight:
-    """2^(b-1) positive levels, one more negative one, and zero."""
-    rounded = grid.round(weight, count + 1)
-    # The grid rounds both signs to count + 1 levels; the positive side has no last one.
-    codes = torch.where(rounded.codes == count, count - 1, rounded.codes.int())
-    codes = torch.where(weight == 0, 2 * count + 2, codes)
-    values = torch.cat([rounded.values, torch.zeros(len(weight), 1, 1)], dim=2)
+    """`count` positive levels, one more negative one, and zero, in this order."""
+    rounded = grid.round(weight, count + 1)  # as many levels on both sides; the last positive one is not to be had
+    codes = rounded.codes.int()
+    codes = torch.where(codes <= count, codes.clamp_max(count - 1), codes - 1)
+    codes = torch.where(weight == 0, 2 * count + 1, codes)
+    levels = rounded.values
+    values = torch.cat([levels[..., :count], levels[..., count + 1 :], torch.zeros(len(weight), 1, 1)], dim=2)
     return CodebookWeight(codes.to(torch.uint8), values)
