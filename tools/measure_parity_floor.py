@@ -65,7 +65,7 @@ def measurements(subject: Subject, model: nn.Module, inputs: ladder.Inputs) -> I
     yield "floating point: ONNX Runtime vs torch", floating_point_difference(subject, subject.source, inputs)
     quantized = ladder.run_torch(family, model, inputs)
     for seed in range(REPEATS):
-        moved = ladder.run_torch(family, model, inputs | {"hidden_subjects": nudged(inputs["hidden_subjects"], seed)})
+        moved = ladder.run_torch(family, model, inputs | {"hidden_states": nudged(inputs["hidden_states"], seed)})
         yield f"quantized torch vs itself, latents moved by {MOVE:g} (seed {seed})", nmse(moved, quantized)
     portable = rungs.free_run(subject, inputs)
     yield "model.onnx vs quantized torch, free", nmse(portable, quantized)
