@@ -55,7 +55,7 @@ class Weights(Table):
 class Activations(Table):
     """How inputs of linear layers are quantized."""
 
-    bits: Literal[6, 8, 16] = Field(8, description="bits per activation, per token; 16 = left in floating point")
+    bits: Literal[4, 6, 8, 16] = Field(8, description="bits per activation, per token; 16 = left in floating point")
 
 
 class Rotation(Table):

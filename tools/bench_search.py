@@ -17,7 +17,8 @@ import torch
 from lrq_export.quant import twin_log, uniform
 from lrq_export.quant.level_sets import searched_sets
 from lrq_export.quant.linear import QuantizedLinear
-from lrq_export.quant.weight import QuantizedWeight, dequantize
+from lrq_export.quant.methods import METHODS
+from lrq_export.quant.weight import dequantize
 
 SHAPES = [(1152, 1152), (4608, 1152), (1152, 4608)]
 GROUP_SIZE = 128
@@ -31,9 +32,9 @@ def sample(kind: str, rows: int, cols: int) -> torch.Tensor:
     return 0.03 * torch.from_numpy(draw[kind]((rows, cols))).float()
 
 
-def error(weight: torch.Tensor, quantized: QuantizedWeight) -> float:
+def error(weight: torch.Tensor, rounded: torch.Tensor) -> float:
     """Relative squared error."""
-    return ((dequantize(quantized) - weight).double().square().sum() / weight.double().square().sum()).item()
+    return ((rounded - weight).double().square().sum() / weight.double().square().sum()).item()
 
 
 def cpu_seconds(work: Callable[[], object], repeats: int = 3) -> float:
@@ -47,15 +48,19 @@ def cpu_seconds(work: Callable[[], object], repeats: int = 3) -> float:
 
 
 def print_errors() -> None:
-    """Twin-Log beside uniform with clip search, 512 rows of 1152."""
-    print(f"{'weights':9}{'bits':>5}{'uniform+clip':>14}{'twin-log':>10}{f'twin-log g{GROUP_SIZE}':>15}")
-    for kind in ("gauss", "t4", "laplace"):
-        weight = sample(kind, 512, 1152)
-        for bits in twin_log.BITS:
-            flat = error(weight, uniform.quantize(weight, bits=bits))
-            whole = error(weight, twin_log.quantize(weight, bits=bits))
-            grouped = error(weight, twin_log.quantize(weight, bits=bits, group_size=GROUP_SIZE))
-            print(f"{kind:9}{bits:5}{flat:14.4f}{whole:10.4f}{grouped:15.4f}", flush=True)
+    """Every method of `quant.methods`, 512 rows of 1152, then Twin-Log in groups."""
+    samples = {
+        f"{kind} {bits}": (sample(kind, 512, 1152), bits) for kind in ("gauss", "t4", "laplace") for bits in (2, 3, 4)
+    }
+    print(f"{'method':20}" + "".join(f"{name:>11}" for name in samples))
+    for method in METHODS.values():
+        errors = [error(weight, method.quantize(weight, bits=bits).dequantize()) for weight, bits in samples.values()]
+        print(f"{method.name:20}" + "".join(f"{each:11.4g}" for each in errors), flush=True)
+    grouped = [
+        error(weight, dequantize(twin_log.quantize(weight, bits=bits, group_size=GROUP_SIZE)))
+        for weight, bits in samples.values()
+    ]
+    print(f"{f'tlq, groups of {GROUP_SIZE}':20}" + "".join(f"{each:11.4g}" for each in grouped), flush=True)
 
 
 def print_search_times() -> None:

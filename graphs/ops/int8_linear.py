@@ -38,7 +38,7 @@ def _infer_shape(shapes: Sequence[Shape], attributes: Mapping[str, AttributeValu
 
 
 def _examples(rng: np.random.Generator) -> Sequence[Example]:
-    return [_example(rng, act_bits, cols) for act_bits, cols in ((8, 24), (6, 13))]
+    return [_example(rng, act_bits, cols) for act_bits, cols in ((8, 24), (6, 13), (4, 24))]
 
 
 def _example(rng: np.random.Generator, act_bits: int, cols: int) -> Example:

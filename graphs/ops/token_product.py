@@ -17,7 +17,7 @@ import numpy as np
 from graphs.ops.hadamard import transform
 from graphs.ops.spec import Attribute, AttributeValue, Shape, Tensor, dims, same
 
-ACTIVATION_BITS = (8, 6)
+ACTIVATION_BITS = (8, 6, 4)
 
 
 def quantize_tokens(x: np.ndarray, act_bits: int) -> tuple[np.ndarray, np.ndarray]:

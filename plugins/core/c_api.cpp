@@ -195,7 +195,7 @@ int32_t lrqQuantizeTokens(float const* x, int64_t tokens, int64_t cols, int32_t 
     if (x == nullptr || quantized == nullptr || scales == nullptr) {
         return lrq::code(lrq::Status::kNullPointer);
     }
-    if (actBits != 8 && actBits != 6) {
+    if (actBits != 8 && actBits != 6 && actBits != 4) {
         return lrq::code(lrq::Status::kBadBits);
     }
     if (!lrq::inRange(tokens) || !lrq::inRange(cols)) {

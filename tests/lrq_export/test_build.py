@@ -121,6 +121,7 @@ def test_a_build_without_calibration_warns(tiny, tmp_path, cli):
 RECIPES = {
     "w3a8, groups and signs": ("w3a8", {"weights.group_size": "12", "rotation.signs": "true", "rotation.seed": "5"}),
     "w4a6, no rotation": ("w4a6", {"rotation.kind": "none"}),
+    "w4a4": ("w4a8", {"activations.bits": "4"}),
     "w2, activations left in floating point": ("w4a8", {"weights.bits": "2", "activations.bits": "16"}),
 }
 SMALL = {"calibration.samples": "8", "sampling.images": "1", "sampling.steps": "2"}

@@ -176,7 +176,7 @@ def test_hostile_fields_are_refused_and_nothing_is_written(core, changes, status
     assert (out == 99).all()
 
 
-@pytest.mark.parametrize("act_bits", [8, 6])
+@pytest.mark.parametrize("act_bits", [8, 6, 4])
 def test_tokens_are_quantized_as_the_reference_does(core, act_bits):
     x = (np.random.default_rng(0).standard_normal((7, 33)) * np.logspace(-44, 30, 7)[:, None]).astype(np.float32)
     x[3] = 0

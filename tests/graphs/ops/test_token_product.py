@@ -20,7 +20,7 @@ def int8_linear(x, rows=4, act_bits=8):
     return Example((x, codes, scale, bias), {"rows": rows, "cols": cols, "act_bits": act_bits})
 
 
-@pytest.mark.parametrize("act_bits", [8, 6])
+@pytest.mark.parametrize("act_bits", [8, 6, 4])
 def test_a_token_reaches_its_limit_and_halves_round_to_even(act_bits):
     limit = 2 ** (act_bits - 1) - 1
     codes, scale = quantize_tokens(np.array([[-limit, 0.5, 1.5, 2.5, -0.5]], np.float32), act_bits)

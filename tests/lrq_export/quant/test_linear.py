@@ -20,7 +20,7 @@ def reference(x, weight, bias, act_bits):
     return acc.astype(np.float32) * s * weight.scale.numpy() + bias
 
 
-@pytest.mark.parametrize("act_bits", [8, 6])
+@pytest.mark.parametrize("act_bits", [8, 6, 4])
 @pytest.mark.parametrize("format", ["twin_log", "uniform"])
 def test_equals_the_integer_reference_exactly(act_bits, format):
     torch.manual_seed(0)
