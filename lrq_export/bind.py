@@ -67,7 +67,7 @@ def quantize_layers(
         path = layer_file(folder, weight.layer)
         if not path.exists():
             record = _record(traced, codes, weight, plan_of[weight.layer])
-            mean, second_moment = _moments(statistics, record)
+            mean, second_moment = moments_of(statistics, record)
             exact = evaluate(weight.weight, read)
             correlation = read_correlation(correlations, weight.layer)
             layer, floats = quantize_layer(exact, second_moment, record, correlation), {}
@@ -171,7 +171,7 @@ def _surroundings(reader, graph) -> tuple[bool, str | None]:
     return before is not None and is_lrq(before, "HadamardRotate"), bias.name if bias is not None else None
 
 
-def _moments(statistics: Statistics, record: LayerRecord) -> tuple[torch.Tensor, torch.Tensor]:
+def moments_of(statistics: Statistics, record: LayerRecord) -> tuple[torch.Tensor, torch.Tensor]:
     """E[x] and E[x²] (cols,) float64 of a layer's input in the basis of its weight."""
     moments = statistics.layer(record.layer)
     if not record.block:

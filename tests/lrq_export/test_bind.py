@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from lrq_export.bind import corrected_bias, quantize_layer
-from lrq_export.quantized import UNROTATED, LayerRecord
+from lrq_export.bind import corrected_bias, moments_of, quantize_layer
+from lrq_export.calibrate.statistics import Statistics
+from lrq_export.quant.rotation import Rotation
+from lrq_export.quantized import FOLDED, ONLINE, UNROTATED, LayerRecord
 
 ROWS, COLS = 24, 48
 
@@ -50,3 +52,16 @@ def test_the_record_states_the_measured_errors(weight):
     weighted = float((error @ importance).sum() / (power @ importance).sum())
     assert layer.record.weighted_nmse == pytest.approx(weighted, rel=1e-5)
     assert layer.record.weighted_nmse != layer.record.weight_nmse
+
+
+@pytest.mark.parametrize("rotated_by", [UNROTATED, ONLINE, FOLDED])
+def test_moments_are_those_of_the_input_that_the_weight_is_rotated_for(inputs, rotated_by):
+    rotation = None if rotated_by == UNROTATED else Rotation(COLS, 12, 3)
+    seen = inputs if rotation is None else rotation.apply(inputs)
+    statistics = Statistics()
+    statistics.observe("layer", 500.0, inputs[None], None if rotation is None else seen[None])
+    block, seed = (0, None) if rotation is None else (12, 3)
+    layer = LayerRecord("layer", ROWS, COLS, 4, COLS, 8, block, seed, rotated_by, "test", [], "layer.bias")
+    mean, second_moment = moments_of(statistics, layer)
+    torch.testing.assert_close(mean.float(), seen.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(second_moment.float(), seen.square().mean(0), atol=1e-3, rtol=1e-4)

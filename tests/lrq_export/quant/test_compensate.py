@@ -88,3 +88,10 @@ def test_inputs_that_are_zero_throughout_are_rounded_to_nearest():
     weight, values, _, _ = problem()
     codes = round_compensated(weight, values, COLS, torch.zeros(COLS, COLS))
     assert torch.equal(codes.long(), nearest(weight, values, COLS))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 5])
+def test_uncorrelated_columns_go_to_the_nearest_value_of_their_own_group(groups):
+    weight, values, _, _ = problem(groups=groups)
+    codes = round_compensated(weight, values, COLS // groups, torch.eye(COLS))
+    assert torch.equal(codes.long(), nearest(weight, values, COLS // groups))
