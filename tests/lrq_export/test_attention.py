@@ -77,10 +77,26 @@ def first_softmax(traced):
 def test_what_is_not_the_exporter_s_attention_stays(traced):
     softmax = first_softmax(traced)
     assert match_attention(softmax, traced.graph) is not None
-    for spoil in (swap_the_output_s_axes, read_the_scores_twice, softmax_over_the_queries, no_split_of_the_value):
+    for spoil in (
+        other_heads_for_the_value,
+        swap_the_output_s_axes,
+        read_the_scores_twice,
+        softmax_over_the_queries,
+        no_split_of_the_value,
+    ):
         copy = traced.copy()
         spoil(first_softmax(copy), copy.graph)
         assert match_attention(first_softmax(copy), copy.graph) is None, spoil.__name__
+
+
+def other_heads_for_the_value(softmax, graph):
+    split = softmax.outputs[0].outputs[0].inputs[1].inputs[0].inputs[0].inputs[0]
+    shape = split.inputs[1].inputs[0]
+    extents = list(shape.inputs)
+    extents[2] = gs.Constant("other_heads", np.array([3]))
+    other = gs.Variable("other_shape", np.int64)
+    graph.nodes.append(gs.Node("Concat", "other", {"axis": 0}, extents, [other]))
+    split.inputs[1] = other
 
 
 def swap_the_output_s_axes(softmax, graph):

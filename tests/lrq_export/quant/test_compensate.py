@@ -91,7 +91,9 @@ def test_inputs_that_are_zero_throughout_are_rounded_to_nearest():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 5])
-def test_uncorrelated_columns_go_to_the_nearest_value_of_their_own_group(groups):
+@pytest.mark.parametrize("block", [128, 7])  # columns updated at once: more than all of them, and several of a group
+def test_uncorrelated_columns_go_to_the_nearest_value_of_their_own_group(monkeypatch, groups, block):
+    monkeypatch.setattr(compensate, "BLOCK", block)
     weight, values, _, _ = problem(groups=groups)
     codes = round_compensated(weight, values, COLS // groups, torch.eye(COLS))
     assert torch.equal(codes.long(), nearest(weight, values, COLS // groups))
