@@ -1,6 +1,7 @@
-"""Train the demo checkpoint: a class-conditional PixArt on handwritten digits, in diffusers layout.
+"""Train a demo checkpoint on handwritten digits, in diffusers layout: PixArt, or the class-conditional DiT.
 
     python tools/train_demo.py FOLDER                    # 4400 steps of 32 digits, as examples/digits-pixart was made
+    python tools/train_demo.py FOLDER --model dit        # the same for examples/digits-dit
     python tools/train_demo.py FOLDER --skip-training    # only record the calibration set again
 
 Writes config.json, diffusion_pytorch_model.safetensors (fp16), scheduler_config.json, conditions.safetensors,
@@ -12,11 +13,13 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import digits
 import torch
-from diffusers import DDIMScheduler, PixArtTransformer2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel, PixArtTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,25 +28,63 @@ CAPTION_TOKENS, CAPTION_CHANNELS = 4, 64
 SAMPLING_STEPS = 20
 
 
-def new_model() -> PixArtTransformer2DModel:
+def new_pixart() -> PixArtTransformer2DModel:
     """4 heads x 72 = 288 wide: like the real 1152, not a power of two."""
-    model = PixArtTransformer2DModel(
+    return PixArtTransformer2DModel(
         sample_size=digits.IMAGE_SIZE, patch_size=2, in_channels=1, out_channels=1, num_layers=6,
         num_attention_heads=4, attention_head_dim=72, cross_attention_dim=288, caption_channels=CAPTION_CHANNELS,
     )  # fmt: skip
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            # As DiTs start (Peebles & Xie 2023). torch's uniform start would survive a short training and make
-            # uniform quantization look better than it is on real checkpoints.
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
-    nn.init.zeros_(model.proj_out.weight)
-    return model
 
 
-def new_conditions(seed: int) -> torch.Tensor:
+def new_dit() -> DiTTransformer2DModel:
+    """4 heads x 60 = 240 wide, an adaLN of its own in every block."""
+    return DiTTransformer2DModel(
+        sample_size=digits.IMAGE_SIZE, patch_size=2, in_channels=1, out_channels=1, num_layers=6,
+        num_attention_heads=4, attention_head_dim=60, num_embeds_ada_norm=digits.CLASSES,
+    )  # fmt: skip
+
+
+def captions(seed: int) -> dict[str, torch.Tensor]:
     """Caption embeddings (10, 4, 64): one fixed random short sequence per digit."""
-    return torch.randn(digits.CLASSES, CAPTION_TOKENS, CAPTION_CHANNELS, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return {"encoder_hidden_states": torch.randn(digits.CLASSES, CAPTION_TOKENS, CAPTION_CHANNELS, generator=generator)}
+
+
+def labels_as_conditions(seed: int) -> dict[str, torch.Tensor]:
+    return {"class_labels": torch.arange(digits.CLASSES)}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A diffusers class to train, and what it is conditioned on: tensors by forward argument, one row per digit."""
+
+    class_: type[nn.Module]
+    new: Callable[[], nn.Module]
+    conditions: Callable[[int], dict[str, torch.Tensor]]
+    zero_at_start: tuple[str, ...]  # endings of linear layers that start at zero
+
+    def new_model(self) -> nn.Module:
+        """In eval mode throughout: diffusers' DiT would drop labels, in each block others."""
+        model = self.new().eval()
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                # As DiTs start (Peebles & Xie 2023). torch's uniform start would survive a short training and make
+                # uniform quantization look better than it is on real checkpoints.
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+                if name.endswith(self.zero_at_start):
+                    nn.init.zeros_(module.weight)
+        return model
+
+
+ARCHITECTURES = {
+    "pixart": Architecture(PixArtTransformer2DModel, new_pixart, captions, ("proj_out",)),
+    "dit": Architecture(DiTTransformer2DModel, new_dit, labels_as_conditions, ("norm1.linear", "proj_out_2")),
+}
+
+
+def rows_of(conditions: dict[str, torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: tensor[labels] for name, tensor in conditions.items()}
 
 
 def autocast_dtype() -> torch.dtype | None:
@@ -68,9 +109,7 @@ def train(model, conditions, scheduler, *, steps: int, batch: int, rate: float, 
         noisy = scheduler.add_noise(images[pick], noise, timestep)
         # For 64 tokens plain matrix products are faster than the flash kernel, whose backward pass is slow on the CPU.
         with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", dtype, enabled=dtype is not None):
-            predicted = model(
-                noisy, encoder_hidden_states=conditions[labels[pick]], timestep=timestep, return_dict=False
-            )[0]
+            predicted = model(noisy, timestep=timestep, **rows_of(conditions, labels[pick]), return_dict=False)[0]
         loss = nn.functional.mse_loss(predicted.float(), noise)
         optimizer.zero_grad()
         loss.backward()
@@ -100,9 +139,8 @@ def draw(model, conditions, scheduler, labels: torch.Tensor, seed: int) -> torch
     scheduler.set_timesteps(SAMPLING_STEPS)
     latents = torch.randn(len(labels), 1, 16, 16, generator=torch.Generator().manual_seed(seed))
     for timestep in scheduler.timesteps:
-        noise = model(
-            latents, encoder_hidden_states=conditions[labels], timestep=timestep.expand(len(labels)), return_dict=False
-        )[0]
+        steps = timestep.expand(len(labels))
+        noise = model(latents, timestep=steps, **rows_of(conditions, labels), return_dict=False)[0]
         latents = scheduler.step(noise, timestep, latents).prev_sample
     return latents
 
@@ -131,7 +169,7 @@ def record_calibration(model, conditions, scheduler, path: Path) -> None:
     from lrq_export.calibrate.record import record
     from lrq_export.sampling import ConditionalSampler
 
-    sampler = ConditionalSampler(model, scheduler, {"encoder_hidden_states": conditions})
+    sampler = ConditionalSampler(model, scheduler, conditions)
     generator = torch.Generator().manual_seed(7)  # goes on from call to call: other latents for every digit
     record(
         sampler, list(range(digits.CLASSES)) * 2, path,
@@ -142,6 +180,7 @@ def record_calibration(model, conditions, scheduler, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--model", choices=sorted(ARCHITECTURES), default="pixart")
     parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=7e-4)
@@ -149,18 +188,19 @@ def main() -> None:
     parser.add_argument("--skip-training", action="store_true", help="keep the weights, record calibration again")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    architecture = ARCHITECTURES[args.model]
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
 
     if args.skip_training:
-        conditions = load_file(args.out / "conditions.safetensors")["encoder_hidden_states"]
-        model = PixArtTransformer2DModel.from_pretrained(args.out, torch_dtype=torch.float32)
+        conditions = load_file(args.out / "conditions.safetensors")
+        model = architecture.class_.from_pretrained(args.out, torch_dtype=torch.float32)
     else:
         classifier, held_out = digits.train_classifier(args.seed)
         digits.save_classifier(classifier, args.out / "classifier.safetensors")
         print(f"classifier: {held_out:.4f} of held-out real digits", flush=True)
         torch.manual_seed(args.seed)
-        model, conditions = new_model(), new_conditions(args.seed)
-        save_file({"encoder_hidden_states": conditions}, args.out / "conditions.safetensors")
+        model, conditions = architecture.new_model(), architecture.conditions(args.seed)
+        save_file(conditions, args.out / "conditions.safetensors")
         facts = train(model, conditions, scheduler, steps=args.steps, batch=args.batch, rate=args.rate, seed=args.seed)
         save_model(model, args.out)
         scheduler.save_pretrained(args.out)
