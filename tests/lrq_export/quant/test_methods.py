@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrq_export.errors import InputError, UsageError
-from lrq_export.quant import codebook, tlq_released, twin_log
+from lrq_export.quant import codebook, twin_log
 from lrq_export.quant.codebook_weight import nearest, weighted_error
-from lrq_export.quant.log_grid import LogGrid
-from lrq_export.quant.methods import METHODS
+from lrq_export.quant.methods import METHODS, tlq_released
+from lrq_export.quant.methods.log_grid import LogGrid
 from lrq_export.quant.weight import QuantizedWeight
 
 ROWS, COLS = 96, 1152

@@ -11,17 +11,16 @@ from functools import partial
 
 import torch
 
-from lrq_export.quant import (
-    codebook,
+from lrq_export.quant import codebook, twin_log
+from lrq_export.quant.codebook_weight import CodebookWeight
+from lrq_export.quant.methods import (
     log2,
     shift_uniform_log2,
     tlq_paper,
     tlq_released,
-    twin_log,
     twin_uniform,
     uniform_affine,
 )
-from lrq_export.quant.codebook_weight import CodebookWeight
 
 Quantize = Callable[..., CodebookWeight]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from lrq_export.quant.codebook_weight import CodebookWeight
-from lrq_export.quant.log_grid import extremes, sides
+from lrq_export.quant.methods.log_grid import extremes, sides
 from lrq_export.quant.weight import checked_moment, checked_weight
 
 CLIPS = tuple((torch.arange(8, 41) / 40).tolist())  # parts of the side's largest magnitude: 0.2 to 1

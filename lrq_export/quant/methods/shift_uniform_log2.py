@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from lrq_export.quant.codebook_weight import CodebookWeight, weighted_error
-from lrq_export.quant.log_grid import LogGrid, extremes, logarithm, sides
+from lrq_export.quant.methods.log_grid import LogGrid, extremes, logarithm, sides
 from lrq_export.quant.weight import checked_moment, checked_weight
 
 OFFSETS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5, 1.0)

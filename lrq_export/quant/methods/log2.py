@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from lrq_export.quant.codebook_weight import CodebookWeight
-from lrq_export.quant.log_grid import LogGrid, sides
+from lrq_export.quant.methods.log_grid import LogGrid, sides
 from lrq_export.quant.weight import checked_moment, checked_weight
 
 QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.999, 0.9999, 1.0)

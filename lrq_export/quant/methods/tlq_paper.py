@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from lrq_export.quant.codebook_weight import CodebookWeight
-from lrq_export.quant.log_grid import LogGrid, extremes, logarithm, sides
+from lrq_export.quant.methods.log_grid import LogGrid, extremes, logarithm, sides
 from lrq_export.quant.weight import checked_moment, checked_weight
 
 CLIPS = tuple((torch.arange(6, 21) / 20).tolist())  # α and β: 0.3 to 1
