@@ -15,8 +15,7 @@ from graphs.expressions import RotateOutput
 from graphs.ops import packing, twin_log_dequant
 from graphs.passes.patterns import LINEAR_OPS, is_lrq, open_linear, producer
 from graphs.traced import LinearWeight, TracedGraph
-from lrq_export.calibrate.correlations import read_correlation
-from lrq_export.calibrate.statistics import Statistics
+from lrq_export.calibrate.observed import Observed
 from lrq_export.checkpoint import Checkpoint, TensorFile, check_finite
 from lrq_export.evaluate import evaluate
 from lrq_export.onnx_file import WeightTensor, write_model
@@ -43,18 +42,17 @@ def quantize_layers(
     traced: TracedGraph,
     plans: list[LayerPlan],
     checkpoint: Checkpoint,
-    statistics: Statistics,
+    observed: Observed,
     folder: Path,
     done: Callable[[str], None] = lambda layer: None,
     *,
-    correlations: Path,
     bias_correction: bool = True,
 ) -> None:
     """Quantize every linear of the rewritten graph into `folder`, one file a layer; files already there are kept.
 
-    `correlations` is the file of E[x xᵀ] that compensated rounding reads; without that file, weights go to the nearest
-    level. With `bias_correction`, rounding moves no layer's mean output on the calibration inputs (Nagel et al. 2019).
-    Raises InputError for weights that are NaN or Inf. `done` is told each layer's name, for progress.
+    Where `observed` holds no E[x xᵀ], weights go to the nearest level. With `bias_correction`, rounding moves no
+    layer's mean output on the calibration inputs (Nagel et al. 2019). `done` is told each layer's name, for progress.
+    Raises InputError for weights that are NaN or Inf.
     """
     plan_of = {plan.name: plan for plan in plans}
 
@@ -67,9 +65,8 @@ def quantize_layers(
         path = layer_file(folder, weight.layer)
         if not path.exists():
             record = _record(traced, codes, weight, plan_of[weight.layer])
-            mean, second_moment = moments_of(statistics, record)
+            mean, second_moment, correlation = moments_of(observed, record)
             exact = evaluate(weight.weight, read)
-            correlation = read_correlation(correlations, weight.layer)
             layer, floats = quantize_layer(exact, second_moment, record, correlation), {}
             if bias_correction and record.bias is not None:
                 bias = evaluate(traced.tensors[record.bias], read)
@@ -99,8 +96,8 @@ def quantize_layer(
         if correlation is not None:
             table = twin_log_dequant.table(quantized.exponents.numpy(), record.bits)
             values = torch.from_numpy(table).float() * quantized.scale[:, None, None]
-            chosen = round_compensated(weight, values, record.group_size, correlation)
-            quantized = replace(quantized, codes=chosen)
+            rounding = round_compensated(weight, values, record.group_size, correlation)
+            quantized = replace(quantized, codes=rounding.codes, scale=quantized.scale * rounding.widening)
         codes = as_bytes(packing.pack(quantized.codes.numpy(), record.bits))
         exponents = quantized.exponents
     error, power = (dequantize(quantized) - weight).double().square(), weight.double().square()
@@ -171,12 +168,17 @@ def _surroundings(reader, graph) -> tuple[bool, str | None]:
     return before is not None and is_lrq(before, "HadamardRotate"), bias.name if bias is not None else None
 
 
-def moments_of(statistics: Statistics, record: LayerRecord) -> tuple[torch.Tensor, torch.Tensor]:
-    """E[x] and E[x²] (cols,) float64 of a layer's input in the basis of its weight."""
-    moments = statistics.layer(record.layer)
+def moments_of(observed: Observed, record: LayerRecord) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """E[x], E[x²] (cols,) float64 and E[x xᵀ] (cols, cols), if collected, of a layer's input in its weight's basis."""
+    moments, correlation = observed.statistics.layer(record.layer), observed.correlation(record.layer)
     if not record.block:
-        return moments.mean, moments.second_moment
-    return Rotation(record.cols, record.block, record.signs_seed).apply(moments.mean), moments.rotated_second_moment
+        return moments.mean, moments.second_moment, correlation
+    rotation = Rotation(record.cols, record.block, record.signs_seed)
+    mean = rotation.apply(moments.mean)
+    if correlation is None:
+        return mean, rotation.apply(observed.tokens(record.layer)).double().square().mean(0), None
+    correlation = rotation.apply(rotation.apply(correlation.double()).T).T
+    return mean, correlation.diagonal(), correlation
 
 
 def _ratio(error: torch.Tensor, power: torch.Tensor) -> float:

@@ -17,9 +17,9 @@ from graphs.checks import check, check_preserved
 from graphs.passes import PIPELINE
 from lrq_export import __version__
 from lrq_export.bind import assemble, quantize_layers, write_portable
-from lrq_export.calibrate.correlations import MEMORY_LIMIT, Correlations, required_bytes
+from lrq_export.calibrate.observed import Observed
 from lrq_export.calibrate.run import observe
-from lrq_export.calibrate.statistics import Moments, Statistics
+from lrq_export.calibrate.statistics import Moments
 from lrq_export.engine.onnxruntime import build_engine
 from lrq_export.errors import InputError, UsageError
 from lrq_export.package import (
@@ -79,28 +79,12 @@ class Job:
 
     @property
     def compensates(self) -> bool:
-        """Whether rounding errors are to be carried forward, and the matrices that this takes are small enough."""
-        return self.asks_for_compensation and required_bytes(self.plans) <= MEMORY_LIMIT
-
-    @property
-    def asks_for_compensation(self) -> bool:
+        """Whether rounding errors are carried forward; at 8 bits rounding is fine enough as it is."""
         return self.recipe.weights.rounding == "compensated" and self.recipe.weights.bits != names.INT8_BITS
 
-    @property
-    def warnings(self) -> list[str]:
-        """What the user should know of how this package was made."""
-        if not self.asks_for_compensation or self.compensates:
-            return self.inputs.warnings
-        size = required_bytes(self.plans) / 2**30
-        return [
-            *self.inputs.warnings,
-            f"weights were rounded to nearest: compensated rounding would keep {size:.1f} GiB of correlations",
-        ]
-
-    @property
-    def correlations(self) -> Path:
-        """Beside the layers, not part of the package."""
-        return self.workspace.layers / "correlations.safetensors"
+    def observed(self) -> Observed:
+        """What calibration saw; all but the statistics lies beside the layers, not in the package."""
+        return Observed(self.workspace.layers, self.path / STATS)
 
     @property
     def path(self) -> Path:
@@ -189,15 +173,13 @@ def _calibrate(job: Job) -> None:
     with stage(job.progress, "calibrate", job.timings, len(job.inputs.calibration["hidden_states"]) + steps):
         model = source.load(source.model())
         if not (job.path / STATS).exists():
-            correlations = Correlations() if job.compensates else None
-            statistics = observe(
-                source.family, model, job.plans, job.inputs.calibration, recipe.calibration.batch,
-                lambda count: [job.progress.advance() for _ in range(count)], correlations,
+            observe(
+                source.family, model, [plan.name for plan in job.plans], job.inputs.calibration,
+                recipe.calibration.batch, job.workspace.layers,
+                lambda count: [job.progress.advance() for _ in range(count)],
+                correlations=job.compensates, statistics=job.path / STATS,
             )  # fmt: skip
-            if correlations is not None:
-                correlations.save(job.correlations)
-            statistics.save(job.path / STATS)
-        statistics = Statistics.load(job.path / STATS)
+        statistics = job.observed().statistics
         summary = {plan.name: _summary(statistics.layer(plan.name)) for plan in job.plans}
         scheduler = scheduler_from(recipe.sampling.scheduler, source.scheduler_config())
         write_reference(job.path, source, model, scheduler, job.inputs, recipe.sampling, summary)
@@ -236,11 +218,9 @@ def _quantize(job: Job) -> None:
     traced, path = rewritten_graph(job.path), job.path
     if not (path / QUANTIZED).exists():
         with stage(job.progress, "quantize", job.timings, len(traced.linears)):
-            statistics = Statistics.load(path / STATS)
-            advance = job.progress.advance
             quantize_layers(
-                traced, job.plans, job.source.checkpoint, statistics, job.workspace.layers, advance,
-                correlations=job.correlations, bias_correction=job.recipe.weights.bias_correction,
+                traced, job.plans, job.source.checkpoint, job.observed(), job.workspace.layers, job.progress.advance,
+                bias_correction=job.recipe.weights.bias_correction,
             )  # fmt: skip
             assemble(traced, job.workspace.layers, path / QUANTIZED)
     if not (path / MODEL).exists():
@@ -259,7 +239,7 @@ def _engine(job: Job) -> None:
 def _verify(job: Job) -> tuple[dict[str, Any], Any]:
     with stage(job.progress, "verify", job.timings, 6):
         report, samples = climb(job.path, job.recipe, job.source.config, job.source, advance=job.progress.advance)
-    report["warnings"] = job.warnings + report["warnings"]
+    report["warnings"] = job.inputs.warnings + report["warnings"]
     report["timings"] = [{"stage": name, "seconds": round(seconds, 2)} for name, seconds in job.timings.items()]
     report["tool"] = {"name": "lrq-export", "version": __version__, "libraries": libraries()}
     report["source"] |= {"path_name": job.source.checkpoint.path.resolve().name}
@@ -276,7 +256,7 @@ def _facts(job: Job, key: str) -> dict[str, Any]:
         "scheduler": job.source.scheduler_config(),
         "recipe": job.recipe.model_dump(mode="json", by_alias=True),
         "layers": {name: vars(record) for name, record in records.items()},
-        "warnings": job.warnings,
+        "warnings": job.inputs.warnings,
     }
 
 
@@ -301,7 +281,7 @@ def _estimated_bytes(source: Source, plans: list[LayerPlan], timesteps: int) -> 
     floats = sum(4 * torch.Size(source.checkpoint.shape(name)).numel() for name in kept)
     codes = sum(plan.rows * plan.cols for plan in plans)
     statistics = sum(28 * plan.cols for plan in plans) * timesteps
-    correlations = min(required_bytes(plans), MEMORY_LIMIT)
+    correlations = sum(4 * plan.cols**2 for plan in plans)
     return codes * 5 // 2 + 4 * floats + statistics + correlations + (16 << 20)
 
 

@@ -2,7 +2,7 @@
 
 Inputs are a dict of float32 tensors named as the model's forward arguments (nested ones dotted, as in
 `added_cond_kwargs.resolution`); the first axis of each counts samples. Integers up to 2^24 are exact in float32, and
-timesteps and masks stay far below.
+timesteps and masks stay far below. Class labels are int64, for the torch model looks them up in a table.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,10 +23,10 @@ _GOLDEN_STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, made odd
 
 
 def load_inputs(path: Path, expected: Mapping[str, InputSpec], samples: int | None = None) -> dict[str, torch.Tensor]:
-    """Recorded inputs in the order of `expected`, float32; at most `samples` rows, spread over the file.
+    """Recorded inputs in the order of `expected`, in its dtypes; at most `samples` rows, spread over the file.
 
     Raises InputError for a damaged file, a missing or unknown name, a wrong rank or size, sizes that disagree between
-    tensors, no rows, NaN or Inf.
+    tensors, no rows, NaN or Inf, labels of no class.
     """
     file = TensorFile(path)
     check_names(file, expected)
@@ -37,7 +37,8 @@ def load_inputs(path: Path, expected: Mapping[str, InputSpec], samples: int | No
         if name in file.entries:
             tensor = file.read(name)
             check_finite(f"{path}: {name}", tensor)
-            inputs[name] = tensor[rows].to(torch.float32)
+            expected[name].check_labels(f"{path}: {name}", tensor)
+            inputs[name] = tensor[rows].to(expected[name].dtype)
     return inputs
 
 
@@ -51,7 +52,7 @@ def synthetic_inputs(
 ) -> dict[str, torch.Tensor]:
     """Gaussian inputs for a model nobody recorded: `samples` rows over `timesteps` steps, evenly from last to first.
 
-    `sizes` gives the free dimensions by name, for example {"height": 32, "width": 32, "text": 120}. Optional inputs
+    Labels are drawn from all classes. `sizes` gives the free dimensions by name, for example {"height": 32, "width": 32, "text": 120}. Optional inputs
     are left out. They show a model pure noise at every timestep, so prefer recorded inputs.
     """
     sizes = {**_free_sizes(expected), **(sizes or {}), SAMPLES: samples}
@@ -64,6 +65,8 @@ def synthetic_inputs(
         shape = [sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape]
         if name == TIMESTEP:
             inputs[name] = steps[torch.arange(samples) % timesteps].clone()
+        elif spec.classes is not None:
+            inputs[name] = torch.randint(spec.classes, shape, generator=generator)
         elif (size_condition := _size_condition(name, sizes)) is not None:
             inputs[name] = torch.tensor(size_condition, dtype=torch.float32).expand(shape).clone()
         else:

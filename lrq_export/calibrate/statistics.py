@@ -20,18 +20,17 @@ CHUNK_VALUES = 1 << 16  # values widened to float64 at a time: 512 KB stay in th
 
 @dataclass
 class Moments:
-    """Sums over the tokens of one layer's input x (tokens, cols) and of its rotated form."""
+    """Sums over the tokens of one layer's input x (tokens, cols)."""
 
     tokens: int
     channel_absmax: torch.Tensor  # (cols,) float32
     channel_sum: torch.Tensor  # (cols,) float64
     channel_square_sum: torch.Tensor  # (cols,) float64
-    rotated_square_sum: torch.Tensor | None  # (cols,) float64; None when no rotated input was observed
     power_sums: torch.Tensor  # (4,) float64: sums of x, x^2, x^3, x^4 over all values
 
     @classmethod
-    def of(cls, x: torch.Tensor, rotated: torch.Tensor | None = None) -> "Moments":
-        """Moments of x (tokens, cols), and of rotated in the same shape."""
+    def of(cls, x: torch.Tensor) -> "Moments":
+        """Moments of x (tokens, cols)."""
         cols = x.shape[1]
         absmax = torch.zeros(cols)
         sums, squares, powers = (torch.zeros(size, dtype=torch.float64) for size in (cols, cols, 4))
@@ -45,31 +44,25 @@ class Moments:
             flat, flat_square = wide.view(-1), square.view(-1)
             cube_sum, fourth_sum = torch.dot(flat, flat_square), torch.dot(flat_square, flat_square)
             powers += torch.stack([flat.sum(), by_channel.sum(), cube_sum, fourth_sum])
-        return cls(x.shape[0], absmax, sums, squares, None if rotated is None else _square_sum(rotated), powers)
+        return cls(x.shape[0], absmax, sums, squares, powers)
 
     def copy(self) -> "Moments":
-        rotated = self.rotated_square_sum
         return Moments(
             self.tokens,
             self.channel_absmax.clone(),
             self.channel_sum.clone(),
             self.channel_square_sum.clone(),
-            None if rotated is None else rotated.clone(),
             self.power_sums.clone(),
         )
 
     def merge(self, other: "Moments") -> "Moments":
-        """Take in `other`, in place, and return self. Raises ValueError for another width or rotation."""
-        if self.cols != other.cols or (self.rotated_square_sum is None) != (other.rotated_square_sum is None):
-            raise ValueError(
-                f"cannot merge moments of {self.cols} and {other.cols} channels, or with and without rotation"
-            )
+        """Take in `other`, in place, and return self. Raises ValueError for another width."""
+        if self.cols != other.cols:
+            raise ValueError(f"cannot merge moments of {self.cols} and {other.cols} channels")
         self.tokens += other.tokens
         self.channel_absmax = torch.maximum(self.channel_absmax, other.channel_absmax)
         self.channel_sum = self.channel_sum + other.channel_sum
         self.channel_square_sum = self.channel_square_sum + other.channel_square_sum
-        if self.rotated_square_sum is not None:
-            self.rotated_square_sum = self.rotated_square_sum + other.rotated_square_sum
         self.power_sums = self.power_sums + other.power_sums
         return self
 
@@ -90,11 +83,6 @@ class Moments:
     def second_moment(self) -> torch.Tensor:
         """E[x_c^2] per channel, (cols,) float64."""
         return self.channel_square_sum / self.tokens
-
-    @property
-    def rotated_second_moment(self) -> torch.Tensor | None:
-        """E[(xR)_c^2] per channel, (cols,) float64."""
-        return None if self.rotated_square_sum is None else self.rotated_square_sum / self.tokens
 
     @property
     def rms(self) -> float:
@@ -122,14 +110,14 @@ class Statistics:
     def __init__(self) -> None:
         self._moments: dict[str, dict[float, Moments]] = {}
 
-    def observe(self, layer: str, timestep: float, x: torch.Tensor, rotated: torch.Tensor | None = None) -> None:
-        """Add one input x (..., cols) of a layer, and its rotated form of the same shape, or none throughout.
+    def observe(self, layer: str, timestep: float, x: torch.Tensor) -> None:
+        """Add one input x (..., cols) of a layer.
 
         Raises InputError when x holds a NaN or an infinity.
         """
         rows = x.detach().reshape(-1, x.shape[-1])
         assert rows.shape[0], f"{layer}: an input without tokens"
-        moments = Moments.of(rows, None if rotated is None else rotated.detach().reshape(rows.shape))
+        moments = Moments.of(rows)
         if not bool(torch.isfinite(moments.power_sums).all()):
             raise InputError(
                 f"{layer}: got NaN or Inf in its input at timestep {timestep:g}, needed finite values",
@@ -192,7 +180,7 @@ class Statistics:
     def _stacked(self, layer: str) -> dict[str, torch.Tensor]:
         timesteps = self.timesteps(layer)
         each = [self.at(layer, timestep) for timestep in timesteps]
-        fields = {
+        return {
             "timesteps": torch.tensor(timesteps, dtype=torch.float64),
             "tokens": torch.tensor([moments.tokens for moments in each], dtype=torch.int64),
             "channel_absmax": torch.stack([moments.channel_absmax for moments in each]),
@@ -200,9 +188,6 @@ class Statistics:
             "channel_square_sum": torch.stack([moments.channel_square_sum for moments in each]),
             "power_sums": torch.stack([moments.power_sums for moments in each]),
         }
-        if each[0].rotated_square_sum is not None:
-            fields["rotated_square_sum"] = torch.stack([moments.rotated_square_sum for moments in each])
-        return fields
 
 
 # Rank and dtype of every field of a file, after the axis of timesteps.
@@ -212,7 +197,6 @@ _FIELDS = {
     "channel_absmax": (2, torch.float32),
     "channel_sum": (2, torch.float64),
     "channel_square_sum": (2, torch.float64),
-    "rotated_square_sum": (2, torch.float64),
     "power_sums": (2, torch.float64),
 }
 
@@ -223,18 +207,9 @@ def _chunks(x: torch.Tensor) -> Iterator[torch.Tensor]:
         yield chunk.cpu().contiguous()
 
 
-def _square_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum of x^2 per channel of x (tokens, cols), (cols,) float64."""
-    total = torch.zeros(x.shape[1], dtype=torch.float64)
-    for chunk in _chunks(x):
-        wide = chunk.to(torch.float64)
-        total += (wide * wide).sum(0)
-    return total
-
-
 def _is_stack(fields: Mapping[str, torch.Tensor]) -> bool:
     """Whether the fields of one layer have the names, dtypes and common sizes that `save` gives them."""
-    if not _FIELDS.keys() - {"rotated_square_sum"} <= fields.keys() <= _FIELDS.keys():
+    if fields.keys() != _FIELDS.keys():
         return False
     if any((tensor.ndim, tensor.dtype) != _FIELDS[name] for name, tensor in fields.items()):
         return False
@@ -242,19 +217,17 @@ def _is_stack(fields: Mapping[str, torch.Tensor]) -> bool:
     widths = {name: 4 if name == "power_sums" else cols for name, (rank, _) in _FIELDS.items() if rank == 2}
     return (
         all(tensor.shape[0] == count for tensor in fields.values())
-        and all(fields[name].shape[1] == width for name, width in widths.items() if name in fields)
+        and all(fields[name].shape[1] == width for name, width in widths.items())
         and bool((fields["tokens"] > 0).all())
     )
 
 
 def _unstacked(fields: Mapping[str, torch.Tensor], index: int) -> Moments:
-    rotated = fields.get("rotated_square_sum")
     return Moments(
         tokens=int(fields["tokens"][index]),
         channel_absmax=fields["channel_absmax"][index].clone(),
         channel_sum=fields["channel_sum"][index].clone(),
         channel_square_sum=fields["channel_square_sum"][index].clone(),
-        rotated_square_sum=None if rotated is None else rotated[index].clone(),
         power_sums=fields["power_sums"][index].clone(),
     )
 

@@ -1,10 +1,12 @@
 """Quantizing one layer: errors it reports, and the bias that keeps its mean output."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 
 from lrq_export.bind import corrected_bias, moments_of, quantize_layer
-from lrq_export.calibrate.statistics import Statistics
+from lrq_export.calibrate.run import observe
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quantized import FOLDED, ONLINE, UNROTATED, LayerRecord
 
@@ -54,14 +56,24 @@ def test_the_record_states_the_measured_errors(weight):
     assert layer.record.weighted_nmse != layer.record.weight_nmse
 
 
+@pytest.mark.parametrize("correlations", [True, False])
 @pytest.mark.parametrize("rotated_by", [UNROTATED, ONLINE, FOLDED])
-def test_moments_are_those_of_the_input_that_the_weight_is_rotated_for(inputs, rotated_by):
+def test_moments_are_those_of_the_input_that_the_weight_is_rotated_for(inputs, rotated_by, correlations, tmp_path):
+    class Family:
+        def call(self, model, part):
+            return model(part["hidden_states"])
+
+    samples = {"hidden_states": inputs[:, None], "timestep": torch.zeros(len(inputs))}
+    model = torch.nn.Sequential(OrderedDict(layer=torch.nn.Linear(COLS, ROWS)))
+    observed = observe(Family(), model, ["layer"], samples, 64, tmp_path, correlations=correlations)
     rotation = None if rotated_by == UNROTATED else Rotation(COLS, 12, 3)
     seen = inputs if rotation is None else rotation.apply(inputs)
-    statistics = Statistics()
-    statistics.observe("layer", 500.0, inputs[None], None if rotation is None else seen[None])
     block, seed = (0, None) if rotation is None else (12, 3)
     layer = LayerRecord("layer", ROWS, COLS, 4, COLS, 8, block, seed, rotated_by, "test", [], "layer.bias")
-    mean, second_moment = moments_of(statistics, layer)
+    mean, second_moment, correlation = moments_of(observed, layer)
     torch.testing.assert_close(mean.float(), seen.mean(0), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(second_moment.float(), seen.square().mean(0), atol=1e-3, rtol=1e-4)
+    if correlations:
+        torch.testing.assert_close(correlation.float(), seen.T @ seen / len(seen), atol=1e-3, rtol=1e-3)
+    else:
+        assert correlation is None

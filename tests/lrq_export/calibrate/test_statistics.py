@@ -17,18 +17,17 @@ def _samples(seed, count=12, cols=6):
     return torch.randn(count, 5, cols, generator=generator) * scale + 0.1
 
 
-def _observed(samples, timesteps, rotated=True):
+def _observed(samples, timesteps):
     statistics = Statistics()
     for x, timestep in zip(samples, timesteps, strict=True):
-        statistics.observe(LAYER, float(timestep), x, x.flip(-1) if rotated else None)
+        statistics.observe(LAYER, float(timestep), x)
     return statistics
 
 
 def _assert_close(one: Moments, two: Moments):
     assert one.tokens == two.tokens
     assert torch.equal(one.channel_absmax, two.channel_absmax)
-    for field in ("channel_square_sum", "rotated_square_sum"):
-        torch.testing.assert_close(getattr(one, field), getattr(two, field), rtol=1e-12, atol=0)
+    torch.testing.assert_close(one.channel_square_sum, two.channel_square_sum, rtol=1e-12, atol=0)
     # Odd powers cancel, so their rounding is relative to the sum of absolute values.
     size = torch.stack([(one.power_sums[1] * one.tokens * one.cols).sqrt(), one.power_sums[1]])
     size = torch.stack([*size, (one.power_sums[1] * one.power_sums[3]).sqrt(), one.power_sums[3]])
@@ -57,7 +56,6 @@ def test_moments_are_those_of_all_values():
     assert moments.tokens == 60
     assert moments.absmax == np.float32(np.abs(values).max())
     np.testing.assert_allclose(moments.second_moment, (values**2).mean(0), rtol=1e-12)
-    np.testing.assert_allclose(moments.rotated_second_moment, (values**2).mean(0)[::-1], rtol=1e-12)
     np.testing.assert_allclose(moments.rms, np.linalg.norm(values) / np.sqrt(values.size), rtol=1e-12)
     np.testing.assert_allclose(moments.peak_to_rms, np.abs(values).max() / moments.rms, rtol=1e-6)
     centered = values - values.mean()
@@ -98,19 +96,15 @@ def test_merging_leaves_the_other_part_as_it_was():
 def test_moments_of_different_layers_do_not_merge():
     with pytest.raises(ValueError, match="4 and 6 channels"):
         Moments.of(torch.ones(1, 4)).merge(Moments.of(torch.ones(1, 6)))
-    with pytest.raises(ValueError, match="rotation"):
-        Moments.of(torch.ones(1, 4)).merge(Moments.of(torch.ones(1, 4), torch.ones(1, 4)))
 
 
-@pytest.mark.parametrize("rotated", [True, False])
-def test_a_file_holds_the_same_statistics_bit_for_bit(tmp_path, rotated):
-    statistics = _observed(_samples(2), [index % 4 for index in range(12)], rotated)
+def test_a_file_holds_the_same_statistics_bit_for_bit(tmp_path):
+    statistics = _observed(_samples(2), [index % 4 for index in range(12)])
     statistics.observe("a.b", 7.5, torch.ones(2, 3, 8))
     statistics.save(tmp_path / "one", {"source": "abc"})
     loaded = Statistics.load(tmp_path / "one")
     assert loaded.layers() == ["a.b", LAYER]
     assert loaded.timesteps("a.b") == [7.5]
-    assert (loaded.layer(LAYER).rotated_square_sum is not None) == rotated
     loaded.save(tmp_path / "two", {"source": "abc"})
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 

@@ -27,6 +27,11 @@ def problem(seed: int = 0, groups: int = 1):
     return weight, values, x, x.T @ x / len(x)
 
 
+def rounded_codes(*arguments) -> torch.Tensor:
+    """Codes into the codebooks as they are, none widened."""
+    return round_compensated(*arguments, widenings=(1.0,)).codes
+
+
 def decode(values: torch.Tensor, codes: torch.Tensor, group_size: int) -> torch.Tensor:
     group = torch.arange(codes.shape[1]) // group_size
     return torch.stack([values[:, g].gather(1, codes[:, j : j + 1].long())[:, 0] for j, g in enumerate(group)], dim=1)
@@ -44,22 +49,22 @@ def output_error(weight, rounded, x) -> float:
 @pytest.mark.parametrize(("groups", "group_size"), [(1, 40), (4, 10)])
 def test_the_output_error_is_well_below_that_of_nearest_rounding(groups, group_size):
     weight, values, x, moments = problem(groups=groups)
-    compensated = decode(values, round_compensated(weight, values, group_size, moments), group_size)
+    compensated = decode(values, rounded_codes(weight, values, group_size, moments), group_size)
     plain = decode(values, nearest(weight, values, group_size), group_size)
     assert output_error(weight, compensated, x) < 0.5 * output_error(weight, plain, x)
 
 
 def test_uncorrelated_inputs_leave_nearest_rounding_as_it_is():
     weight, values, _, _ = problem()
-    codes = round_compensated(weight, values, COLS, torch.eye(COLS))
+    codes = rounded_codes(weight, values, COLS, torch.eye(COLS))
     assert torch.equal(codes.long(), nearest(weight, values, COLS))
 
 
 def test_the_result_does_not_depend_on_the_size_of_the_blocks(monkeypatch):
     weight, values, x, moments = problem()
-    whole = round_compensated(weight, values, COLS, moments)
+    whole = rounded_codes(weight, values, COLS, moments)
     monkeypatch.setattr(compensate, "BLOCK", 7)
-    blocked = round_compensated(weight, values, COLS, moments)
+    blocked = rounded_codes(weight, values, COLS, moments)
     # The same sums in another order: a value at a boundary may fall the other way, the error may not.
     assert (whole != blocked).float().mean() < 0.05
     errors = [output_error(weight, decode(values, codes, COLS), x) for codes in (whole, blocked)]
@@ -71,7 +76,7 @@ def test_the_result_does_not_depend_on_the_size_of_the_blocks(monkeypatch):
 def test_any_inputs_give_finite_codes_within_the_codebook(seed, tokens):
     weight, values, _, _ = problem(seed)
     x = correlated_inputs(tokens=tokens, seed=seed)  # fewer tokens than columns: H is singular
-    codes = round_compensated(weight, values, COLS, x.T @ x / tokens)
+    codes = rounded_codes(weight, values, COLS, x.T @ x / tokens)
     assert codes.dtype == torch.uint8
     assert int(codes.max()) < LEVELS
 
@@ -86,7 +91,7 @@ def test_the_factor_is_that_of_the_damped_inverse():
 
 def test_inputs_that_are_zero_throughout_are_rounded_to_nearest():
     weight, values, _, _ = problem()
-    codes = round_compensated(weight, values, COLS, torch.zeros(COLS, COLS))
+    codes = rounded_codes(weight, values, COLS, torch.zeros(COLS, COLS))
     assert torch.equal(codes.long(), nearest(weight, values, COLS))
 
 
@@ -95,5 +100,32 @@ def test_inputs_that_are_zero_throughout_are_rounded_to_nearest():
 def test_uncorrelated_columns_go_to_the_nearest_value_of_their_own_group(monkeypatch, groups, block):
     monkeypatch.setattr(compensate, "BLOCK", block)
     weight, values, _, _ = problem(groups=groups)
-    codes = round_compensated(weight, values, COLS // groups, torch.eye(COLS))
+    codes = rounded_codes(weight, values, COLS // groups, torch.eye(COLS))
     assert torch.equal(codes.long(), nearest(weight, values, COLS // groups))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_each_row_keeps_the_widening_with_the_least_output_error(groups):
+    weight, values, _, moments = problem(seed=3, groups=groups)
+    chosen = round_compensated(weight, values, COLS // groups, moments)
+    damped = moments.double() + compensate.DAMPING * moments.diagonal().double().mean() * torch.eye(COLS)
+
+    def errors(rounding) -> torch.Tensor:
+        lost = weight - decode(values, rounding.codes, COLS // groups) * rounding.widening[:, None]
+        return ((lost.double() @ damped) * lost.double()).sum(1)
+
+    alone = [
+        errors(round_compensated(weight, values, COLS // groups, moments, widenings=(each,)))
+        for each in compensate.WIDENINGS
+    ]
+    torch.testing.assert_close(errors(chosen), torch.stack(alone).amin(0), rtol=1e-4, atol=0)
+    assert len(set(chosen.widening.tolist())) > 1
+
+
+def test_columns_are_rounded_in_the_order_of_their_inputs_power():
+    """One loud input and one quiet one that repeats it: the quiet one's weight, rounded last, makes up for the loss."""
+    moments = torch.tensor([[0.01, 0.1], [0.1, 1.0]]) + 1e-6 * torch.eye(2)
+    values = torch.arange(-8, 9).float().view(1, 1, -1)
+    codes = rounded_codes(torch.tensor([[0.0, 0.4]]), values, 2, moments)
+    made_up = 0.4 * 0.1 / (0.01 + compensate.DAMPING * 0.505)
+    assert decode(values, codes, 2).tolist() == [[round(made_up), 0.0]]
