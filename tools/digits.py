@@ -6,12 +6,12 @@ enlarged to 16x16 and scaled to [-1, 1].
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
+
+from lrq_export.compare.judge import OUTPUTS, Judge, accuracy, frechet_distance
 
 IMAGE_SIZE = 16
 CLASSES = 10
@@ -69,31 +69,29 @@ def train_classifier(seed: int = 0, epochs: int = 30) -> tuple[DigitClassifier, 
     return model, accuracy
 
 
+class FeaturesAndLogits(nn.Module):
+    """The classifier with both of the outputs that `lrq-export compare` asks of a judge."""
+
+    def __init__(self, classifier: DigitClassifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.classifier.features(images)
+        return features, self.classifier.head(features)
+
+
 def save_classifier(model: DigitClassifier, path: Path) -> None:
-    save_file(model.state_dict(), path)
+    """Write it as an ONNX model with the outputs features (n, 64) and logits (n, 10)."""
+    program = torch.onnx.export(
+        FeaturesAndLogits(model).eval(), (torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE),), dynamo=True, verbose=False,
+        dynamic_shapes=({0: torch.export.Dim("images")},), input_names=["images"], output_names=list(OUTPUTS),
+    )  # fmt: skip
+    program.save(path, external_data=False)
 
 
-def load_classifier(path: Path) -> DigitClassifier:
-    model = DigitClassifier()
-    model.load_state_dict(load_file(path))
-    return model.eval()
-
-
-@torch.no_grad()
-def accuracy(model: DigitClassifier, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of images (n, 1, 16, 16) that the classifier reads as their intended label (n,)."""
-    return (model(images).argmax(1) == labels).float().mean().item()
-
-
-@torch.no_grad()
-def frechet_distance(model: DigitClassifier, images: torch.Tensor, reference: torch.Tensor) -> float:
-    """Fréchet distance between two image sets under Gaussian fits of the classifier's features.
-
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), Heusel et al. 2017, eq. 6, with these features for Inception's.
-    """
-    first, second = (model.features(x).double().numpy() for x in (images, reference))
-    gap = first.mean(0) - second.mean(0)
-    cov_first, cov_second = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
-    # tr (S1 S2)^(1/2) = sum of square roots of the eigenvalues of S1 S2, which are real and non-negative.
-    eigenvalues = np.linalg.eigvals(cov_first @ cov_second).real.clip(min=0)
-    return float(gap @ gap + np.trace(cov_first) + np.trace(cov_second) - 2 * np.sqrt(eigenvalues).sum())
+def scores(judge: Judge, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Share of images (n, 1, 16, 16) read as their label (n,), and the Fréchet distance to real ones."""
+    features, logits = judge.run(images)
+    real, _ = judge.run(load_images()[0])
+    return accuracy(logits, labels.numpy()), frechet_distance(features, real)

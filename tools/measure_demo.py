@@ -2,7 +2,7 @@
 
     python tools/measure_demo.py [SOURCE] [--presets w4a8 w3a8] [--samples 500]
 
-Accuracy is that of SOURCE/classifier.safetensors on digits drawn with the same seeds by both models; the Fréchet
+Accuracy is that of SOURCE/classifier.onnx on digits drawn with the same seeds by both models; the Fréchet
 distance is to the real digits. Exits 1 if a figure misses its bound.
 """
 
@@ -17,6 +17,7 @@ import digits
 import torch
 
 import lrq_export
+from lrq_export.compare.judge import FILE, Judge
 from lrq_export.progress import Silent
 from lrq_export.sampling import ConditionalSampler, scheduler_from
 from lrq_export.source import open_source
@@ -36,11 +37,6 @@ def draw(transformer, scheduler, conditions, samples: int) -> torch.Tensor:
         for i, part in enumerate(labels.split(50))
     ]
     return torch.cat(batches)
-
-
-def scores(classifier, images: torch.Tensor) -> tuple[float, float]:
-    labels, real = torch.arange(len(images)) % digits.CLASSES, digits.load_images()[0]
-    return digits.accuracy(classifier, images, labels), digits.frechet_distance(classifier, images, real)
 
 
 def misses(figures: dict, exact_accuracy: float) -> list[str]:
@@ -66,7 +62,8 @@ def main() -> None:
     args = parser.parse_args()
     source = open_source(args.source)
     scheduler = scheduler_from("DDIMScheduler", source.scheduler_config())
-    classifier = digits.load_classifier(args.source / "classifier.safetensors")
+    judge = Judge(args.source / FILE)
+    labels = torch.arange(args.samples) % digits.CLASSES
     missed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         reference = None
@@ -80,10 +77,10 @@ def main() -> None:
             conditions = Reference.load(out).conditions
             if reference is None:
                 reference = draw(source.load(source.model()), scheduler, conditions, args.samples)
-                exact_accuracy, frechet = scores(classifier, reference)
+                exact_accuracy, frechet = digits.scores(judge, reference, labels)
                 print(f"floating point: accuracy {exact_accuracy:.4f}, Frechet distance {frechet:.3f}", flush=True)
             images = draw(lrq_export.load(out), scheduler, conditions, args.samples)
-            accuracy, frechet = scores(classifier, images)
+            accuracy, frechet = digits.scores(judge, images, labels)
             ladder = {rung["rung"]: rung["value"] for rung in result.report["ladder"]}
             figures = {
                 "preset": preset, "build_seconds": round(seconds, 1), "noise_nmse": ladder["R1"],

@@ -5,7 +5,7 @@
     python tools/train_demo.py FOLDER --skip-training    # only record the calibration set again
 
 Writes config.json, diffusion_pytorch_model.safetensors (fp16), scheduler_config.json, conditions.safetensors,
-classifier.safetensors, calibration.safetensors and training.json (what was run and what came out).
+classifier.onnx, calibration.safetensors and training.json (what was run and what came out).
 """
 
 import argparse
@@ -23,6 +23,8 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, PixArtTransformer2DM
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lrq_export.compare.judge import FILE, Judge
 
 CAPTION_TOKENS, CAPTION_CHANNELS = 4, 64
 SAMPLING_STEPS = 20
@@ -145,15 +147,12 @@ def draw(model, conditions, scheduler, labels: torch.Tensor, seed: int) -> torch
     return latents
 
 
-def score(model, conditions, scheduler, classifier) -> dict:
+def score(model, conditions, scheduler, judge: Judge) -> dict:
     """Accuracy of 500 drawn digits and their Fréchet distance to the real ones."""
     labels = torch.arange(500) % digits.CLASSES
     images = torch.cat([draw(model, conditions, scheduler, part, 1000 + i) for i, part in enumerate(labels.split(100))])
-    return {
-        "samples": len(labels),
-        "accuracy": digits.accuracy(classifier, images, labels),
-        "frechet": round(digits.frechet_distance(classifier, images, digits.load_images()[0]), 3),
-    }
+    accuracy, frechet = digits.scores(judge, images, labels)
+    return {"samples": len(labels), "accuracy": round(accuracy, 4), "frechet": round(frechet, 3)}
 
 
 def save_model(model, folder: Path) -> None:
@@ -196,7 +195,7 @@ def main() -> None:
         model = architecture.class_.from_pretrained(args.out, torch_dtype=torch.float32)
     else:
         classifier, held_out = digits.train_classifier(args.seed)
-        digits.save_classifier(classifier, args.out / "classifier.safetensors")
+        digits.save_classifier(classifier, args.out / FILE)
         print(f"classifier: {held_out:.4f} of held-out real digits", flush=True)
         torch.manual_seed(args.seed)
         model, conditions = architecture.new_model(), architecture.conditions(args.seed)
@@ -205,7 +204,7 @@ def main() -> None:
         save_model(model, args.out)
         scheduler.save_pretrained(args.out)
         model = model.float()
-        facts |= score(model.eval(), conditions, scheduler, classifier)
+        facts |= score(model.eval(), conditions, scheduler, Judge(args.out / FILE))
         (args.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
         print(json.dumps(facts))
     model.eval()
