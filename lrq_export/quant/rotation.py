@@ -65,6 +65,19 @@ class Rotation:
         """x R^T over the last axis: undoes `apply`."""
         return (_transform(self._checked(x), self.block, inverse=True) * _signs(self.width, self.seed)).to(x.dtype)
 
+    def apply_to_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """W R, of W (rows, width)."""
+        return self.apply(weight)
+
+    def parameters(self) -> int:
+        """Bits of side data: none, the signs come from the seed."""
+        return 0
+
+    @property
+    def flops_per_token(self) -> int:
+        """A multiplication and an addition per entry of both factors of H."""
+        return 2 * self.width * sum(len(factor) for factor in _matrices(self.block, torch.float32) if len(factor) > 1)
+
     def _checked(self, x: torch.Tensor) -> torch.Tensor:
         """x in the type of the computation; UsageError if its last axis is not `width` long."""
         if x.shape[-1] != self.width:

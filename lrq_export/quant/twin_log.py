@@ -73,7 +73,7 @@ def quantize(
     rows, cols = weight.shape
     if bits not in BITS:
         raise UsageError(f"twin-log bits: got {bits}, needed one of {', '.join(map(str, BITS))}")
-    size = _checked_group_size(cols, group_size)
+    size = weights.checked_group_size(cols, group_size)
     moment = weights.checked_moment(second_moment, cols)
     sets = searched_sets(bits)
     peak = weight.abs().amax(1)
@@ -85,16 +85,6 @@ def quantize(
     if size < cols:
         return _fit(whole, *_search_groups(whole, sets, clip, size), bits)
     return _fit(whole, clip, sets, best[torch.arange(rows), :, winner][:, None], bits)
-
-
-def _checked_group_size(cols: int, group_size: int | None) -> int:
-    if group_size is None:
-        return cols
-    divisors = [divisor for divisor in range(1, cols + 1) if cols % divisor == 0]
-    if group_size not in divisors:
-        nearest = min(divisors, key=lambda divisor: abs(divisor - group_size))
-        raise UsageError(f"group size: got {group_size}, needed a divisor of the {cols} columns", hint=f"use {nearest}")
-    return group_size
 
 
 def _search_groups(

@@ -47,6 +47,17 @@ def checked_weight(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def checked_group_size(cols: int, group_size: int | None) -> int:
+    """The group size, or all columns for None. Raises UsageError for one that does not divide them."""
+    if group_size is None:
+        return cols
+    divisors = [divisor for divisor in range(1, cols + 1) if cols % divisor == 0]
+    if group_size not in divisors:
+        nearest = min(divisors, key=lambda divisor: abs(divisor - group_size))
+        raise UsageError(f"group size: got {group_size}, needed a divisor of the {cols} columns", hint=f"use {nearest}")
+    return group_size
+
+
 def checked_moment(second_moment: torch.Tensor | None, cols: int) -> torch.Tensor:
     """Column importances h float32 (cols,), mean 1, all positive; None and all-zero moments mean equal importance.
 
