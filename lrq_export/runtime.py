@@ -1,5 +1,6 @@
 """Run a package: `load(OUT)` is a drop-in for `pipe.transformer` of a diffusers pipeline."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from lrq_export.engine import onnxruntime as engine
 from lrq_export.errors import InputError, MissingError, UsageError
 from lrq_export.models import family_of
-from lrq_export.models.base import SAMPLES, InputSpec, Sizes
+from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily, Sizes, flatten, nest
 from lrq_export.package import ONNXRUNTIME_ENGINE, load_manifest, verify_hashes
 
 
@@ -34,31 +35,20 @@ class PackagedTransformer:
 
         self.session, self.config = session, FrozenDict(config)
         self.dtype, self.device = torch.float32, torch.device("cpu")
-        self.specs = family_of(config["_class_name"]).inputs(config)
+        family = family_of(config["_class_name"])
+        self.specs, self.__signature__ = family.inputs(config), _signature(family)
 
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        timestep: torch.Tensor | None = None,
-        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        return_dict: bool = True,
-    ):
+    def __call__(self, *positional: Any, **named: Any):
         """Denoise once; arguments as in diffusers. Raises UsageError for arguments the package was not built with."""
-        if attention_mask is not None or cross_attention_kwargs:
-            raise UsageError("the package has no input for attention_mask or cross_attention_kwargs", hint="pass None")
-        given = {
-            "hidden_states": hidden_states,
-            "encoder_hidden_states": encoder_hidden_states,
-            "timestep": timestep,
-            "encoder_attention_mask": encoder_attention_mask,
-        }
-        given |= {f"added_cond_kwargs.{key}": value for key, value in (added_cond_kwargs or {}).items()}
+        arguments = self.__signature__.bind(*positional, **named).arguments
+        return_dict, given = arguments.pop("return_dict", True), dict(flatten(arguments))
+        # diffusers, too, ignores size conditions that the model has no use for.
+        known = nest(self.specs).keys() | {"added_cond_kwargs"}
+        for name, value in given.items():
+            if value is not None and name.partition(".")[0] not in known:
+                raise UsageError(f"the package has no input for {name}", hint="pass None")
         (sample,) = self.session.run(None, feeds(self.specs, given))
-        output = torch.from_numpy(sample).to(hidden_states.dtype)
+        output = torch.from_numpy(sample).to(given["hidden_states"].dtype)
         if not return_dict:
             return (output,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -75,10 +65,19 @@ class PackagedTransformer:
         return self
 
 
+def _signature(family: ModelFamily) -> inspect.Signature:
+    """What `inspect.signature` gives of the family's forward: only the first argument has no default."""
+    kind, first = inspect.Parameter.POSITIONAL_OR_KEYWORD, family.arguments[0]
+    rest = [inspect.Parameter(name, kind, default=None) for name in family.arguments[1:]]
+    return inspect.Signature(
+        [inspect.Parameter(first, kind), *rest, inspect.Parameter("return_dict", kind, default=True)]
+    )
+
+
 def feeds(specs: dict[str, InputSpec], given: dict[str, torch.Tensor | None]) -> dict[str, np.ndarray]:
     """Inputs of the graph as float32 arrays; an absent optional input is all ones.
 
-    Raises InputError for one that is missing or of another rank or size.
+    Raises InputError for one that is missing or of another rank or size, or holds labels of no class.
     """
     sizes, arrays = Sizes(), {}
     for name, spec in specs.items():
@@ -88,8 +87,9 @@ def feeds(specs: dict[str, InputSpec], given: dict[str, torch.Tensor | None]) ->
         if tensor is None:
             arrays[name] = np.ones([sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape])
         else:
-            if spec.shape == (SAMPLES,) and tensor.numel() == 1:  # one timestep for all samples
+            if spec.shape == (SAMPLES,) and tensor.numel() == 1:  # one timestep or label for all samples
                 tensor = tensor.reshape(1).expand(sizes[SAMPLES])
             sizes.admit(name, tuple(tensor.shape), spec)
+            spec.check_labels(name, tensor)
             arrays[name] = tensor.detach().cpu().float().numpy()
     return {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from lrq_export.checkpoint import (
     read_json_object,
 )
 from lrq_export.models import family_of
-from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily
+from lrq_export.models.base import SAMPLES, ModelFamily
 from lrq_export.package import sha256_file
 from lrq_export.recipe import Recipe
 from lrq_export.sampling import NEGATIVE
@@ -160,7 +160,7 @@ def _conditions(source: Source, given: Path | None, evaluation: dict[str, torch.
     specs = source.family.inputs(source.config)
     expected = {name: spec for name, spec in specs.items() if name not in ("hidden_states", "timestep")}
     expected |= {  # as many rows as they like, but the sizes of the others
-        NEGATIVE + name: InputSpec((NEGATIVE + SAMPLES, *spec.shape[1:]), optional=True)
+        NEGATIVE + name: replace(spec, shape=(NEGATIVE + SAMPLES, *spec.shape[1:]), optional=True)
         for name, spec in expected.items()
     }
     file = TensorFile(path)
@@ -169,4 +169,5 @@ def _conditions(source: Source, given: Path | None, evaluation: dict[str, torch.
     tensors = file.read_all()
     for name, tensor in tensors.items():
         check_finite(f"{path}: {name}", tensor)
-    return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+        expected[name].check_labels(f"{path}: {name}", tensor)
+    return {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}

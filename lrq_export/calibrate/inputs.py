@@ -52,8 +52,8 @@ def synthetic_inputs(
 ) -> dict[str, torch.Tensor]:
     """Gaussian inputs for a model nobody recorded: `samples` rows over `timesteps` steps, evenly from last to first.
 
-    Labels are drawn from all classes. `sizes` gives the free dimensions by name, for example {"height": 32, "width": 32, "text": 120}. Optional inputs
-    are left out. They show a model pure noise at every timestep, so prefer recorded inputs.
+    `sizes` gives the free dimensions by name, for example {"height": 32, "width": 32, "text": 120}. Labels are drawn
+    from all classes, optional inputs left out. They show a model pure noise at every timestep, so prefer recorded ones.
     """
     sizes = {**_free_sizes(expected), **(sizes or {}), SAMPLES: samples}
     generator = torch.Generator().manual_seed(seed)

@@ -13,6 +13,7 @@ from torch import nn
 
 from lrq_export.calibrate.inputs import TIMESTEP, priority
 from lrq_export.errors import InputError, UsageError
+from lrq_export.models.base import flatten
 from lrq_export.package import save_tensors_atomic
 
 FORMAT = "lrq-export calibration"
@@ -104,7 +105,7 @@ def call_tensors(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     The first tensor that has axes decides how many samples there are. Numbers and tensors of one value are repeated;
     None, flags and anything else are left out.
     """
-    flat = {name: value for name, value in _flatten(arguments) if _is_number(value) or isinstance(value, torch.Tensor)}
+    flat = {name: value for name, value in flatten(arguments) if _is_number(value) or isinstance(value, torch.Tensor)}
     count = next((value.shape[0] for value in flat.values() if isinstance(value, torch.Tensor) and value.ndim > 1), 1)
     tensors = {}
     for name, value in flat.items():
@@ -121,15 +122,6 @@ def call_tensors(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _flatten(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested dictionaries by dotted name."""
-    for name, value in arguments.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 @contextlib.contextmanager

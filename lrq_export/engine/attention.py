@@ -98,7 +98,15 @@ def _split_heads(tensor: gs.Tensor | None) -> tuple[gs.Tensor, int] | None:
         return None
     if (split := _producer(swap.inputs[0], "Reshape")) is None:
         return None
-    shape = _producer(split.inputs[1], "Concat")
-    if shape is None or len(shape.inputs) != 4 or not isinstance(shape.inputs[2], gs.Constant):
+    heads = _third_of_four(split.inputs[1])
+    return None if heads is None else (split.inputs[0], heads)
+
+
+def _third_of_four(shape: gs.Tensor) -> int | None:
+    """The heads of the shape (batch, tokens, heads, width): a constant if the tokens are fixed, else joined of four."""
+    if isinstance(shape, gs.Constant):
+        return shape.values[2].item() if shape.values.size == 4 else None
+    joined = _producer(shape, "Concat")
+    if joined is None or len(joined.inputs) != 4 or not isinstance(joined.inputs[2], gs.Constant):
         return None
-    return split.inputs[0], shape.inputs[2].values.item()
+    return joined.inputs[2].values.item()

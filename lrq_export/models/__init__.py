@@ -2,10 +2,11 @@
 
 from lrq_export.errors import InputError
 from lrq_export.models.base import ModelFamily
+from lrq_export.models.dit import DiT
 from lrq_export.models.pixart import PixArt
 from lrq_export.recipe import nearest
 
-FAMILIES: dict[str, ModelFamily] = {family.class_name: family for family in (PixArt(),)}
+FAMILIES: dict[str, ModelFamily] = {family.class_name: family for family in (PixArt(), DiT())}
 
 
 def family_of(class_name: str, where: str = "config.json") -> ModelFamily:

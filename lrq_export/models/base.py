@@ -1,6 +1,6 @@
 """What the compiler needs to know of a model family; one file per family implements it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,9 +20,30 @@ class InputSpec:
     shape: tuple[int | str, ...]
     multiple_of: int = 1  # what every free dimension but the samples must be a multiple of
     optional: bool = False  # absent means all ones (a mask that masks nothing)
+    classes: int | None = None  # labels: whole numbers from 0 to classes - 1; None: any number
 
     def __str__(self) -> str:
         return f"({', '.join(map(str, self.shape))})"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the torch model takes. Graphs take float32 throughout, which holds every label below 2^24."""
+        return torch.float32 if self.classes is None else torch.int64
+
+    def check_labels(self, name: str, tensor: torch.Tensor) -> None:
+        """Raise InputError for a value that is none of the classes; `name` begins the error. Others hold any number."""
+        if self.classes is None:
+            return
+        values = tensor.double()
+        wrong = (values != values.round()) | (values < 0) | (values >= self.classes)
+        if not bool(wrong.any()):
+            return
+        first = tuple(int(index) for index in wrong.nonzero()[0])
+        raise InputError(
+            f"{name}: got {values[first].item():g} at {list(first)}, "
+            f"needed labels: whole numbers from 0 to {self.classes - 1}",
+            hint="number the classes as the checkpoint was trained with them",
+        )
 
 
 @dataclass
@@ -63,6 +84,7 @@ class ModelFamily(Protocol):
     """A family of diffusers transformers. Everything is derived from the checkpoint's config."""
 
     class_name: str
+    arguments: tuple[str, ...]  # of the model's forward in its order, all but return_dict
     keep: tuple[str, ...]  # shell patterns of linear layers that stay in floating point by default
 
     def construct(self, config: dict[str, Any]) -> nn.Module:
@@ -98,7 +120,16 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def nest(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+def flatten(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Forward arguments by dotted name: {"a": {"b": t}} becomes ("a.b", t)."""
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def nest(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Undo the dotted names: {"a.b": t} becomes {"a": {"b": t}}, as the model's forward takes it."""
     nested: dict[str, Any] = {}
     for name, tensor in inputs.items():

@@ -30,7 +30,8 @@ def r0(subject: Subject) -> ladder.Rung:
     value, note = subject.reference.adapter_nmse, "as recorded when the package was built"
     if subject.source is not None:
         model = subject.source.load(subject.source.model())
-        value, note = adapter_error(subject.family, model, subject.few), "with and without a text mask"
+        masked = any(spec.optional for spec in subject.specs.values())
+        value, note = adapter_error(subject.family, model, subject.few), "with and without a text mask" * masked
     return ladder.at_most(
         "R0", "traceable model vs diffusers", "the model adapter", value, subject.recipe.gates.parity_nmse, note
     )
