@@ -145,7 +145,7 @@ def _check_weight(node: gs.Node, inputs: dict[str, gs.Tensor], traced: TracedGra
     weight = traced.linears.get(codes)
     if weight is None:
         raise GraphError(where, f"its codes {codes!r} are in no row of the weight table", "a LinearWeight")
-    for role in ("codes", "exponents", "scale"):
+    for role in names.WEIGHT_ROLES:
         if role in inputs and inputs[role].name != weight.tensor(role):
             raise GraphError(where, f"its {role} are {inputs[role].name!r}", repr(weight.tensor(role)))
     for name, needed in _table_attributes(node, weight).items():

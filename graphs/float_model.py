@@ -1,7 +1,7 @@
 """The traced graph in floating point, its weights fed at run time: what a pass must not change (parity rung R3).
 
-    TwinLogDequant(codes, ...), Int8Dequant(codes, ...)   ->  W                      W is the input `<codes>.float`
-    TwinLogLinear(x, codes, ..., bias), Int8Linear(...)   ->  MatMul(x, Wᵀ) + bias   x is not quantized
+    TwinLogDequant(codes, ...) and its siblings          ->  W                      W is the input `<codes>.float`
+    TwinLogLinear(x, codes, ..., bias) and its siblings  ->  MatMul(x, Wᵀ) + bias   x is not quantized
 
 Rotations stay and keep their bodies, so one that was folded wrongly shows. Weights are graph inputs, not initializers:
 protobuf ends at 2 GiB, and whoever runs the model may evaluate each weight when it is needed.

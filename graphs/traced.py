@@ -24,11 +24,11 @@ class LinearWeight:
     layer: str  # module path in the source model
     weight: Expression  # (rows, cols)
     bits: int
-    group_size: int  # columns that share exponents; cols when per channel
+    group_size: int  # columns that share levels; cols when per channel
     act_bits: int
 
     def tensor(self, role: str) -> str:
-        """Name of the graph tensor that holds `codes`, `exponents` or `scale`."""
+        """Name of the graph tensor of one of `names.WEIGHT_ROLES`."""
         return f"{self.layer}.{role}"
 
 
@@ -48,8 +48,8 @@ class TracedGraph:
 
     def placeholders(self) -> set[str]:
         """Names of the graph inputs that stand for weights."""
-        roles = ("codes", "exponents", "scale")
-        return {weight.tensor(role) for weight in self.linears.values() for role in roles} | set(self.tensors)
+        of_linears = {weight.tensor(role) for weight in self.linears.values() for role in names.WEIGHT_ROLES}
+        return of_linears | set(self.tensors)
 
     def model_inputs(self) -> list[gs.Tensor]:
         """The graph inputs that the model itself has, in order: all but the placeholders."""

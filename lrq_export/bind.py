@@ -12,7 +12,7 @@ import torch
 
 from graphs import names
 from graphs.expressions import RotateOutput
-from graphs.ops import packing, twin_log_dequant
+from graphs.ops import packing
 from graphs.passes.patterns import LINEAR_OPS, is_lrq, open_linear, producer
 from graphs.traced import LinearWeight, TracedGraph
 from lrq_export.calibrate.observed import Observed
@@ -21,12 +21,13 @@ from lrq_export.evaluate import evaluate
 from lrq_export.onnx_file import WeightTensor, write_model
 from lrq_export.package import save_tensors_atomic
 from lrq_export.plan import LayerPlan
-from lrq_export.quant import twin_log, uniform
+from lrq_export.quant import codebook, twin_log, uniform
 from lrq_export.quant.compensate import round_compensated
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.weight import dequantize
 from lrq_export.quantized import (
     FOLDED,
+    LEVELS,
     ONLINE,
     UNROTATED,
     LayerRecord,
@@ -36,6 +37,9 @@ from lrq_export.quantized import (
     onnx_float,
     write_quantized,
 )
+
+# Weights to codes and levels, by method; what becomes of the codes afterwards is the same for all.
+QUANTIZERS = {names.TWIN_LOG: twin_log.quantize, names.CODEBOOK: codebook.quantize}
 
 
 def quantize_layers(
@@ -90,24 +94,33 @@ def quantize_layer(
     """
     if record.bits == names.INT8_BITS:
         quantized = uniform.quantize(weight, second_moment)
-        codes, exponents = quantized.codes, None
+        layer = LayerTensors(record, quantized.codes, quantized.scale)
     else:
-        quantized = twin_log.quantize(weight, second_moment, bits=record.bits, group_size=record.group_size)
-        if correlation is not None:
-            table = twin_log_dequant.table(quantized.exponents.numpy(), record.bits)
-            values = torch.from_numpy(table).float() * quantized.scale[:, None, None]
-            rounding = round_compensated(weight, values, record.group_size, correlation)
-            quantized = replace(quantized, codes=rounding.codes, scale=quantized.scale * rounding.widening)
-        codes = as_bytes(packing.pack(quantized.codes.numpy(), record.bits))
-        exponents = quantized.exponents
-    error, power = (dequantize(quantized) - weight).double().square(), weight.double().square()
+        layer = _quantize_to_codes(weight, second_moment, record, correlation)
+    error, power = (dequantize(layer) - weight).double().square(), weight.double().square()
     importance = torch.ones(record.cols) if second_moment is None else second_moment
     importance = importance.double()
     measured = {
         "weight_nmse": _ratio(error.sum(), power.sum()),
         "weighted_nmse": _ratio((error @ importance).sum(), (power @ importance).sum()),
     }
-    return LayerTensors(LayerRecord(**vars(record) | measured), codes, exponents, quantized.scale)
+    return replace(layer, record=replace(record, **measured))
+
+
+def _quantize_to_codes(
+    weight: torch.Tensor, second_moment: torch.Tensor | None, record: LayerRecord, correlation: torch.Tensor | None
+) -> LayerTensors:
+    """Levels by the record's method, then codes: those of the quantizer, or given E[x xᵀ] those that compensate."""
+    quantize, role = QUANTIZERS[record.method], LEVELS[record.method]
+    quantized = quantize(weight, second_moment, bits=record.bits, group_size=record.group_size)
+    codes, levels = quantized.codes, {role: getattr(quantized, role)}
+    layer = LayerTensors(record, as_bytes(packing.pack(codes.numpy(), record.bits)), quantized.scale, **levels)
+    if correlation is None:
+        return layer
+    values = layer.level_table().float() * layer.scale[:, None, None]
+    rounding = round_compensated(weight, values, record.group_size, correlation)
+    packed = as_bytes(packing.pack(rounding.codes.numpy(), record.bits))
+    return replace(layer, codes=packed, scale=layer.scale * rounding.widening)
 
 
 def corrected_bias(bias: torch.Tensor, exact: torch.Tensor, layer: LayerTensors, mean: torch.Tensor) -> torch.Tensor:
@@ -153,7 +166,7 @@ def _record(traced: TracedGraph, codes: str, weight: LinearWeight, plan: LayerPl
         group_size=weight.group_size, act_bits=weight.act_bits, block=plan.block, signs_seed=plan.signs_seed,
         rotated_by=rotated_by, reason=plan.reason,
         output_rotations=[{"block": step.block, "signs_seed": step.signs_seed} for step in folded],
-        bias=bias if bias in traced.tensors else None,
+        bias=bias if bias in traced.tensors else None, method=plan.method,
     )  # fmt: skip
 
 

@@ -24,9 +24,19 @@ class LayerPlan:
     block: int  # channels a rotation spans; 0 means the input is not rotated
     signs_seed: int | None
     reason: str
+    method: str = "tlq"  # of recipe.weights: what the codes index; at 8 bits there are no codes, INT8 stays INT8
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def target_layers(model: nn.Module, family: ModelFamily, recipe: Recipe) -> list[str]:
+    """Names of the linear layers that the recipe does not keep in floating point, in module order.
+
+    Raises UsageError for a keep pattern that matches nothing, CheckFailed when nothing is left to quantize.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return select_layers(linears, list(family.keep if recipe.keep is None else recipe.keep))[0]
 
 
 def plan_layers(model: nn.Module, family: ModelFamily, recipe: Recipe) -> list[LayerPlan]:
@@ -35,10 +45,8 @@ def plan_layers(model: nn.Module, family: ModelFamily, recipe: Recipe) -> list[L
     Raises UsageError for a keep pattern that matches nothing, a rotation block or a group size that does not divide a
     layer's columns; CheckFailed when nothing is left to quantize.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    patterns = family.keep if recipe.keep is None else recipe.keep
-    quantized, _ = select_layers(list(linears), list(patterns))
-    return [_plan_layer(name, linears[name], model, family, recipe) for name in quantized]
+    names = target_layers(model, family, recipe)
+    return [_plan_layer(name, model.get_submodule(name), model, family, recipe) for name in names]
 
 
 def _plan_layer(name: str, linear: nn.Linear, model: nn.Module, family: ModelFamily, recipe: Recipe) -> LayerPlan:
@@ -52,8 +60,9 @@ def _plan_layer(name: str, linear: nn.Linear, model: nn.Module, family: ModelFam
     block, reason = _choose_block(name, cols, family.head_width(model, name), recipe)
     signs_seed = recipe.rotation.seed if block and recipe.rotation.signs else None
     return LayerPlan(
-        name, rows, cols, recipe.weights.bits, group_size, recipe.activations.bits, block, signs_seed, reason
-    )
+        name, rows, cols, recipe.weights.bits, group_size, recipe.activations.bits, block, signs_seed, reason,
+        recipe.weights.method,
+    )  # fmt: skip
 
 
 def _choose_block(name: str, cols: int, head_width: int | None, recipe: Recipe) -> tuple[int, str]:

@@ -1,7 +1,8 @@
 """The quantized weights on disk: one safetensors file per layer while building, one file for all in the package.
 
-Of a layer: `<layer>.codes` (the packed bytes of `graphs.ops.packing`, or INT8 weights at 8 bits), `<layer>.exponents`,
-`<layer>.scale`. Of weights kept in floating point: float32 under their graph name. Metadata `layers` holds the records.
+Of a layer: `<layer>.codes` (the packed bytes of `graphs.ops.packing`, or INT8 weights at 8 bits), `<layer>.scale`, and
+what its codes mean: `<layer>.exponents` or, of a codebook, `<layer>.table`. Of weights kept in floating point: float32
+under their graph name. Metadata `layers` holds the records.
 """
 
 import json
@@ -16,7 +17,7 @@ import torch
 
 from graphs import names
 from graphs.expressions import RotateOutput
-from graphs.ops import packing, twin_log_dequant
+from graphs.ops import codebook_dequant, packing, twin_log_dequant
 from lrq_export.checkpoint import TensorFile
 from lrq_export.errors import InputError
 from lrq_export.onnx_file import WeightTensor
@@ -26,6 +27,8 @@ from lrq_export.quant.rotation import Rotation
 
 # How a layer's input comes to be rotated.
 ONLINE, FOLDED, UNROTATED = "HadamardRotate", "value projection", "nothing"
+# What is stored to give codes their meaning, by method: a role of `names.WEIGHT_ROLES`.
+LEVELS = {names.TWIN_LOG: "exponents", names.CODEBOOK: "table"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ class LayerRecord:
     bias: str | None = None  # graph name of its bias, None if it has none
     weight_nmse: float = 0.0
     weighted_nmse: float = 0.0  # the same, each column weighted by its input's second moment
+    method: str = names.TWIN_LOG  # of its codes; says nothing at 8 bits
+
+    def __post_init__(self):
+        if self.method not in LEVELS:
+            raise ValueError(f"{self.layer}: method {self.method!r}, needed one of {', '.join(LEVELS)}")
+
+    def roles(self) -> tuple[str, ...]:
+        """The tensors that hold its weight: `<layer>.<role>` on disk, inputs of its node in the graph."""
+        return ("codes", "scale") if self.bits == names.INT8_BITS else ("codes", LEVELS[self.method], "scale")
 
     def input_rotation(self) -> Rotation | None:
         """The rotation that the layer's own input goes through when the model runs, None if it was folded away."""
@@ -63,8 +75,9 @@ class LayerTensors:
 
     record: LayerRecord
     codes: torch.Tensor  # uint8 (bytes,) as packed, or int8 (rows, cols) at 8 bits
-    exponents: torch.Tensor | None  # int8 (rows, groups, 2, 3); None at 8 bits
     scale: torch.Tensor  # float32 (rows,)
+    exponents: torch.Tensor | None = None  # int8 (rows, groups, 2, 3) of twin-log codes
+    table: torch.Tensor | None = None  # int8 (rows, groups, 2^bits) of a codebook
 
     def packed(self) -> packing.Packed:
         record, form = self.record, packing.layout(self.record.bits)
@@ -73,25 +86,33 @@ class LayerTensors:
 
     def integer_weight(self) -> torch.Tensor:
         """INT8 (rows, cols), decoded as DESIGN 3 says: W = scale[row] * this."""
-        if self.exponents is None:
+        record = self.record
+        if record.bits == names.INT8_BITS:
             return self.codes
-        elements, record = packing.elements(self.packed()), self.record
+        elements = packing.elements(self.packed())
         decoding = {"bits": record.bits, "group_size": record.group_size, "cols": record.cols}
+        if self.table is not None:
+            return torch.from_numpy(codebook_dequant.integer_weight(elements, self.table.numpy(), **decoding))
         return torch.from_numpy(twin_log_dequant.integer_weight(elements, self.exponents.numpy(), **decoding))
 
-    def onnx_weights(self) -> list[WeightTensor]:
-        """The layer's inputs of the portable graph: codes, exponents, scale."""
-        name = self.record.layer
-        scale = WeightTensor.of(f"{name}.scale", self.scale.numpy())
+    def level_table(self) -> torch.Tensor | None:
+        """INT8 (rows, groups, 2^bits), the integer that each code stands for; None at 8 bits: there are no codes."""
         if self.exponents is None:
-            return [WeightTensor.of(f"{name}.codes", self.codes.numpy()), scale]
-        packed = self.packed()
-        codes = WeightTensor(f"{name}.codes", packed.onnx_type, packed.shape, len(packed.raw), lambda: packed.raw)
-        return [codes, WeightTensor.of(f"{name}.exponents", self.exponents.numpy()), scale]
+            return self.table
+        return torch.from_numpy(twin_log_dequant.table(self.exponents.numpy(), self.record.bits)).to(torch.int8)
+
+    def onnx_weights(self) -> list[WeightTensor]:
+        """The layer's inputs of the portable graph, in the order of its node."""
+        weights = [WeightTensor.of(name, tensor.numpy()) for name, tensor in self.tensors().items()]
+        if self.record.bits != names.INT8_BITS:
+            packed = self.packed()
+            weights[0] = WeightTensor(
+                weights[0].name, packed.onnx_type, packed.shape, len(packed.raw), lambda: packed.raw
+            )
+        return weights
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        stored = {"codes": self.codes, "exponents": self.exponents, "scale": self.scale}
-        return {f"{self.record.layer}.{role}": tensor for role, tensor in stored.items() if tensor is not None}
+        return {f"{self.record.layer}.{role}": getattr(self, role) for role in self.record.roles()}
 
     def bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
@@ -110,12 +131,11 @@ class QuantizedFile:
 
     def layer(self, name: str) -> LayerTensors:
         record = self.records[name]
-        exponents = None if record.bits == names.INT8_BITS else self.file.read(f"{name}.exponents")
-        return LayerTensors(record, self.file.read(f"{name}.codes"), exponents, self.file.read(f"{name}.scale"))
+        return LayerTensors(record, **{role: self.file.read(f"{name}.{role}") for role in record.roles()})
 
     def float_names(self) -> list[str]:
         """Graph names of the weights kept in floating point, biases of quantized layers among them."""
-        stored = {f"{name}.{role}" for name in self.records for role in ("codes", "exponents", "scale")}
+        stored = {f"{name}.{role}" for name, record in self.records.items() for role in record.roles()}
         return [name for name in self.file.entries if name not in stored]
 
     def read(self, name: str) -> torch.Tensor:

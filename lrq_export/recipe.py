@@ -45,6 +45,9 @@ class Weights(Table):
     """How weights are quantized."""
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits per weight code")
+    method: Literal["tlq", "codebook"] = Field(
+        "tlq", description="tlq: levels that shifts decode; codebook: a free INT8 table per row and group"
+    )
     group_size: Size = Field(0, description="columns that share one pair of codebooks; 0 = the whole row")
     rounding: Literal["compensated", "nearest"] = Field(
         "compensated", description="compensated: each column's rounding error is carried into the columns to come"

@@ -46,6 +46,7 @@ class TracedLinear(nn.Module):
         self.codes = nn.Buffer(torch.empty(codes_shape, dtype=torch.int8))
         groups = plan.cols // plan.group_size
         self.exponents = nn.Buffer(torch.empty(plan.rows, groups, 2, 3, dtype=torch.int8))
+        self.table = nn.Buffer(torch.empty(plan.rows, groups, 2**plan.bits, dtype=torch.int8))
         self.scale = nn.Buffer(torch.empty(plan.rows))
         self.signs = nn.Buffer(torch.empty(plan.cols))
 
@@ -63,11 +64,11 @@ class TracedLinear(nn.Module):
         size = {"rows": plan.rows, "cols": plan.cols}
         if plan.bits == names.INT8_BITS:
             return symbolic("Int8Dequant", (self.codes, self.scale), size, shape)
-        attributes = {
-            "bits": plan.bits, "group_size": plan.group_size,
-            "fraction_bits": names.FRACTION_BITS, "integer_bits": names.INTEGER_BITS,
-        } | size  # fmt: skip
-        return symbolic("TwinLogDequant", (self.codes, self.exponents, self.scale), attributes, shape)
+        coding = {"bits": plan.bits, "group_size": plan.group_size}
+        if plan.method == names.CODEBOOK:
+            return symbolic("CodebookDequant", (self.codes, self.table, self.scale), coding | size, shape)
+        exponents = {"fraction_bits": names.FRACTION_BITS, "integer_bits": names.INTEGER_BITS}
+        return symbolic("TwinLogDequant", (self.codes, self.exponents, self.scale), coding | exponents | size, shape)
 
 
 def symbolic(op_type: str, inputs: tuple, attributes: dict[str, Any], shape) -> torch.Tensor:
@@ -169,8 +170,8 @@ def _to_traced(
     graph = gs.import_onnx(proto)
     graph.name = "denoiser"
     linears = {f"{plan.name}.codes": _linear_weight(plan) for plan in plans}
-    placeholders = {weight.tensor(role) for weight in linears.values() for role in ("codes", "exponents", "scale")}
     traced = TracedGraph(graph, linears)
+    placeholders = traced.placeholders()
     _bind_signs(traced, plans)
     for tensor in graph.inputs:
         if tensor.name in shapes and tensor.name not in placeholders:

@@ -11,6 +11,8 @@ import onnx
 import onnx.defs
 
 from graphs import names
+from graphs.ops.codebook_dequant import CODEBOOK_DEQUANT
+from graphs.ops.codebook_linear import CODEBOOK_LINEAR
 from graphs.ops.hadamard_rotate import HADAMARD_ROTATE
 from graphs.ops.int8_dequant import INT8_DEQUANT
 from graphs.ops.int8_linear import INT8_LINEAR
@@ -19,7 +21,16 @@ from graphs.ops.twin_log_dequant import TWIN_LOG_DEQUANT
 from graphs.ops.twin_log_linear import TWIN_LOG_LINEAR
 
 OPS: dict[str, OpSpec] = {
-    spec.name: spec for spec in (HADAMARD_ROTATE, TWIN_LOG_DEQUANT, INT8_DEQUANT, TWIN_LOG_LINEAR, INT8_LINEAR)
+    spec.name: spec
+    for spec in (
+        HADAMARD_ROTATE,
+        TWIN_LOG_DEQUANT,
+        CODEBOOK_DEQUANT,
+        INT8_DEQUANT,
+        TWIN_LOG_LINEAR,
+        CODEBOOK_LINEAR,
+        INT8_LINEAR,
+    )
 }
 
 

@@ -1,4 +1,4 @@
-"""What TwinLogLinear and Int8Linear share: quantize each token, multiply integers, dequantize, add the bias.
+"""What the linear ops of all weight formats share: quantize each token, multiply integers, dequantize, add the bias.
 
 With a = act_bits and limit = 2^(a-1) - 1 (DESIGN.md 3), per token (the last axis of x), in float32:
 
@@ -10,12 +10,13 @@ With a = act_bits and limit = 2^(a-1) - 1 (DESIGN.md 3), per token (the last axi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from graphs.ops.hadamard import transform
-from graphs.ops.spec import Attribute, AttributeValue, Shape, Tensor, dims, same
+from graphs.ops.spec import Attribute, AttributeValue, Example, OpSpec, Shape, Tensor, Tolerance, dims, same
+from graphs.ops.weight_format import WeightFormat
 
 ACTIVATION_BITS = (8, 6, 4)
 
@@ -81,8 +82,57 @@ FLOAT_ACCUMULATION = (
     "float16 rounds the result"
 )
 
+
+def linear_op(name: str, doc: str, weight: WeightFormat, cases: Sequence[Sequence[int]]) -> OpSpec:
+    """The op x (..., cols) -> y (..., rows) of x's type for weights of one format.
+
+    A case of its examples is the bits of the activations, then a case of the format.
+    """
+
+    def linear(
+        x: np.ndarray,
+        *parameters: np.ndarray,
+        act_bits: int,
+        rotation: str = "none",
+        block: int = 0,
+        **attributes: AttributeValue,
+    ) -> np.ndarray:
+        *tensors, bias = parameters
+        integers = weight.decode(tensors, attributes)
+        return token_product(rotated(x, rotation, block), integers, tensors[-1], bias, act_bits=act_bits)
+
+    def infer_shape(shapes: Sequence[Shape], attributes: Mapping[str, AttributeValue]) -> Sequence[Shape]:
+        x, *of_weight, bias = shapes
+        weight.check_all_shapes(of_weight, attributes)
+        return (product_shape(x, bias, attributes),)
+
+    def example(rng: np.random.Generator, act_bits: int, *case: int) -> Example:
+        of_weight = weight.scaled_example(rng, case)
+        rows, cols = of_weight.attributes["rows"], of_weight.attributes["cols"]
+        x = rng.standard_normal((2, 3, cols), np.float32)
+        x[0, 1] = 0  # a token of zeros
+        bias = rng.standard_normal(rows, np.float32)
+        return Example((x, *of_weight.inputs, bias), {**of_weight.attributes, "act_bits": act_bits})
+
+    return OpSpec(
+        name=name,
+        doc=doc,
+        inputs=(X, *weight.inputs, BIAS),
+        outputs=(Y,),
+        attributes=(*weight.all_attributes(), *PRODUCT_ATTRIBUTES),
+        type_vars={"T": ("float", "float16", "bfloat16"), **weight.type_vars},
+        reference=linear,
+        # Pasted, not called: TensorRT's parser hands no attribute references on to a function called by a function.
+        body=f"{weight.body}{_BODY}",
+        infer_shape=infer_shape,
+        tolerance=Tolerance(nmse={"float": 1e-12, "float16": 1e-7}, reason=FLOAT_ACCUMULATION),
+        examples=lambda rng: [example(rng, *case) for case in cases],
+        body_valid=body_valid,
+    )
+
+
 # Reads x, scale, bias and `weight`, the integer-valued float (rows, cols).
-BODY = """
+_BODY = """
     act_bits_i = Constant<value_int: int = @act_bits>()
     limits = Constant<value_floats = [0.0, 0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0]>()
     limit = Gather(limits, act_bits_i)

@@ -20,10 +20,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from graphs import names
-from graphs.ops import packing
-from graphs.ops.spec import Attribute, AttributeValue, Example, OpSpec, Shape, Tensor, Tolerance, dims, same
+from graphs.ops import coded_weight
+from graphs.ops.coded_weight import MAX_LEVEL
+from graphs.ops.spec import Attribute, AttributeValue, Example, Shape, Tensor
+from graphs.ops.weight_format import WeightFormat, dequant_op
 
-MAX_LEVEL = 127  # |w| fits INT8 with a sign
 MAX_FRACTION_BITS = 7
 MAX_INTEGER_BITS = 8
 MAX_LEFT_SHIFT = 8  # M >= 1, so a shift by 8 is beyond MAX_LEVEL + the largest offset, and so is any larger one
@@ -97,56 +98,8 @@ def integer_weight(
     Raises ValueError for exponents that are not valid, or shapes that do not fit together.
     """
     validate_exponents(exponents, bits, fraction_bits, integer_bits)
-    index = packing.unpack_elements(codes, bits, cols)
-    groups = cols // group_size
-    if groups * group_size != cols or exponents.shape[:2] != (len(index), groups):
-        raise ValueError(
-            f"exponents {exponents.shape} do not fit {len(index)} rows of {cols} columns in groups of {group_size}"
-        )
     values = table(exponents, bits, fraction_bits, integer_bits).astype(np.int8)
-    grouped = index.reshape(len(index), groups, group_size)
-    return np.take_along_axis(values, grouped, axis=2).reshape(len(index), cols)
-
-
-def twin_log_dequant(
-    codes: np.ndarray,
-    exponents: np.ndarray,
-    scale: np.ndarray,
-    *,
-    bits: int,
-    group_size: int,
-    rows: int,
-    cols: int,
-    fraction_bits: int = names.FRACTION_BITS,
-    integer_bits: int = names.INTEGER_BITS,
-    **_: str,
-) -> np.ndarray:
-    """W (rows, cols) float32 = scale (rows,) float32 * w, one rounding per weight."""
-    weight = integer_weight(
-        codes,
-        exponents,
-        bits=bits,
-        group_size=group_size,
-        cols=cols,
-        fraction_bits=fraction_bits,
-        integer_bits=integer_bits,
-    )
-    if scale.shape != (rows,) or len(weight) != rows:
-        raise ValueError(f"scale {scale.shape} and codes of {len(weight)} rows, needed {rows} rows")
-    return scale.astype(np.float32)[:, None] * weight.astype(np.float32)
-
-
-def check_packed_shapes(codes: Shape, exponents: Shape, scale: Shape, attributes: Mapping[str, AttributeValue]) -> None:
-    """Raise ValueError if the shapes of packed weights do not agree with the attributes of their node."""
-    bits, rows, cols, group = (attributes[name] for name in ("bits", "rows", "cols", "group_size"))
-    if group < 1 or cols % group:
-        raise ValueError(f"group_size {group} does not divide the {cols} columns")
-    mantissas(attributes["fraction_bits"], attributes["integer_bits"])
-    for axis, needed in enumerate(packing.layout(bits).shape(rows, cols)):
-        same(f"axis {axis} of codes", dims("codes", codes, 3)[axis], needed)
-    for axis, needed in enumerate((rows, cols // group, 2, 3)):
-        same(f"axis {axis} of exponents", dims("exponents", exponents, 4)[axis], needed)
-    same("scale", dims("scale", scale, 1)[0], rows)
+    return coded_weight.look_up(codes, values, bits=bits, group_size=group_size, cols=cols)
 
 
 def random_exponents(rng: np.random.Generator, rows: int, groups: int, bits: int) -> np.ndarray:
@@ -158,89 +111,26 @@ def random_exponents(rng: np.random.Generator, rows: int, groups: int, bits: int
     return np.stack([base, step, offset], axis=-1).astype(np.int8)
 
 
-def _infer_shape(shapes: Sequence[Shape], attributes: Mapping[str, AttributeValue]) -> Sequence[Shape]:
-    check_packed_shapes(*shapes, attributes)
-    return ((attributes["rows"], attributes["cols"]),)
-
-
-def _examples(rng: np.random.Generator) -> Sequence[Example]:
-    cases = [(4, 6, 24, 24), (3, 6, 24, 24), (2, 6, 24, 24), (4, 5, 32, 8), (3, 5, 32, 8), (2, 3, 30, 10)]
-    cases += [(bits, 3, 13, 13) for bits in (2, 3, 4)] + [(bits, 2, 3, 3) for bits in (2, 3, 4)]
-    return [_example(rng, *case) for case in cases]
+def _check_shapes(shapes: Sequence[Shape], attributes: Mapping[str, AttributeValue]) -> None:
+    codes, exponents = shapes
+    mantissas(attributes["fraction_bits"], attributes["integer_bits"])
+    coded_weight.check_coded_shapes(codes, exponents, attributes, name="exponents", of_a_group=(2, 3))
 
 
 def _example(rng: np.random.Generator, bits: int, rows: int, cols: int, group_size: int) -> Example:
-    codes = packing.typed_elements(packing.pack(rng.integers(0, 1 << bits, (rows, cols)), bits))
     exponents = random_exponents(rng, rows, cols // group_size, bits)
-    scale = rng.uniform(0.001, 0.01, rows).astype(np.float32)
-    return Example((codes, exponents, scale), {"bits": bits, "group_size": group_size, "rows": rows, "cols": cols})
+    return coded_weight.coded_example(rng, exponents, bits, rows, cols, group_size)
 
 
 # Powers of two come from a list, not from Pow, which is inexact on some devices; only M is rounded and so may use it.
 _SHIFTS = ", ".join(repr(2.0**shift) for shift in range(-MAX_INTEGER_BITS - 3, MAX_LEFT_SHIFT + 1))
 
-# Reads codes and exponents; gives `weight`, the integers w (rows, cols) as float.
-INTEGER_BODY = f"""
-    one = Constant<value_float = 1.0>()
-    element = DequantizeLinear(codes, one)
+# Reads exponents and what `CODES_BODY` gives; gives `level_table` (rows, groups, 2^bits) float.
+_TABLE_BODY = f"""
     exponent = DequantizeLinear(exponents, one)
-
-    zero = Constant<value_int = 0>()
-    one_i = Constant<value_int = 1>()
-    four = Constant<value_int = 4>()
-    eight = Constant<value_int = 8>()
     half = Constant<value_float = 0.5>()
-    axis0 = Constant<value_ints = [0]>()
-    axis1 = Constant<value_ints = [1]>()
-    axis3 = Constant<value_ints = [3]>()
-    rest = Constant<value_ints = [-1]>()
-    n_bits = Constant<value_int: int = @bits>()
-    n_rows = Constant<value_int: int = @rows>()
-    n_cols = Constant<value_int: int = @cols>()
-    n_group = Constant<value_int: int = @group_size>()
     n_fraction = Constant<value_int: int = @fraction_bits>()
     n_integer = Constant<value_int: int = @integer_bits>()
-    rows_1d = Unsqueeze(n_rows, axis0)
-    cols_1d = Unsqueeze(n_cols, axis0)
-    group_1d = Unsqueeze(n_group, axis0)
-    powers = Constant<value_floats = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0]>()
-
-    # Fields (rows, planes, elements, per) of an element, low first. 4-bit fields fill an INT4, narrower share an INT8.
-    planes = Shape<start = 1, end = 2>(element)
-    plane_count = Squeeze(planes, axis0)
-    width = Div(n_bits, plane_count)
-    is_int4 = Equal(width, four)
-    element_bits = Where(is_int4, four, eight)
-    per = Div(element_bits, width)
-    element_range = Gather(powers, element_bits)
-    wraps = Div(element, element_range)
-    wraps_floor = Floor(wraps)
-    wraps_low = Mul(wraps_floor, element_range)
-    unsigned = Sub(element, wraps_low)
-    unsigned_4d = Unsqueeze(unsigned, axis3)
-    slot = Range(zero, per, one_i)
-    slot_bit = Mul(slot, width)
-    slot_power = Gather(powers, slot_bit)
-    field_high = Div(unsigned_4d, slot_power)
-    field_floor = Floor(field_high)
-    field_range = Gather(powers, width)
-    field = Mod<fmod = 1>(field_floor, field_range)
-
-    # code (rows, groups, group_size) = sum over planes of field << (width * plane)
-    plane = Range(zero, plane_count, one_i)
-    plane_bit = Mul(plane, width)
-    plane_power = Gather(powers, plane_bit)
-    to_planes = Constant<value_ints = [1, -1, 1, 1]>()
-    plane_weight = Reshape(plane_power, to_planes)
-    weighted = Mul(field, plane_weight)
-    padded = ReduceSum<keepdims = 0>(weighted, axis1)
-    flat_shape = Concat<axis = 0>(rows_1d, rest)
-    flat = Reshape(padded, flat_shape)
-    start = Constant<value_ints = [0]>()
-    code = Slice(flat, start, cols_1d, axis1)
-    grouped_shape = Concat<axis = 0>(rows_1d, rest, group_1d)
-    code_grouped = Reshape(code, grouped_shape)
-    code_index = Cast<to = 6>(code_grouped)
 
     # levels (rows, groups, 2, 2^(bits - 1)): v = base + step q, M[r] shifted by f - I, minus the offset
     base, step, offset = Split<axis = 3, num_outputs = 3>(exponent)
@@ -280,48 +170,32 @@ INTEGER_BODY = f"""
     shifted = Floor(product_up)
     level = Sub(shifted, offset)
 
-    # table (rows, groups, 2^bits): the positive side, then the negated negative side; w = table[code]
+    # level_table (rows, groups, 2^bits): the positive side, then the negated negative side
     side_sign = Constant<value_floats = [1.0, -1.0]>()
     to_sides = Constant<value_ints = [2, 1]>()
     side_column = Reshape(side_sign, to_sides)
     signed_level = Mul(level, side_column)
     table_shape = Constant<value_ints = [0, 0, -1]>()
-    table = Reshape(signed_level, table_shape)
-    value = GatherElements<axis = 2>(table, code_index)
-    weight_shape = Concat<axis = 0>(rows_1d, cols_1d)
-    weight = Reshape(value, weight_shape)
+    level_table = Reshape(signed_level, table_shape)
 """
 
-_BODY = f"""{INTEGER_BODY}
-    scale_column = Unsqueeze(scale, axis1)
-    w = Mul(weight, scale_column)
-"""
-
-PACKED_INPUTS = (
-    Tensor("codes", "C", "(rows, planes, elements), see graphs.ops.packing"),
-    Tensor("exponents", "int8", "(rows, groups, 2, 3): sign +, -; base, step, offset"),
-    Tensor("scale", "float", "(rows,)"),
+TWIN_LOG = WeightFormat(
+    stored=(coded_weight.CODES, Tensor("exponents", "int8", "(rows, groups, 2, 3): sign +, -; base, step, offset")),
+    attributes=(
+        *coded_weight.CODE_ATTRIBUTES,
+        Attribute("fraction_bits", int, "F: exponents are in units of 2^-F", names.FRACTION_BITS),
+        Attribute("integer_bits", int, "I: mantissas carry I bits before they are shifted", names.INTEGER_BITS),
+    ),
+    type_vars=coded_weight.TYPE_VARS,
+    integer_weight=integer_weight,
+    body=f"{coded_weight.CODES_BODY}{_TABLE_BODY}{coded_weight.LOOK_UP_BODY}",
+    check_shapes=_check_shapes,
+    example=_example,
 )
 
-PACKED_ATTRIBUTES = (
-    Attribute("bits", int, "bits of a code, its sign included", choices=(2, 3, 4)),
-    Attribute("group_size", int, "columns that share exponents; divides cols; cols itself is per channel"),
-    Attribute("fraction_bits", int, "F: exponents are in units of 2^-F", names.FRACTION_BITS),
-    Attribute("integer_bits", int, "I: mantissas carry I bits before they are shifted", names.INTEGER_BITS),
-    Attribute("rows", int, "rows of W, output channels"),
-    Attribute("cols", int, "columns of W, input channels"),
-)
-
-TWIN_LOG_DEQUANT = OpSpec(
-    name="TwinLogDequant",
-    doc="W (rows, cols) from packed twin-log codes: shifts, adds and one scale per row.",
-    inputs=PACKED_INPUTS,
-    outputs=(Tensor("w", "float", "(rows, cols)"),),
-    attributes=PACKED_ATTRIBUTES,
-    type_vars={"C": ("int4", "int8")},
-    reference=twin_log_dequant,
-    body=_BODY,
-    infer_shape=_infer_shape,
-    tolerance=Tolerance(nmse={"float": 0.0}, reason="integers up to 127 and one multiplication: every bit is defined"),
-    examples=_examples,
+TWIN_LOG_DEQUANT = dequant_op(
+    "TwinLogDequant",
+    "W (rows, cols) from packed twin-log codes: shifts, adds and one scale per row.",
+    TWIN_LOG,
+    coded_weight.DEQUANT_CASES,
 )

@@ -1,4 +1,4 @@
-"""Rewrite MatMul(x, Transpose(TwinLogDequant(...))) + bias into one TwinLogLinear (Int8Dequant into Int8Linear).
+"""Rewrite MatMul(x, Transpose(TwinLogDequant(...))) + bias into one TwinLogLinear, and likewise for its siblings.
 
 From here on the product is integer: x is quantized per token inside the node. A layer whose activations stay in
 floating point (act_bits 16) keeps its MatMul. The new node is named after its layer.
@@ -8,11 +8,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphs import names
-from graphs.passes.patterns import DEQUANT_OPS, is_lrq, open_linear
+from graphs.passes.patterns import DEQUANT_OPS, LINEAR_OF, is_lrq, open_linear
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
-
-LINEAR_OF = {"TwinLogDequant": "TwinLogLinear", "Int8Dequant": "Int8Linear"}
 
 
 def make_linear(traced: TracedGraph) -> PassResult:

@@ -7,8 +7,9 @@ import onnx_graphsurgeon as gs
 from graphs import names
 from graphs.ops import OPS
 
-DEQUANT_OPS = ("TwinLogDequant", "Int8Dequant")
-LINEAR_OPS = ("TwinLogLinear", "Int8Linear")
+# The two ops of every weight format: what a trace writes, and what a product with it becomes.
+LINEAR_OF = {"TwinLogDequant": "TwinLogLinear", "CodebookDequant": "CodebookLinear", "Int8Dequant": "Int8Linear"}
+DEQUANT_OPS, LINEAR_OPS = tuple(LINEAR_OF), tuple(LINEAR_OF.values())
 
 
 def is_lrq(node: gs.Node, *op_types: str) -> bool:

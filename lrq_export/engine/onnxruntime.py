@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphs.passes.patterns import is_lrq
+from graphs.passes.patterns import LINEAR_OPS, is_lrq
 from graphs.traced import TracedGraph
 from lrq_export.engine.attention import CONTRIB, fuse_attention
 from lrq_export.onnx_file import WeightTensor, write_model
@@ -92,12 +92,12 @@ def products_saturate() -> bool:
 
 
 def lower_linears(traced: TracedGraph) -> list[str]:
-    """Replace every TwinLogLinear and Int8Linear by standard and contrib ops; returns the names of their layers.
+    """Replace every TwinLogLinear and its siblings by standard and contrib ops; returns the names of their layers.
 
     Siblings that read one input share its quantization.
     """
     graph, quantized_inputs, layers = traced.graph, {}, []
-    for node in [node for node in graph.nodes if is_lrq(node, "TwinLogLinear", "Int8Linear")]:
+    for node in [node for node in graph.nodes if is_lrq(node, *LINEAR_OPS)]:
         layer = traced.linears[node.inputs[1].name].layer
         x, act_bits = node.inputs[0], int(node.attrs["act_bits"])
         key = (id(x), act_bits)

@@ -14,7 +14,7 @@ import torch
 from lrq_export.errors import UsageError
 from lrq_export.quant import twin_log
 from lrq_export.quant.codebook_weight import CodebookWeight, nearest, weighted_error
-from lrq_export.quant.weight import LARGEST, SMALLEST, checked_moment, checked_weight
+from lrq_export.quant.weight import LARGEST, SMALLEST, checked_group_size, checked_moment, checked_weight
 
 STEPS = 25  # of Lloyd's algorithm; the error falls by less than a thousandth after that
 
@@ -44,9 +44,7 @@ def quantize(
         raise UsageError(f"codebook bits: got {bits}, needed 1 to 8")
     weight = checked_weight(weight)
     rows, cols = weight.shape
-    size = cols if group_size is None else group_size
-    if cols % size:
-        raise UsageError(f"group size: got {size}, needed a divisor of the {cols} columns")
+    size = checked_group_size(cols, group_size)
     moment = checked_moment(second_moment, cols)
     parts = weight.reshape(-1, size)
     importance = moment.view(-1, size).repeat(rows, 1)

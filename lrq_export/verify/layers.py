@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from graphs.ops import twin_log_dequant
 from lrq_export.evaluate import evaluate, rotation_of
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quantized import FOLDED, LayerTensors
@@ -78,10 +77,10 @@ def _histogram(subject: Subject, layer: LayerTensors) -> dict[str, Any]:
 
 def _mean_levels(layer: LayerTensors) -> list[float]:
     """The value of every code, averaged over rows and groups; of the 255 levels at 8 bits one in 16 is drawn."""
-    if layer.exponents is None:
+    table = layer.level_table()
+    if table is None:
         return [float(level) for level in range(-112, 113, 16)]
-    values = twin_log_dequant.table(layer.exponents.numpy(), layer.record.bits)
-    return sorted(values.mean(axis=(0, 1)).tolist())
+    return sorted(table.double().mean(dim=(0, 1)).tolist())
 
 
 def _source_integers(subject: Subject, layer: LayerTensors) -> np.ndarray:

@@ -6,7 +6,7 @@ A value of None is an en dash. Equal values give equal text.
 import html
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 DASH = "–"
@@ -93,6 +93,17 @@ def _cell(value: Any) -> Html:
 def pairs(rows: Iterable[tuple[str, Any]]) -> Html:
     """A two-column list of names and values."""
     return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in rows))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested keys as dotted names, in their own order."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            rows += flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else value))
+    return rows
 
 
 def folded(summary: Any, *content: Any) -> Html:

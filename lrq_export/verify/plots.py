@@ -1,4 +1,4 @@
-"""The report page's pictures: inline SVG, embedded PNG, and bars and gauges drawn with CSS.
+"""The pictures of offline pages: inline SVG, embedded PNG, and bars and gauges drawn with CSS.
 
 Equal numbers give equal bytes: no dates, no random ids. A picture takes its colours from the CSS variables of the page
 it stands in, so that the same one is right on light, on dark and on paper.
@@ -39,6 +39,7 @@ STYLE = {
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
     "axes.formatter.use_mathtext": False,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
 }
 PLAIN_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
@@ -95,7 +96,7 @@ def at(decade: float) -> str:
 
 def curve(name: str, xs: Sequence[float], ys: Sequence[float], xlabel: str, ylabel: str, falling: bool = False) -> Html:
     """One line with a dot per value, on a log scale where the values allow it; `falling` runs the x axis backwards."""
-    with _axes(name, 5.6, 2.3) as (axes, svg):
+    with drawing(name, 5.6, 2.3) as (axes, svg):
         axes.plot(xs, ys, "o-", color=ACCENT, markersize=3, linewidth=1.2, markeredgewidth=0)
         _label(axes, ys, xlabel, ylabel)
         axes.locator_params(axis="x", integer=max(xs) > 1)
@@ -106,7 +107,7 @@ def curve(name: str, xs: Sequence[float], ys: Sequence[float], xlabel: str, ylab
 
 def dots(name: str, ys: Sequence[float | None], marked: Sequence[int], xlabel: str, ylabel: str) -> Html:
     """One dot per row, counted from 1; the rows in `marked` (from 0) stand out, each with its number."""
-    with _axes(name, 11.4, 2.1) as (axes, svg):
+    with drawing(name, 11.4, 2.1) as (axes, svg):
         values = [math.nan if y is None else y for y in ys]
         axes.plot(range(1, len(ys) + 1), values, "o", color=ACCENT, markersize=3.2, markeredgewidth=0)
         for row in marked:
@@ -121,7 +122,7 @@ def dots(name: str, ys: Sequence[float | None], marked: Sequence[int], xlabel: s
 
 def histogram(name: str, edges: Sequence[float], counts: Sequence[int], levels: Sequence[float]) -> Html:
     """Weights in integer units as a filled outline; the codebook's levels as ticks below and faint lines through it."""
-    with _axes(name, 3.7, 1.55) as (axes, svg):
+    with drawing(name, 3.7, 1.55) as (axes, svg):
         axes.stairs(counts, edges, fill=True, color=ACCENT, alpha=0.55, linewidth=0)
         axes.vlines(levels, 0, 1, transform=axes.get_xaxis_transform(), color=MARK, linewidth=0.5, alpha=0.45)
         axes.vlines(levels, -0.11, 0, transform=axes.get_xaxis_transform(), color=MARK, linewidth=1.2, clip_on=False)
@@ -154,7 +155,7 @@ def _one_two_five() -> Any:
 
 
 @contextmanager
-def _axes(name: str, width: float, height: float) -> Iterator[tuple[Any, io.StringIO]]:
+def drawing(name: str, width: float, height: float) -> Iterator[tuple[Any, io.StringIO]]:
     """Axes to draw on, in inches, and the buffer that holds the picture's inline SVG once the block has ended."""
     from matplotlib import rc_context  # heavy, and needed by no other stage
     from matplotlib.figure import Figure

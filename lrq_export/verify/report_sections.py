@@ -15,6 +15,7 @@ from lrq_export.verify.markup import (
     byte_size,
     count,
     digits,
+    flat,
     folded,
     join,
     measure,
@@ -248,18 +249,7 @@ def _origin(report: Report, _: Samples | None) -> Html | None:
     facts = {key: machine.get(key) for key in ("processor", "cores", "features")}
     versions = {tool.get("name") or "lrq-export": tool.get("version"), **(tool.get("libraries") or {})}
     parts = {"Recipe": report.get("recipe") or {}, "Source": source, "Versions": versions, "Machine": facts}
-    return join(folded(title, pairs(_flat(tree))) for title, tree in parts.items())
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested keys as dotted names, in their own order."""
-    rows: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else value))
-    return rows
+    return join(folded(title, pairs(flat(tree))) for title, tree in parts.items())
 
 
 # -------------------------------------------------------------------------------------------------------- sections

@@ -6,7 +6,8 @@ Two shorthands stand for what a trace writes in many lines; the layer is named a
                                              y_open = MatMul(x, y_wt)       y = Add(y_open, y_bias)
     r = Rotate<block = 12, seed = 7>(x)      r = lrq.HadamardRotate<block = 12, ...>(x, signs)
 
-Linear also takes bits (4; 8 is Int8Dequant), act_bits (8), bias (1) and bias_first (0). A linear that reads a Rotate
+Linear also takes bits (4; 8 is Int8Dequant), codebook (0; 1 is CodebookDequant), act_bits (8), bias (1) and bias_first
+(0). A linear that reads a Rotate
 gets the rotated weight, so that rotations never change the function of a graph; Plain in place of Rotate is the same
 network without that rotation.
 """
@@ -132,10 +133,11 @@ class _Expansion:
         self.rotations[y] = RotateInput(block, seed)
         return OPS["HadamardRotate"].node([x, name], [y], name=f"rotate.{y}", **rotation_attributes(block))
 
-    def _linear(self, x, y, rows, cols, bits=4, act_bits=8, bias=1, bias_first=0) -> list[onnx.NodeProto]:
-        op = "Int8Dequant" if bits == 8 else "TwinLogDequant"
+    def _linear(self, x, y, rows, cols, bits=4, codebook=0, act_bits=8, bias=1, bias_first=0) -> list[onnx.NodeProto]:
+        op = "Int8Dequant" if bits == 8 else "CodebookDequant" if codebook else "TwinLogDequant"
         shape = (rows, cols) if bits == 8 else packing.layout(bits).shape(rows, cols)
-        shapes = {"codes": (INT8, shape), "exponents": (INT8, (rows, 1, 2, 3)), "scale": (FLOAT, (rows,))}
+        levels = {"exponents": (INT8, (rows, 1, 2, 3)), "table": (INT8, (rows, 1, 2**bits))}
+        shapes = {"codes": (INT8, shape), "scale": (FLOAT, (rows,))} | levels
         packed = [f"{y}.{tensor.name}" for tensor in OPS[op].inputs]
         for name in packed:
             self.model.graph.input.append(helper.make_tensor_value_info(name, *shapes[name.rpartition(".")[2]]))

@@ -214,6 +214,26 @@ def test_a_linear_must_carry_the_activation_bits_of_the_table(traced):
         check(traced)
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_codebook_of_another_layer_is_refused(closed, parse):
+    """Of the same shape, so that only the name tells."""
+    traced = parse("""
+        two (float[batch, 24] x) => (float[batch, 24] y)
+        {
+            u = Linear<rows = 24, cols = 24, codebook = 1>(x)
+            y = Linear<rows = 24, cols = 24, codebook = 1>(u)
+        }
+    """)
+    if closed:
+        make_linear(traced)
+    check(traced)
+    first, second = (each for each in traced.graph.nodes if each.op.startswith("Codebook"))
+    index = next(i for i, each in enumerate(first.inputs) if each.name == "u.table")
+    first.inputs[index] = second.inputs[index]
+    with pytest.raises(GraphError, match=f"{first.op} .*its table are 'y.table', needed 'u.table'"):
+        check(traced)
+
+
 def test_a_rotation_may_be_an_output_of_the_graph(parse):
     check(parse(TEXT.replace("24] y)", "24] y, float[batch, tokens, 24] r)")))
 

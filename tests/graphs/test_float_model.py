@@ -13,7 +13,8 @@ mlp (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
 {
     u = Linear<rows = 48, cols = 24>(x)
     a = Relu(u)
-    v = Linear<rows = 24, cols = 48, bits = 8, bias = 0>(a)
+    b = Linear<rows = 48, cols = 48, codebook = 1, bias = 0>(a)
+    v = Linear<rows = 24, cols = 48, bits = 8, bias = 0>(b)
     y = Rotate<block = 12>(v)
 }
 """
@@ -30,7 +31,8 @@ def traced(request, parse):
 def test_inputs_are_the_model_s_own_and_the_weights(traced, weights):
     expressions = weight_names(traced)
     assert {name: each.source for name, each in expressions.items()} == {
-        "u.codes.float": "u.weight", "v.codes.float": "v.weight", "u_bias": "u.bias",
+        "u.codes.float": "u.weight", "b.codes.float": "b.weight", "v.codes.float": "v.weight",
+        "u_bias": "u.bias",
     }  # fmt: skip
     model = float_model(traced)
     shapes = {each.name: tuple(dim.dim_value for dim in each.type.tensor_type.shape.dim) for each in model.graph.input}
@@ -59,7 +61,7 @@ def test_it_computes_the_layers_in_floating_point(traced, weights):
     session = onnxruntime.InferenceSession(float_model(traced).SerializeToString())
     x = np.random.default_rng(0).standard_normal((2, 5, 24)).astype(np.float32)
     (y,) = session.run(None, {"x": x} | fed)
-    hidden = np.maximum(x @ fed[float_name("u.codes")].T + fed["u_bias"], 0)
+    hidden = np.maximum(x @ fed[float_name("u.codes")].T + fed["u_bias"], 0) @ fed[float_name("b.codes")].T
     rotation = np.kron(np.eye(2), hadamard_matrix(12))
     assert nmse(y, hidden @ fed[float_name("v.codes")].T @ rotation) <= 1e-12
 

@@ -32,6 +32,13 @@ def test_placeholders_are_the_weights_and_the_rest_are_model_inputs(traced):
     assert inputs & traced.placeholders() == inputs - {"x", "unread"}
 
 
+def test_the_table_of_a_codebook_is_a_placeholder(parse):
+    text = TEXT.replace("rows = 48,", "rows = 48, codebook = 1,")
+    traced = parse(text)
+    assert [tensor.name for tensor in traced.model_inputs()] == ["x", "unread"]
+    assert {"u.codes", "u.table", "u.scale"} <= {tensor.name for tensor in traced.graph.inputs}
+
+
 def test_onnx_round_trip_keeps_everything(traced, difference):
     model = traced.to_onnx()
     again = TracedGraph.from_onnx(onnx.load_from_string(model.SerializeToString()))

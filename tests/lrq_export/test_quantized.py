@@ -24,12 +24,12 @@ def record(rows, cols, bits, group_size=0, **changes):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    bits=st.sampled_from([2, 3, 4, 8]), rows=st.integers(1, 5), groups=st.integers(1, 3), size=st.integers(1, 9),
-    seed=st.integers(0, 99),
+    bits=st.sampled_from([2, 3, 4, 8]), method=st.sampled_from(["tlq", "codebook"]),
+    rows=st.integers(1, 5), groups=st.integers(1, 3), size=st.integers(1, 9), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_a_layer_reads_back_and_decodes_to_what_was_quantized(tmp_path_factory, bits, rows, groups, size, seed):
+def test_a_layer_reads_back_and_decodes_to_what_was_quantized(tmp_path_factory, bits, method, rows, groups, size, seed):
     weight = torch.randn(rows, groups * size, generator=torch.Generator().manual_seed(seed))
-    layer = quantize_layer(weight, None, record(rows, groups * size, bits, 0 if bits == 8 else size))
+    layer = quantize_layer(weight, None, record(rows, groups * size, bits, 0 if bits == 8 else size, method=method))
     path = tmp_path_factory.mktemp("q") / "quantized.safetensors"
     write_quantized(path, [layer], {"net.0.bias": torch.ones(rows)})
     file = QuantizedFile(path)
@@ -88,17 +88,20 @@ def test_damaged_records_are_refused(tmp_path, metadata):
         QuantizedFile(tmp_path / "q")
 
 
-def test_two_quantizations_give_the_same_bytes(tmp_path):
+@pytest.mark.parametrize(("method", "levels"), [("tlq", "exponents"), ("codebook", "table")])
+def test_two_quantizations_give_the_same_bytes(tmp_path, method, levels):
     weight = torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
     for name in ("a", "b"):
-        write_quantized(tmp_path / name, [quantize_layer(weight, torch.ones(24), record(8, 24, 4))], {})
+        layer = quantize_layer(weight, torch.ones(24), record(8, 24, 4, method=method))
+        write_quantized(tmp_path / name, [layer], {})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert set(TensorFile(tmp_path / "a").entries) == {"net.0.codes", "net.0.exponents", "net.0.scale"}
+    assert set(TensorFile(tmp_path / "a").entries) == {"net.0.codes", f"net.0.{levels}", "net.0.scale"}
 
 
-def test_zero_and_constant_weights_survive():
+@pytest.mark.parametrize("method", ["tlq", "codebook"])
+def test_zero_and_constant_weights_survive(method):
     for weight in (torch.zeros(2, 8), torch.ones(2, 8), -torch.ones(2, 8) * 1e-20):
-        layer = quantize_layer(weight, None, record(2, 8, 4))
+        layer = quantize_layer(weight, None, record(2, 8, 4, method=method))
         decoded = layer.integer_weight() * layer.scale[:, None]
         assert torch.isfinite(decoded).all()
         torch.testing.assert_close(decoded, weight, rtol=1e-2, atol=1e-30)

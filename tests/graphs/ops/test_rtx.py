@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from graphs.ops import OPS, attach_bodies, packing
+from graphs.ops import OPS, attach_bodies
+from graphs.ops.codebook_dequant import random_table
+from graphs.ops.coded_weight import random_codes
 from graphs.ops.spec import Example
 from graphs.ops.twin_log_dequant import random_exponents
 
@@ -38,12 +40,13 @@ def test_the_body_builds(spec, one_node):
 
 
 @pytest.mark.parametrize(("bits", "most"), [(4, 5.0), (3, 4.0), (2, 3.0)])
-def test_the_engine_keeps_the_codes_packed(bits, most, one_node):
-    rows = cols = 2048
+@pytest.mark.parametrize(("op", "levels"), [("TwinLogLinear", random_exponents), ("CodebookLinear", random_table)])
+def test_the_engine_keeps_the_codes_packed(op, levels, bits, most, one_node):
+    rows, cols = 4096, 2048  # large enough for half a megabyte of kernels to be half a bit a weight
     rng = np.random.default_rng(bits)
-    codes = packing.typed_elements(packing.pack(rng.integers(0, 1 << bits, (rows, cols)), bits))
+    codes = random_codes(rng, bits, rows, cols)
     vector = np.ones(rows, np.float32)
-    inputs = (np.ones((2, cols), np.float32), codes, random_exponents(rng, rows, 1, bits), vector, vector)
+    inputs = (np.ones((2, cols), np.float32), codes, levels(rng, rows, 1, bits), vector, vector)
     attributes = {"bits": bits, "group_size": cols, "rows": rows, "cols": cols, "act_bits": 8}
-    model = attach_bodies(one_node(OPS["TwinLogLinear"], Example(inputs, attributes)))
+    model = attach_bodies(one_node(OPS[op], Example(inputs, attributes)))
     assert engine_bytes(model) * 8 / (rows * cols) < most

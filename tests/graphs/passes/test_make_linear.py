@@ -28,6 +28,8 @@ FIRES = {
     "bias on the left": ([("<rows", "<bias_first = 1, rows")], ["TwinLogLinear", "Relu"]),
     "no bias": ([("<rows", "<bias = 0, rows")], ["TwinLogLinear", "Relu"]),
     "8 bits": ([("<rows", "<bits = 8, rows")], ["Int8Linear", "Relu"]),
+    "codebook": ([("<rows", "<codebook = 1, rows")], ["CodebookLinear", "Relu"]),
+    "2-bit codebook": ([("<rows", "<codebook = 1, bits = 2, bias = 0, rows")], ["CodebookLinear", "Relu"]),
     "2 bits, 6-bit activations": ([("<rows", "<bits = 2, act_bits = 6, rows")], ["TwinLogLinear", "Relu"]),
     "output of the graph": ([("36] y)", "36] u)"), ("y = Relu(u)", "")], ["TwinLogLinear"]),
     "open product leaves the graph": (
@@ -66,12 +68,13 @@ def test_making_again_does_nothing(case):
     assert traced.to_onnx() == before
 
 
-def test_the_node_is_named_after_its_layer_and_reads_its_weight(parse):
-    traced = parse(edited(("<rows", "<bias = 0, act_bits = 6, rows")))
+@pytest.mark.parametrize(("codebook", "levels"), [(0, "u.exponents"), (1, "u.table")])
+def test_the_node_is_named_after_its_layer_and_reads_its_weight(parse, codebook, levels):
+    traced = parse(edited(("<rows", f"<bias = 0, act_bits = 6, codebook = {codebook}, rows")))
     make_linear(traced)
     node = traced.graph.nodes[0]
     assert node.name == "u"
-    assert [tensor.name for tensor in node.inputs] == ["x", "u.codes", "u.exponents", "u.scale", "u.no_bias"]
+    assert [tensor.name for tensor in node.inputs] == ["x", "u.codes", levels, "u.scale", "u.no_bias"]
     assert not node.inputs[-1].values.any()
     assert {key: node.attrs[key] for key in ("act_bits", "rotation", "block")} == {
         "act_bits": 6, "rotation": "none", "block": 0,

@@ -20,7 +20,10 @@ from lrq_export.verify.report_sections import SECTIONS
 HOSTILE = "\"><script>alert('x')</script>&amp;{braces}%s"
 VOID = {"meta", "img"}
 # An address that the browser would fetch: anything but data inside the page and places on it.
-FETCHED = re.compile(r"""https?:|//\w|@import|<script|<link|<iframe|(?:src|href)=(?!["']?(?:data:|\#))|url\((?!\#)""")
+# Two slashes amid letters are base64, not the start of an address.
+FETCHED = re.compile(
+    r"""https?:|(?<![\w+/])//\w|@import|<script|<link|<iframe|(?:src|href)=(?!["']?(?:data:|\#))|url\((?!\#)"""
+)
 
 
 def _rung(rung, value, bound=1e-6, passed=True, metric="NMSE"):
