@@ -1,0 +1,228 @@
+"""`compare`: quantize one model in many ways and judge them side by side, on the same inputs and the same seeds.
+
+Everything is simulated in torch: no graph, no package. The figures of a treatment that can be deployed are those that
+its package would have, up to the rounding of float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lrq_export.calibrate.inputs import TIMESTEP, batches
+from lrq_export.calibrate.observed import Observed
+from lrq_export.calibrate.run import observe
+from lrq_export.compare.activations import Clock
+from lrq_export.compare.inputs import LayerInput
+from lrq_export.compare.judge import FILE, Judge, accuracy, frechet_distance
+from lrq_export.compare.layer import Treated, treat
+from lrq_export.compare.transforms import Fitted
+from lrq_export.compare.treatments import Treatment, treatment_of
+from lrq_export.errors import UsageError
+from lrq_export.machine import describe_machine
+from lrq_export.plan import target_layers
+from lrq_export.progress import Progress, Silent, stage
+from lrq_export.quant.methods import METHODS
+from lrq_export.recipe import Recipe
+from lrq_export.sampling import ConditionalSampler, scheduler_from
+from lrq_export.source import Inputs, Source, gather_inputs, open_source
+from lrq_export.verify.metrics import nmse, psnr
+
+SCHEMA = 1
+BATCH = 32  # samples of one forward call
+
+
+def compare(
+    source: str | Path,
+    methods: Sequence[str],
+    *,
+    bits: Sequence[int] = (4, 3),
+    act_bits: Sequence[int] = (8, 6),
+    recipe: Recipe | None = None,
+    calibration: str | Path | None = None,
+    conditions: str | Path | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    judge: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Treat the model of the diffusers folder `source` by every method at every number of bits; returns the report.
+
+    `seeds` draw `recipe.sampling.images` images each. `judge` is an ONNX classifier (see `compare.judge`), by default
+    the source's own `classifier.onnx`. Raises UsageError for unknown methods or bits, InputError for bad files.
+    """
+    recipe, progress = recipe or Recipe(), progress or Silent()
+    treatments = [treatment_of(name) for name in dict.fromkeys(methods)]
+    _check_bits(bits, act_bits)
+    opened = open_source(Path(source))
+    inputs = gather_inputs(opened, recipe, *(Path(p) if p is not None else None for p in (calibration, conditions)))
+    layers = target_layers(opened.model(), opened.family, recipe)
+    configurations = [(t, w, a) for w in bits for a in act_bits for t in treatments]
+    with tempfile.TemporaryDirectory() as folder:
+        with stage(progress, "calibrate", {}, len(inputs.calibration[TIMESTEP])):
+            model = opened.load(opened.model())
+            observed = observe(
+                opened.family, model, layers, inputs.calibration, recipe.calibration.batch, Path(folder),
+                lambda count: [progress.advance() for _ in range(count)],
+            )  # fmt: skip
+        with stage(progress, "reference", {}, len(seeds)):
+            bench = Bench(opened, model, inputs, recipe, seeds, _judge(opened, judge), progress)
+        fitted, rows = Fitted(layer_inputs(opened, model, observed)), []
+        with stage(progress, "compare", {}, len(configurations)):
+            for treatment, w, a in configurations:
+                rows.append(_row(bench, fitted, treatment, w, a))
+                progress.advance(f"{treatment.name} W{w}A{a}: {rows[-1]['psnr_db']:.1f} dB")
+    return {
+        "schema": SCHEMA,
+        "source": {"name": Path(source).resolve().name, "class_name": opened.family.class_name},
+        "machine": describe_machine(),
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "warnings": inputs.warnings,
+        "seeds": list(seeds),
+        "images": recipe.sampling.images * len(seeds),
+        "reference": bench.reference_scores(),
+        "inputs": [_describe(source) for source in fitted.inputs],
+        "rows": rows,
+    }  # fmt: skip
+
+
+def layer_inputs(source: Source, model: nn.Module, observed: Observed) -> list[LayerInput]:
+    """Every input of the model that quantized layers read, with these layers."""
+    return [
+        LayerInput(
+            tuple(layers), tuple(model.get_submodule(layer) for layer in layers),
+            source.family.head_width(model, layers[0]), observed,
+        )
+        for layers in observed.siblings()
+    ]  # fmt: skip
+
+
+def quantized(
+    model: nn.Module, sources: Iterable[LayerInput], treatment: Treatment, bits: int, act_bits: int, fitted: Fitted
+) -> tuple[nn.Module, list[Treated]]:
+    """A copy of `model`, its layers replaced by treated ones; the floating-point weights of others are shared."""
+    clock, treated = Clock(), []
+    for source in sources:
+        treated.append(treat(source, treatment, bits, act_bits, clock, fitted))
+    stand_in = _sharing_copy(model)
+    for each in treated:
+        for name, layer in each.layers.items():
+            stand_in.set_submodule(name, layer)
+    stand_in.register_forward_pre_hook(lambda module, args, kwargs: _tell_time(clock, kwargs), with_kwargs=True)
+    return stand_in, treated
+
+
+@dataclass
+class Scores:
+    """What one model drew and predicted."""
+
+    noise: torch.Tensor  # of the evaluation inputs
+    images: list[torch.Tensor]  # by seed, each (images, channels, height, width)
+
+
+class Bench:
+    """The floating-point model's answers, and how others compare."""
+
+    def __init__(
+        self, source: Source, model: nn.Module, inputs: Inputs, recipe: Recipe, seeds: Sequence[int],
+        judge: Judge | None, progress: Progress,
+    ):  # fmt: skip
+        self.source, self.model, self.inputs, self.recipe = source, model, inputs, recipe
+        self.seeds, self.judge = seeds, judge
+        self.scheduler = scheduler_from(recipe.sampling.scheduler, source.scheduler_config())
+        available = min(len(tensor) for tensor in inputs.conditions.values())
+        self.rows = [i % available for i in range(recipe.sampling.images)]
+        self.exact = Scores(self._noise(model), [])
+        for seed in seeds:
+            self.exact.images.append(self._draw(model, seed))
+            progress.advance()
+
+    def scores(self, model: nn.Module) -> dict[str, Any]:
+        """ε-NMSE, same-seed PSNR by seed and its mean, and the judge's view if there is one."""
+        got = Scores(self._noise(model), [self._draw(model, seed) for seed in self.seeds])
+        by_seed = [psnr(mine, exact) for mine, exact in zip(got.images, self.exact.images, strict=True)]
+        return {
+            "noise_nmse": nmse(got.noise, self.exact.noise),
+            "psnr_db": float(np.mean(by_seed)),
+            "psnr_db_by_seed": by_seed,
+        } | self._judged(got)
+
+    def reference_scores(self) -> dict[str, Any]:
+        return self._judged(self.exact)
+
+    def _judged(self, got: Scores) -> dict[str, float | None]:
+        """Accuracy, and Fréchet distance to the floating-point model's images of the same seeds."""
+        if self.judge is None:
+            return {"accuracy": None, "frechet": None}
+        features, logits = self.judge.run(torch.cat(got.images))
+        reference, _ = self.judge.run(torch.cat(self.exact.images))
+        labels = np.array(self.rows * len(self.seeds))
+        return {"accuracy": accuracy(logits, labels), "frechet": frechet_distance(features, reference)}
+
+    @torch.no_grad()
+    def _noise(self, model: nn.Module) -> torch.Tensor:
+        """The predicted noise of every evaluation input, in batches of one timestep."""
+        parts = [self.source.family.call(model, part) for part in batches(self.inputs.evaluation, BATCH)]
+        return torch.cat(parts)
+
+    def _draw(self, model: nn.Module, seed: int) -> torch.Tensor:
+        sampling = self.recipe.sampling
+        sampler = ConditionalSampler(model, self.scheduler, self.inputs.conditions)
+        return sampler(
+            self.rows, num_inference_steps=sampling.steps, guidance_scale=sampling.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+
+
+def _row(bench: Bench, fitted: Fitted, treatment: Treatment, bits: int, act_bits: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    with torch.no_grad():
+        model, treated = quantized(bench.model, fitted.inputs, treatment, bits, act_bits, fitted)
+    seconds = time.perf_counter() - started
+    weights = sum(layer.weight.numel() for each in treated for layer in each.layers.values())
+    return {
+        "method": treatment.name, "title": treatment.title, "published": treatment.published, "note": treatment.note,
+        "obstacle": METHODS[treatment.weights].obstacle, "bits": bits, "act_bits": act_bits,
+        "bits_per_weight": sum(each.weight_bits for each in treated) / weights, "seconds": seconds,
+        "transforms": {name: each.reason for each in treated for name in list(each.layers)[:1]},
+    } | bench.scores(model)  # fmt: skip
+
+
+def _describe(source: LayerInput) -> dict[str, Any]:
+    """J beside what tells outliers: kurtosis, and peak to root mean square."""
+    moments = source.observed.statistics.layer(source.layers[0])
+    return {
+        "layers": list(source.layers), "width": source.width, "rms": moments.rms, "kurtosis": moments.kurtosis,
+        "peak": moments.absmax, "peak_to_rms": moments.peak_to_rms,
+    }  # fmt: skip
+
+
+def _judge(source: Source, given: str | Path | None) -> Judge | None:
+    beside = source.checkpoint.path / FILE
+    path = Path(given) if given is not None else beside if beside.is_file() else None
+    return None if path is None else Judge(path)
+
+
+def _sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules whose parameters and buffers are those of `model`."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _tell_time(clock: Clock, arguments: dict[str, Any]) -> None:
+    clock.timestep = float(arguments[TIMESTEP].flatten()[0])
+
+
+def _check_bits(bits: Sequence[int], act_bits: Sequence[int]) -> None:
+    for flag, got, allowed in (("--bits", bits, (2, 3, 4)), ("--acts", act_bits, (4, 6, 8, 16))):
+        wrong = [each for each in got if each not in allowed]
+        if wrong or not got:
+            raise UsageError(f"{flag}: got {wrong or 'nothing'}, needed some of {', '.join(map(str, allowed))}")

@@ -1,0 +1,83 @@
+"""Fit the transform of a treatment to one input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from graphs.ops import hadamard
+from lrq_export.compare.inputs import LayerInput
+from lrq_export.compare.treatments import Transforming
+from lrq_export.quant.methods import METHODS
+from lrq_export.quant.rotation import Rotation
+from lrq_export.quant.transforms.balance import fit_balance
+from lrq_export.quant.transforms.base import Chain, Identity, Transform
+from lrq_export.quant.transforms.dual import fit_dual
+from lrq_export.quant.transforms.smooth import fit_smooth
+from lrq_export.rotations import Candidate, choose, hadamard_candidates
+
+SEED = 0
+ARS_THRESHOLD = 1.0  # of J: below it a Hadamard rotation, from it on the dual transform (LRQ-DiT)
+
+
+@dataclass
+class Fitted:
+    """The inputs of a model and the transforms that were fitted to them: those that no number of bits changes, once."""
+
+    inputs: list[LayerInput]
+    _known: dict[tuple[str, str], tuple[Transform, str]] = field(default_factory=dict)
+
+    def transform(self, source: LayerInput, kind: Transforming, bits: int, act_bits: int) -> tuple[Transform, str]:
+        """The transform and why it is this one."""
+        if kind in ("auto", "auto_dual"):
+            dual = self.transform(source, "dual", bits, act_bits)[0] if kind == "auto_dual" else None
+            return _auto(source, bits, act_bits, dual)
+        key = source.layers[0], kind
+        if key not in self._known:
+            self._known[key] = _smoothed(source, kind)
+        return self._known[key]
+
+
+def _smoothed(source: LayerInput, kind: Transforming) -> tuple[Transform, str]:
+    smooth = fit_smooth(source.absmax_by_timestep.amax(0), source.weights) if kind.startswith("smooth") else None
+    rest = kind.removeprefix("smooth").removeprefix("_")
+    tokens = source.tokens if smooth is None else smooth.apply(source.tokens)
+    transform, reason = _fit(source, rest or "none", tokens)
+    return (transform, reason) if smooth is None else (Chain((smooth, transform)), f"smoothed, {reason}")
+
+
+def _fit(source: LayerInput, kind: str, tokens: torch.Tensor) -> tuple[Transform, str]:
+    width = source.width
+    if kind == "none":
+        return Identity(width), "none"
+    if kind == "hadamard":
+        return _full(width, None), "full Hadamard"
+    if kind == "signed_hadamard":
+        return _full(width, SEED), "full Hadamard with signs"
+    if kind == "dual":
+        return fit_dual(tokens, seed=SEED), "dual transform"
+    if kind == "balance":
+        return fit_balance(source.absmax_by_timestep, source.weights), "balanced channels"
+    assert kind == "ars", kind
+    if source.rms < ARS_THRESHOLD:
+        return _full(width, SEED), f"J = {source.rms:.2f} < {ARS_THRESHOLD:g}: full Hadamard with signs"
+    return fit_dual(tokens, seed=SEED), f"J = {source.rms:.2f}: dual transform"
+
+
+def _full(width: int, seed: int | None) -> Transform:
+    """The largest Hadamard rotation that the width allows."""
+    block = max(d for d in range(1, width + 1) if width % d == 0 and hadamard.supported(d))
+    return Rotation(width, block, seed)
+
+
+def _auto(source: LayerInput, bits: int, act_bits: int, dual: Transform | None) -> tuple[Transform, str]:
+    candidates = hadamard_candidates(source.width, source.head_width, SEED)
+    if dual is not None:
+        candidates.append(Candidate("dual transform", dual))
+
+    def quantize(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+        return METHODS["tlq"].quantize(weight, moment, bits=bits).dequantize()
+
+    choice = choose(source.weights, source.tokens, candidates, act_bits, quantize)
+    return choice.chosen.transform, choice.reason

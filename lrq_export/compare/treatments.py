@@ -1,0 +1,90 @@
+"""The ways to quantize a diffusion transformer that `compare` knows: whole recipes of papers, and ours.
+
+Each is written down as its parts: how weights are rounded, how inputs are transformed and quantized. Where a paper
+trains (AdaRound in PTQ4DiT) or tunes by hand (LRQ-DiT's list of layers), the note says what stands in its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lrq_export.errors import UsageError
+from lrq_export.quant.methods import METHODS
+from lrq_export.recipe import nearest
+
+Transforming = Literal[
+    "none", "hadamard", "signed_hadamard", "smooth", "smooth_dual", "dual", "balance", "ars", "smooth_ars", "auto",
+    "auto_dual",
+]  # fmt: skip
+Activation = Literal["token", "token_group", "tensor", "timestep_range"]
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """One way to quantize every linear layer."""
+
+    name: str
+    title: str
+    weights: str  # a name in METHODS
+    transform: Transforming
+    activations: Activation = "token"
+    compensated: bool = False  # error feedback over the columns
+    widened: bool = False  # with rows that widen their codebook
+    bias_correction: bool = False
+    group: int | None = None  # columns that share a scale: the largest divisor of a layer's columns up to this
+    published: bool = True
+    note: str = ""
+
+
+def _ours(weights: str) -> Treatment:
+    """The default recipe of `build` on any quantizer."""
+    title = "ours: twin-log" if weights == "tlq" else f"ours, on {weights}"
+    return Treatment(
+        weights, title, weights, "auto", compensated=True, widened=True, bias_correction=True, published=False
+    )
+
+
+_PUBLISHED = (
+    Treatment("rtn", "round to nearest", "uniform_minmax", "none"),
+    Treatment("smoothquant", "SmoothQuant", "uniform_minmax", "smooth"),
+    Treatment("quarot", "QuaRot", "uniform_minmax", "signed_hadamard", compensated=True, note="with GPTQ"),
+    Treatment("duquant", "DuQuant", "uniform_clip", "smooth_dual", note="the paper's dual transform"),
+    Treatment(
+        "q_dit", "Q-DiT", "uniform_minmax", "none", "token_group", compensated=True, group=128,
+        note="groups of up to 128, not searched",
+    ),
+    Treatment(
+        "ptq4dit", "PTQ4DiT", "uniform_clip", "balance", "tensor", note="without AdaRound, which trains"
+    ),
+    Treatment(
+        "lrq_dit", "LRQ-DiT, as released", "tlq_released", "smooth_ars",
+        note="J against 1 decides, where the release lists layers by hand",
+    ),
+    Treatment("lrq_dit_text", "LRQ-DiT, as written", "tlq_paper", "ars"),
+)  # fmt: skip
+_OURS = tuple(_ours(name) for name in METHODS)
+_TLQ = _OURS[0]
+_ABLATIONS = (
+    replace(_TLQ, name="tlq_nearest", title="twin-log, to nearest", compensated=False, widened=False),
+    replace(_TLQ, name="tlq_not_widened", title="twin-log, not widened", widened=False),
+    replace(_TLQ, name="tlq_not_rotated", title="twin-log, not rotated", transform="none"),
+    replace(_TLQ, name="tlq_hadamard", title="twin-log, full Hadamard", transform="hadamard"),
+    replace(_TLQ, name="tlq_dual", title="twin-log, dual transform", transform="dual"),
+    replace(_TLQ, name="tlq_auto_dual", title="twin-log, auto with dual", transform="auto_dual"),
+    replace(_TLQ, name="tlq_tensor", title="twin-log, static scale", activations="tensor"),
+    replace(_TLQ, name="tlq_ranges", title="twin-log, static scales by time", activations="timestep_range"),
+)
+TREATMENTS = {treatment.name: treatment for treatment in (*_OURS, *_PUBLISHED, *_ABLATIONS)}
+DEFAULT = ("tlq", "codebook", *(treatment.name for treatment in _PUBLISHED))
+
+
+def treatment_of(name: str) -> Treatment:
+    """Raises UsageError with the nearest name."""
+    if name in TREATMENTS:
+        return TREATMENTS[name]
+    near = nearest(name, TREATMENTS)
+    raise UsageError(
+        f"--methods: got {name!r}, needed one of {', '.join(TREATMENTS)}",
+        hint=f"did you mean {near}?" if near else None,
+    )
