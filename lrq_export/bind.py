@@ -6,6 +6,7 @@ floating-point weights of the model in memory together.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ from lrq_export.evaluate import evaluate
 from lrq_export.onnx_file import WeightTensor, write_model
 from lrq_export.package import save_tensors_atomic
 from lrq_export.plan import LayerPlan
-from lrq_export.quant import codebook, twin_log, uniform
-from lrq_export.quant.compensate import round_compensated
+from lrq_export.quant import uniform
+from lrq_export.quant.compensate import quantize_compensated
+from lrq_export.quant.formats import QUANTIZERS
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.weight import dequantize
 from lrq_export.quantized import (
@@ -39,7 +41,6 @@ from lrq_export.quantized import (
 )
 
 # Weights to codes and levels, by method; what becomes of the codes afterwards is the same for all.
-QUANTIZERS = {names.TWIN_LOG: twin_log.quantize, names.CODEBOOK: codebook.quantize}
 
 
 def quantize_layers(
@@ -110,17 +111,12 @@ def quantize_layer(
 def _quantize_to_codes(
     weight: torch.Tensor, second_moment: torch.Tensor | None, record: LayerRecord, correlation: torch.Tensor | None
 ) -> LayerTensors:
-    """Levels by the record's method, then codes: those of the quantizer, or given E[x xᵀ] those that compensate."""
+    """Levels by the record's method and the nearest codes, or given E[x xᵀ] those of the least output error."""
     quantize, role = QUANTIZERS[record.method], LEVELS[record.method]
-    quantized = quantize(weight, second_moment, bits=record.bits, group_size=record.group_size)
-    codes, levels = quantized.codes, {role: getattr(quantized, role)}
-    layer = LayerTensors(record, as_bytes(packing.pack(codes.numpy(), record.bits)), quantized.scale, **levels)
-    if correlation is None:
-        return layer
-    values = layer.level_table().float() * layer.scale[:, None, None]
-    rounding = round_compensated(weight, values, record.group_size, correlation)
-    packed = as_bytes(packing.pack(rounding.codes.numpy(), record.bits))
-    return replace(layer, codes=packed, scale=layer.scale * rounding.widening)
+    fit = partial(quantize, bits=record.bits, group_size=record.group_size)
+    quantized = fit(weight, second_moment) if correlation is None else quantize_compensated(weight, correlation, fit)
+    packed = as_bytes(packing.pack(quantized.codes.numpy(), record.bits))
+    return LayerTensors(record, packed, quantized.scale, **{role: getattr(quantized, role)})
 
 
 def corrected_bias(bias: torch.Tensor, exact: torch.Tensor, layer: LayerTensors, mean: torch.Tensor) -> torch.Tensor:

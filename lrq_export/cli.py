@@ -11,6 +11,7 @@ import typer
 
 from lrq_export import __version__
 from lrq_export.errors import Interrupted, LrqError, UsageError
+from lrq_export.several_values import SeveralValues
 
 # Before torch is imported: its OpenMP threads then sleep while they wait. Spinning, they fight whatever else the
 # machine runs: quantizing one 288 x 288 layer beside two busy processes took 9.4 s instead of 0.7 s.
@@ -167,6 +168,54 @@ def report(
     print(out)
 
 
+@app.command(cls=SeveralValues)
+def compare(
+    source: Annotated[Path, typer.Argument(help="Folder in diffusers layout: a transformer, or a whole pipeline.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="HTML page to write; its figures go beside it as JSON.")],
+    methods: Annotated[
+        list[str] | None, typer.Option(help="Ways to quantize, e.g. tlq rtn; default: ours and every published one.")
+    ] = None,
+    bits: Annotated[list[str] | None, typer.Option(help="Bits per weight, e.g. 4 3, the default.")] = None,
+    acts: Annotated[list[str] | None, typer.Option(help="Bits per activation, e.g. 8 6, the default.")] = None,
+    seeds: Annotated[list[str] | None, typer.Option(help="Seeds to draw images with, e.g. 0 1 2, the default.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Images of each seed; default: the recipe's.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Recorded denoiser inputs (safetensors).")] = None,
+    conditions: Annotated[Path | None, typer.Option(help="Embeddings to sample with (safetensors).")] = None,
+    judge: Annotated[
+        Path | None, typer.Option(help="ONNX classifier of the images; default: the source's classifier.onnx.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One recipe key, e.g. sampling.steps=10.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize SOURCE in many ways and rank them by what its images lose."""
+    from lrq_export.compare.page import write_comparison_page
+    from lrq_export.compare.run import compare as run
+    from lrq_export.compare.treatments import DEFAULT
+    from lrq_export.recipe import load_recipe
+
+    chosen = list(DEFAULT) if methods is None else _values("--methods", methods)
+    weight_bits = _several_numbers("--bits", bits or ["4,3"])
+    act_bits = _several_numbers("--acts", acts or ["8,6"])
+    drawn = _several_numbers("--seeds", seeds or ["0,1,2"])
+    _check_seeds(drawn)
+    overrides = _overrides(set_ or []) | ({} if images is None else {"sampling.images": str(images)})
+    settings = load_recipe(overrides=overrides)
+    _check_compared(overrides)
+    _check_page(out)
+    with _progress(as_json) as progress:
+        report = run(
+            source, chosen, bits=weight_bits, act_bits=act_bits, recipe=settings, calibration=calibration,
+            conditions=conditions, seeds=drawn, judge=judge, progress=progress,
+        )  # fmt: skip
+    written = write_comparison_page(out, report)
+    _show_comparison(report, as_json)
+    print(
+        json.dumps({"event": "written", "page": str(out), "report": str(written)})
+        if as_json
+        else f"page:   {out}\nreport: {written}"
+    )
+
+
 @app.command()
 def init(
     out: Annotated[Path, typer.Argument(help="Recipe file to write.")] = Path("recipe.toml"),
@@ -205,6 +254,38 @@ def _check_output(package: Path, out: Path) -> None:
         )
 
 
+def _check_page(out: Path) -> None:
+    """Raise UsageError, before any work, for a page that cannot be written, or its figures beside it."""
+    for path in (out, *([out.with_suffix(".json")] if out.name else [])):
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder, needed the name of a file", hint="choose another name")
+    if out.suffix not in (".html", ".htm"):
+        raise UsageError(f"{out}: needed the name of a page", hint=f"e.g. {out}.html")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out}: its folder does not exist", hint=f"make {out.parent}, or choose another one")
+
+
+# Keys of the recipe, or whole tables of it, that a comparison does not read, and why.
+_NOT_COMPARED = {
+    "weights": "--methods and --bits choose them", "activations": "--methods and --acts choose them",
+    "rotation": "each method has its own", "sampling.seed": "--seeds chooses it", "gates": "a comparison has none",
+}  # fmt: skip
+
+
+def _check_compared(overrides: dict[str, str]) -> None:
+    """Raise UsageError for a key that would be ignored."""
+    for key in overrides:
+        reason = _NOT_COMPARED.get(key) or _NOT_COMPARED.get(key.partition(".")[0])
+        if reason is not None:
+            raise UsageError(f"--set: {key}: a comparison does not read it: {reason}", hint="leave it out")
+
+
+def _check_seeds(seeds: list[int]) -> None:
+    for seed in seeds:
+        if not 0 <= seed < 2**63:  # what torch takes
+            raise UsageError(f"--seeds: got {seed}, needed whole numbers from 0 to 2^63 - 1")
+
+
 def _show_report(report: dict, as_json: bool) -> None:
     if as_json:
         for rung in report["ladder"]:
@@ -231,6 +312,38 @@ def _show_report(report: dict, as_json: bool) -> None:
         console.print(f"first broken rung: {failed[0]['rung']}, which blames {failed[0]['blames']}", markup=False)
 
 
+def _show_comparison(report: dict, as_json: bool) -> None:
+    from lrq_export.compare.ranking import decibels, finite, name_of, rows_at, settings, verdict
+    from lrq_export.verify.markup import digits, scientific
+
+    if as_json:
+        for row in finite(report)["rows"]:
+            print(json.dumps({"event": "row"} | row))
+        print(json.dumps({"event": "reference"} | finite(report["reference"])))
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    console = Console()
+    for setting in settings(report):
+        name = Column(name_of(setting), overflow="fold")
+        table = Table(name, "PSNR dB", "ε-NMSE", "Fréchet", "accuracy", "bits", "s", "deploys")
+        for row in rows_at(report, setting):
+            table.add_row(
+                Text(row["title"]), decibels(row["psnr_db"]), scientific(row["noise_nmse"]),
+                digits(row["frechet"], ",.3f"), digits(row["accuracy"], ".1%"), digits(row["bits_per_weight"], ".2f"),
+                digits(row["seconds"], ",.1f"), "yes" if row["obstacle"] is None else "no",
+            )  # fmt: skip
+        console.print(table)
+    if report["reference"]["accuracy"] is not None:
+        console.print(f"accuracy in floating point: {report['reference']['accuracy']:.1%}")
+    for setting in settings(report):
+        console.print(verdict(rows_at(report, setting)), markup=False)
+    for warning in report["warnings"]:
+        console.print(f"warning: {warning}", markup=False)
+
+
 def _overrides(pairs: list[str]) -> dict[str, str]:
 
     overrides = {}
@@ -248,6 +361,18 @@ def _numbers(flag: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"{flag}: got {text!r}, needed whole numbers separated by commas") from None
+
+
+def _values(flag: str, given: list[str]) -> list[str]:
+    """What commas and repeated flags separate, each value once. Raises UsageError for commas alone."""
+    values = list(dict.fromkeys(value for part in given for value in part.split(",") if value))
+    if not values:
+        raise UsageError(f"{flag}: got {','.join(given)!r}, needed at least one value")
+    return values
+
+
+def _several_numbers(flag: str, given: list[str]) -> list[int]:
+    return list(dict.fromkeys(_numbers(flag, ",".join(_values(flag, given)))))
 
 
 class _progress:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from graphs import names
 from graphs.checks import check, check_preserved
@@ -41,6 +42,7 @@ from lrq_export.plan import LayerPlan, plan_layers
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe, to_toml
+from lrq_export.rotations import choose_rotations
 from lrq_export.sampling import check_steps, scheduler_from
 from lrq_export.saved_graphs import TRACE, load_graph, pass_file, rewritten_graph, save_graph
 from lrq_export.source import Inputs, Source, conditions_path, fingerprint, gather_inputs, open_source
@@ -81,6 +83,16 @@ class Job:
     def compensates(self) -> bool:
         """Whether rounding errors are carried forward; at 8 bits rounding is fine enough as it is."""
         return self.recipe.weights.rounding == "compensated" and self.recipe.weights.bits != names.INT8_BITS
+
+    @property
+    def plans_file(self) -> Path:
+        """Beside the layers: what was decided after calibration."""
+        return self.workspace.layers / "plans.json"
+
+    @property
+    def decided(self) -> list[LayerPlan]:
+        """The plans as calibration left them."""
+        return [LayerPlan(**plan) for plan in json.loads(self.plans_file.read_text())]
 
     def observed(self) -> Observed:
         """What calibration saw; all but the statistics lies beside the layers, not in the package."""
@@ -167,7 +179,7 @@ def _all_passed(report: dict[str, Any]) -> bool:
 def _calibrate(job: Job) -> None:
     """Run the floating-point model: statistics of every planned layer, and its answers to judge others by."""
     recipe, source = job.recipe, job.source
-    if (job.path / STATS).exists() and Reference.exists(job.path):
+    if (job.path / STATS).exists() and job.plans_file.exists() and Reference.exists(job.path):
         return
     steps = recipe.sampling.steps
     with stage(job.progress, "calibrate", job.timings, len(job.inputs.calibration["hidden_states"]) + steps):
@@ -179,10 +191,23 @@ def _calibrate(job: Job) -> None:
                 lambda count: [job.progress.advance() for _ in range(count)],
                 correlations=job.compensates, statistics=job.path / STATS,
             )  # fmt: skip
-        statistics = job.observed().statistics
+        observed = job.observed()
+        if not job.plans_file.exists():
+            write_json_atomic(job.plans_file, [plan.to_json() for plan in _rotated(job, model, observed)])
+        statistics = observed.statistics
         summary = {plan.name: _summary(statistics.layer(plan.name)) for plan in job.plans}
         scheduler = scheduler_from(recipe.sampling.scheduler, source.scheduler_config())
         write_reference(job.path, source, model, scheduler, job.inputs, recipe.sampling, summary)
+
+
+def _rotated(job: Job, model: nn.Module, observed: Observed) -> list[LayerPlan]:
+    """The plans as the recipe has them, or with the rotations that lose least on what calibration saw."""
+    if job.recipe.rotation.kind != "auto":
+        return job.plans
+    return choose_rotations(
+        job.plans, observed, lambda name: model.get_parameter(name).detach(),
+        lambda layer: job.source.family.head_width(model, layer), job.recipe.rotation.seed,
+    )  # fmt: skip
 
 
 def _trace(job: Job) -> None:
@@ -190,7 +215,7 @@ def _trace(job: Job) -> None:
     if path.exists():
         return
     with stage(job.progress, "trace", job.timings):
-        traced = trace(job.source.family, job.source.config, job.plans)
+        traced = trace(job.source.family, job.source.config, job.decided)
         check(traced)
         save_graph(path, traced)
 
@@ -219,7 +244,7 @@ def _quantize(job: Job) -> None:
     if not (path / QUANTIZED).exists():
         with stage(job.progress, "quantize", job.timings, len(traced.linears)):
             quantize_layers(
-                traced, job.plans, job.source.checkpoint, job.observed(), job.workspace.layers, job.progress.advance,
+                traced, job.decided, job.source.checkpoint, job.observed(), job.workspace.layers, job.progress.advance,
                 bias_correction=job.recipe.weights.bias_correction,
             )  # fmt: skip
             assemble(traced, job.workspace.layers, path / QUANTIZED)

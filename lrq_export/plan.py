@@ -42,9 +42,17 @@ def target_layers(model: nn.Module, family: ModelFamily, recipe: Recipe) -> list
 def plan_layers(model: nn.Module, family: ModelFamily, recipe: Recipe) -> list[LayerPlan]:
     """Plan every linear layer that the recipe does not keep in floating point, in module order.
 
+    With rotation.kind `auto` no layer is rotated yet: `rotations.choose_rotations` does that after calibration.
     Raises UsageError for a keep pattern that matches nothing, a rotation block or a group size that does not divide a
-    layer's columns; CheckFailed when nothing is left to quantize.
+    layer's columns, block or signs where no rotation has them; CheckFailed when nothing is left to quantize.
     """
+    rotation = recipe.rotation
+    if rotation.kind != "hadamard" and (rotation.block or rotation.signs):
+        key = "block" if rotation.block else "signs"
+        raise UsageError(
+            f"rotation.{key}: got {getattr(rotation, key)} with rotation.kind {rotation.kind}, needed hadamard",
+            hint="set rotation.kind=hadamard, which rotates every layer so",
+        )
     names = target_layers(model, family, recipe)
     return [_plan_layer(name, model.get_submodule(name), model, family, recipe) for name in names]
 
@@ -67,8 +75,8 @@ def _plan_layer(name: str, linear: nn.Linear, model: nn.Module, family: ModelFam
 
 def _choose_block(name: str, cols: int, head_width: int | None, recipe: Recipe) -> tuple[int, str]:
     rotation = recipe.rotation
-    if rotation.kind == "none":
-        return 0, "rotation.kind is none"
+    if rotation.kind != "hadamard":
+        return 0, f"rotation.kind is {rotation.kind}"
     if head_width is not None and hadamard.supported(head_width):
         return head_width, f"head width {head_width}: folds into the value projection"
     if rotation.block:

@@ -64,9 +64,11 @@ class Activations(Table):
 class Rotation(Table):
     """How inputs and weights are rotated before they are quantized."""
 
-    kind: Literal["hadamard", "none"] = Field("hadamard", description="what spreads outliers before quantization")
-    block: Size = Field(0, description="channels per rotation; 0 = the layer's full width")
-    signs: bool = Field(False, description="random signs before the rotation")
+    kind: Literal["auto", "hadamard", "none"] = Field(
+        "auto", description="what spreads outliers before quantization; auto = what loses least on calibration inputs"
+    )
+    block: Size = Field(0, description="channels per rotation of kind hadamard; 0 = the layer's full width")
+    signs: bool = Field(False, description="random signs before the rotation of kind hadamard")
     seed: Seed = Field(0, description="seed of the signs")
 
 

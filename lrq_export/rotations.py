@@ -1,6 +1,6 @@
 """Choose how a layer's input is rotated: each candidate is tried on calibration tokens, the least output error wins.
 
-The error is that of the whole layer, ‖X Wᵀ - Q(X R) Q(W R)ᵀ‖², activations and weights quantized as the recipe says. A
+The error is that of the layer's output, of rounded activations and of rounded weights, each with the other exact. A
 rotation that has to be computed while the model runs must earn its work: its error counts times 1 + (work of the
 rotation / work of the layers that read it). The dual transform of DuQuant was tried too and is not among the candidates
 of a build; docs/methods.md has the figures.
@@ -9,19 +9,27 @@ of a build; docs/methods.md has the figures.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from graphs import names
 from graphs.ops import hadamard
+from lrq_export.calibrate.observed import Observed
+from lrq_export.evaluate import ReadTensor
+from lrq_export.plan import LayerPlan
+from lrq_export.quant import uniform
 from lrq_export.quant.activation import quantize_tokens
+from lrq_export.quant.compensate import conditional_variances
+from lrq_export.quant.formats import QUANTIZERS
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.transforms.base import Identity, Transform
+from lrq_export.quant.weight import dequantize
 
-ROWS = 256  # of the weights that are tried; more change no choice
+ROWS = 128  # of the weights that are tried; more change no choice
 BLOCK = 128  # channels of the block rotation, or the nearest below that divides the width
-QuantizeWeight = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (W, E[x²]) to Ŵ, both (rows, cols)
+QuantizeWeight = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (W, importance (cols,)) to Ŵ (rows, cols)
 
 
 @dataclass(frozen=True)
@@ -53,38 +61,86 @@ def hadamard_candidates(width: int, head_width: int | None, seed: int) -> list[C
     if head_width is not None and width % head_width == 0 and hadamard.supported(head_width):
         found.append(Candidate("head Hadamard", Rotation(width, head_width), online=False))
     blocks = [d for d in range(2, width + 1) if width % d == 0 and hadamard.supported(d)]
-    small = [block for block in blocks if block <= BLOCK]
+    small = [block for block in blocks[:-1] if block <= BLOCK]
     if small:
         found.append(Candidate("block Hadamard", Rotation(width, small[-1])))
-    if blocks and blocks[-1] != (small[-1] if small else 0):
-        found.append(Candidate("full Hadamard", Rotation(width, blocks[-1])))
     if blocks:
+        found.append(Candidate("full Hadamard", Rotation(width, blocks[-1])))
         found.append(Candidate("signed Hadamard", Rotation(width, blocks[-1], seed)))
     return found
+
+
+def choose_rotations(
+    plans: Sequence[LayerPlan],
+    observed: Observed,
+    read: ReadTensor,
+    head_width: Callable[[str], int | None],
+    seed: int,
+    done: Callable[[str], None] = lambda layer: None,
+) -> list[LayerPlan]:
+    """The plans with a rotation for every layer, the same for layers that read one input; `read` gives source weights.
+
+    `head_width` is that of `ModelFamily`, `seed` that of signs. Raises InputError for weights that are not finite.
+    """
+    plan_of = {plan.name: plan for plan in plans}
+    for layers in observed.siblings():
+        first = plan_of[layers[0]]
+        candidates = hadamard_candidates(first.cols, head_width(first.name), seed)
+        weights = [read(f"{layer}.weight") for layer in layers]
+        quantize = _quantizer(first)
+        correlation = observed.correlation(first.name)
+        choice = choose(weights, observed.tokens(first.name), correlation, candidates, first.act_bits, quantize)
+        transform = choice.chosen.transform
+        block, signs_seed = (0, None) if isinstance(transform, Identity) else (transform.block, transform.seed)
+        for layer in layers:
+            plan_of[layer] = replace(plan_of[layer], block=block, signs_seed=signs_seed, reason=choice.reason)
+        done(first.name)
+    return [plan_of[plan.name] for plan in plans]
+
+
+def _quantizer(plan: LayerPlan) -> QuantizeWeight:
+    """As the plan will quantize the weight, but for error feedback."""
+    if plan.bits == names.INT8_BITS:
+        return lambda weight, importance: dequantize(uniform.quantize(weight, importance))
+    fit = partial(QUANTIZERS[plan.method], bits=plan.bits, group_size=plan.group_size)
+    return lambda weight, importance: dequantize(fit(weight, importance))
 
 
 def choose(
     weights: Sequence[torch.Tensor],
     tokens: torch.Tensor,
+    correlation: torch.Tensor | None,
     candidates: Sequence[Candidate],
     act_bits: int,
     quantize: QuantizeWeight,
 ) -> Choice:
-    """The best candidate for `tokens` (n, cols) that all of `weights`, each (rows, cols), multiply."""
-    stacked = torch.cat([weight.float() for weight in weights])
+    """The best candidate for `tokens` (n, cols), of E[x xᵀ] (cols, cols), that all `weights`, each (rows, cols), read.
+
+    With a correlation, rounding errors will be carried forward, and count as what is left of them then.
+    """
+    stacked = torch.cat([weight.detach().float() for weight in weights])
     work = 2 * stacked.numel()
     sampled = stacked[torch.linspace(0, len(stacked) - 1, min(ROWS, len(stacked))).long()]
-    exact = tokens @ sampled.T
-    power = float(exact.square().sum())
+    power = float((tokens @ sampled.T).square().sum()) / len(tokens)
     losses, scores = {}, []
     for candidate in candidates:
-        x, weight = candidate.transform.apply(tokens), candidate.transform.apply_to_weight(sampled)
-        rounded = quantize(weight, x.double().square().mean(0))
-        error = float((_quantized(x, act_bits) @ rounded.T - exact).square().sum())
-        losses[candidate.name] = error / power if power else 0.0
-        share = candidate.transform.flops_per_token / work if candidate.online else 0.0
+        transform = candidate.transform
+        x, weight = transform.apply(tokens), transform.apply_to_weight(sampled)
+        importance = _importance(x, correlation, transform)
+        lost = float((weight - quantize(weight, importance)).double().square().sum(0) @ importance)
+        lost += float(((_quantized(x, act_bits) - x) @ weight.T).square().sum()) / len(x)
+        losses[candidate.name] = lost / power if power else 0.0
+        share = transform.flops_per_token / work if candidate.online else 0.0
         scores.append(losses[candidate.name] * (1 + share))
     return Choice(candidates[scores.index(min(scores))], losses)
+
+
+def _importance(x: torch.Tensor, correlation: torch.Tensor | None, transform: Transform) -> torch.Tensor:
+    """What a squared error in a column of the weight costs the output, float64 (cols,)."""
+    if correlation is None:
+        return x.double().square().mean(0)
+    turned = transform.apply(transform.apply(correlation.double()).T.contiguous()).T
+    return conditional_variances(turned)
 
 
 def _quantized(x: torch.Tensor, act_bits: int) -> torch.Tensor:

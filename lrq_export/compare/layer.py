@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from lrq_export.compare.activations import RANGES, Clock, PerToken, PerTokenGrou
 from lrq_export.compare.inputs import LayerInput
 from lrq_export.compare.transforms import Fitted
 from lrq_export.compare.treatments import Treatment
-from lrq_export.quant.compensate import WIDENINGS, round_compensated
+from lrq_export.quant.compensate import Feedback, quantize_compensated
 from lrq_export.quant.methods import METHODS
 from lrq_export.quant.transforms.base import Transform
 
@@ -66,12 +67,14 @@ def treat(source: LayerInput, treatment: Treatment, bits: int, act_bits: int, cl
 def _round(weight: torch.Tensor, moments: torch.Tensor, treatment: Treatment, bits: int, group: int) -> torch.Tensor:
     """Ŵ float32 (rows, cols); moments is E[x xᵀ] in the weight's basis."""
     options = {} if group == weight.shape[1] else {"group_size": group}
-    quantized = METHODS[treatment.weights].quantize(weight, moments.diagonal(), bits=bits, **options)
-    if not treatment.compensated:
-        return quantized.dequantize()
-    widenings = WIDENINGS if treatment.widened else (1.0,)
-    rounding = round_compensated(weight, quantized.values, group, moments, widenings=widenings)
-    return type(quantized)(rounding.codes, quantized.values * rounding.widening[:, None, None]).dequantize()
+    fit = partial(METHODS[treatment.weights].quantize, bits=bits, **options)
+    if treatment.feedback == "none":
+        return fit(weight, moments.diagonal()).dequantize()
+    if treatment.feedback == "gptq":
+        quantized = fit(weight, moments.diagonal())
+        rounding = Feedback(moments).round(weight, quantized.codebooks())
+        return quantized.rerounded(rounding.codes, rounding.widening).dequantize()
+    return quantize_compensated(weight, moments, fit).dequantize()
 
 
 def _bias(

@@ -79,5 +79,5 @@ def _auto(source: LayerInput, bits: int, act_bits: int, dual: Transform | None) 
     def quantize(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
         return METHODS["tlq"].quantize(weight, moment, bits=bits).dequantize()
 
-    choice = choose(source.weights, source.tokens, candidates, act_bits, quantize)
+    choice = choose(source.weights, source.tokens, source.correlation, candidates, act_bits, quantize)
     return choice.chosen.transform, choice.reason

@@ -18,6 +18,8 @@ Transforming = Literal[
     "auto_dual",
 ]  # fmt: skip
 Activation = Literal["token", "token_group", "tensor", "timestep_range"]
+# Of rounding errors over the columns: GPTQ on a codebook fitted beforehand, or ours, which fits the codebook to it.
+Feedback = Literal["none", "gptq", "fitted"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,7 @@ class Treatment:
     weights: str  # a name in METHODS
     transform: Transforming
     activations: Activation = "token"
-    compensated: bool = False  # error feedback over the columns
-    widened: bool = False  # with rows that widen their codebook
+    feedback: Feedback = "none"
     bias_correction: bool = False
     group: int | None = None  # columns that share a scale: the largest divisor of a layer's columns up to this
     published: bool = True
@@ -40,18 +41,16 @@ class Treatment:
 def _ours(weights: str) -> Treatment:
     """The default recipe of `build` on any quantizer."""
     title = "ours: twin-log" if weights == "tlq" else f"ours, on {weights}"
-    return Treatment(
-        weights, title, weights, "auto", compensated=True, widened=True, bias_correction=True, published=False
-    )
+    return Treatment(weights, title, weights, "auto", feedback="fitted", bias_correction=True, published=False)
 
 
 _PUBLISHED = (
     Treatment("rtn", "round to nearest", "uniform_minmax", "none"),
     Treatment("smoothquant", "SmoothQuant", "uniform_minmax", "smooth"),
-    Treatment("quarot", "QuaRot", "uniform_minmax", "signed_hadamard", compensated=True, note="with GPTQ"),
+    Treatment("quarot", "QuaRot", "uniform_minmax", "signed_hadamard", feedback="gptq", note="with GPTQ"),
     Treatment("duquant", "DuQuant", "uniform_clip", "smooth_dual", note="the paper's dual transform"),
     Treatment(
-        "q_dit", "Q-DiT", "uniform_minmax", "none", "token_group", compensated=True, group=128,
+        "q_dit", "Q-DiT", "uniform_minmax", "none", "token_group", feedback="gptq", group=128,
         note="groups of up to 128, not searched",
     ),
     Treatment(
@@ -66,8 +65,8 @@ _PUBLISHED = (
 _OURS = tuple(_ours(name) for name in METHODS)
 _TLQ = _OURS[0]
 _ABLATIONS = (
-    replace(_TLQ, name="tlq_nearest", title="twin-log, to nearest", compensated=False, widened=False),
-    replace(_TLQ, name="tlq_not_widened", title="twin-log, not widened", widened=False),
+    replace(_TLQ, name="tlq_nearest", title="twin-log, to nearest", feedback="none"),
+    replace(_TLQ, name="tlq_gptq", title="twin-log, plain GPTQ", feedback="gptq"),
     replace(_TLQ, name="tlq_not_rotated", title="twin-log, not rotated", transform="none"),
     replace(_TLQ, name="tlq_hadamard", title="twin-log, full Hadamard", transform="hadamard"),
     replace(_TLQ, name="tlq_dual", title="twin-log, dual transform", transform="dual"),

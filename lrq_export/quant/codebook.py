@@ -7,7 +7,7 @@ but for the rounding of the table, and from evenly filled quantiles. The better 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,9 +31,13 @@ class TableWeight:
         """int8 (rows, cols); see `QuantizedWeight`."""
         return CodebookWeight(self.codes, self.table).dequantize()
 
-    def values(self) -> torch.Tensor:
-        """float32 (rows, groups, 2^bits)."""
+    def codebooks(self) -> torch.Tensor:
+        """The value of every code, float32 (rows, groups, 2^bits)."""
         return self.table.float() * self.scale[:, None, None]
+
+    def rerounded(self, codes: torch.Tensor, widening: torch.Tensor) -> TableWeight:
+        """Other codes (rows, cols) in the same tables, each row's scale times its widening (rows,)."""
+        return replace(self, codes=codes, scale=self.scale * widening)
 
 
 def quantize(
@@ -50,7 +54,8 @@ def quantize(
     importance = moment.view(-1, size).repeat(rows, 1)
     starts = [_quantiles(parts, bits)]
     if bits in twin_log.BITS:
-        starts.append(_twin_log_levels(weight, moment, bits, group_size))
+        levels = twin_log.quantize(weight, moment, bits=bits, group_size=group_size).codebooks()
+        starts.append(levels.flatten(0, 1))
     fitted = [lloyd(parts, importance, start) for start in starts]
     errors = [weighted_error(parts, nearest(parts, values).dequantize(), importance) for values in fitted]
     best = torch.stack(errors).argmin(0)
@@ -81,9 +86,3 @@ def _quantiles(weight: torch.Tensor, bits: int) -> torch.Tensor:
     cols, count = weight.shape[1], 2**bits
     places = ((torch.arange(count) + 0.5) / count * cols).long()
     return weight.sort(dim=1).values[:, places]
-
-
-def _twin_log_levels(weight: torch.Tensor, moment: torch.Tensor, bits: int, group_size: int | None) -> torch.Tensor:
-    quantized = twin_log.quantize(weight, moment, bits=bits, group_size=group_size)
-    levels = twin_log.level_table(quantized.exponents, bits).float() * quantized.scale[:, None, None, None]
-    return torch.cat([levels[:, :, 0], -levels[:, :, 1]], dim=-1).flatten(0, 1)

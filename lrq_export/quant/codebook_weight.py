@@ -22,6 +22,13 @@ class CodebookWeight:
         rows, groups, _ = self.values.shape
         return self.values.gather(2, self.codes.long().view(rows, groups, -1)).view(rows, -1)
 
+    def codebooks(self) -> torch.Tensor:
+        return self.values
+
+    def rerounded(self, codes: torch.Tensor, widening: torch.Tensor) -> CodebookWeight:
+        """Other codes (rows, cols) into the same values, each row's times its widening (rows,)."""
+        return CodebookWeight(codes, self.values * widening[:, None, None])
+
 
 def nearest(weight: torch.Tensor, values: torch.Tensor) -> CodebookWeight:
     """Every weight (rows, cols) as the nearest of its row's values (rows, n), in any order; ties go to the larger."""

@@ -2,83 +2,151 @@
 
 Minimises the layer's output error tr (W - Ŵ) H (W - Ŵ)ᵀ, H = E[x xᵀ], instead of the weight error (GPTQ, Frantar et al.
 2022, with its Cholesky form, damping and order of columns); here the grid is any codebook per row and group. With U the
-upper Cholesky factor of H⁻¹ and e_j = (w_j - ŵ_j) / U_jj, the columns k > j become w_k - e_j U_jk.
+upper Cholesky factor of H⁻¹ and e_j = (w_j - ŵ_j) / U_jj, the columns k > j become w_k - e_j U_jk, and the squares of e
+add up to the output error.
 
-Carried errors reach beyond the range that the codebook was fitted to, so each row also tries wider codebooks and keeps
-the one that ends with the least output error. This is worth more at 3 bits than anything else here (docs/methods.md).
+So what a column's error costs in the end is 1 / U_jj², the part of its input that the later ones cannot make good, and
+what is rounded is not W but W with the errors carried into it. Codebooks are fitted to that: weighted by 1 / U_jj², a
+second time to the carried weights, and wider than fits best, since carried errors reach out of the range. Each row
+keeps what ends with the least output error; docs/methods.md shows what each of the three is worth.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, TypeVar
 
 import torch
 
 DAMPING = 0.01  # share of the mean of H's diagonal that is added to it: H of few samples is singular
 BLOCK = 128  # columns that are updated one by one before the rest is updated at once
-WIDENINGS = (1.0, 1.15, 1.3)  # of a codebook fitted to the weight error; each row keeps its best
+WIDENINGS = (1.0, 1.15, 1.3)  # of a fitted codebook, tried on every row
+REFITS = 1  # fits to carried weights, after the one to the weights themselves
+
+
+class Codes(Protocol):
+    """A quantized weight, a frozen dataclass whose tensors all have the rows as their first axis."""
+
+    def codebooks(self) -> torch.Tensor:
+        """The value of every code, float32 (rows, groups, n), n <= 256."""
+
+    def rerounded(self, codes: torch.Tensor, widening: torch.Tensor) -> Codes:
+        """Other codes uint8 (rows, cols) in the same codebooks, each row's times its widening (rows,)."""
+
+
+Quantized = TypeVar("Quantized", bound=Codes)
+Fit = Callable[[torch.Tensor, torch.Tensor], Quantized]  # (W (rows, cols), importance (cols,)) to its codes
+
+
+def quantize_compensated(
+    weight: torch.Tensor,
+    second_moments: torch.Tensor,
+    fit: Fit,
+    *,
+    widenings: tuple[float, ...] = WIDENINGS,
+    refits: int = REFITS,
+) -> Quantized:
+    """W (rows, cols) in codebooks that `fit` makes, rounded for the least output error under H (cols, cols), PSD."""
+    feedback = Feedback(second_moments)
+    fitted = fit(weight, feedback.importance)
+    rounding = feedback.round(weight, fitted.codebooks(), widenings)
+    best = fitted.rerounded(rounding.codes, rounding.widening)
+    for _ in range(refits):
+        fitted = fit(rounding.carried, feedback.importance)
+        again = feedback.round(weight, fitted.codebooks(), widenings)
+        better = again.error < rounding.error
+        best = _where_rows(better, fitted.rerounded(again.codes, again.widening), best)
+        rounding = _where_rows(better, again, rounding)
+    return best
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Codes into codebooks, each row's codebook times its widening."""
+    """What one run over the columns ends with."""
 
     codes: torch.Tensor  # uint8 (rows, cols)
-    widening: torch.Tensor  # float32 (rows,)
+    widening: torch.Tensor  # float32 (rows,), of the row's codebooks
+    carried: torch.Tensor  # float32 (rows, cols): the weights as they were rounded, earlier errors carried into them
+    error: torch.Tensor  # float64 (rows,): (w - ŵ)(H + damping)(w - ŵ)ᵀ
 
 
-def round_compensated(
-    weight: torch.Tensor,
-    values: torch.Tensor,
-    group_size: int,
-    second_moments: torch.Tensor,
-    *,
-    widenings: tuple[float, ...] = WIDENINGS,
-) -> Rounding:
-    """The codes of the weight (rows, cols) in the codebooks `values` (rows, groups, n), n <= 256, and their widening.
+class Feedback:
+    """H made ready. Columns are rounded in the order of falling H_jj: what matters most can be made good by most."""
 
-    `second_moments` is H (cols, cols), symmetric, PSD. Columns are rounded in the order of falling H_jj: the errors of
-    the inputs that matter most find the most columns to be made good in.
-    """
-    order = second_moments.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(second_moments[order][:, order])
-    tried = torch.cat([values * widening for widening in widenings])
-    ordered = weight.to(torch.float32)[:, order].repeat(len(widenings), 1)
-    codes, errors = _round(ordered, tried, order // group_size, factor)
-    best = errors.view(len(widenings), -1).argmin(0)
-    chosen = codes.view(len(widenings), *weight.shape)[best, torch.arange(len(weight))]
-    return Rounding(chosen[:, order.argsort()], torch.tensor(widenings)[best])
+    def __init__(self, second_moments: torch.Tensor):
+        self._order = second_moments.diagonal().argsort(descending=True, stable=True)
+        self._factor = inverse_factor(second_moments[self._order][:, self._order])
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """1 / U_jj² float64 (cols,): what a column's squared error costs, all that follows made good."""
+        return self._factor.diagonal().double().square().reciprocal()[self._order.argsort()]
+
+    def round(self, weight: torch.Tensor, codebooks: torch.Tensor, widenings: tuple[float, ...] = (1.0,)) -> Rounding:
+        """Round W (rows, cols) to its codebooks (rows, groups, n) times the best of `widenings` for each row."""
+        rows, cols = weight.shape
+        groups = (self._order // (cols // codebooks.shape[1])).tolist()
+        tried = torch.cat([codebooks * widening for widening in widenings])
+        carried = weight.to(torch.float32)[:, self._order].repeat(len(widenings), 1)
+        codes, error = self._run(carried, tried, groups)
+        best = error.view(len(widenings), rows).argmin(0)
+        chosen, original = best * rows + torch.arange(rows), self._order.argsort()
+        return Rounding(
+            codes[chosen][:, original], torch.tensor(widenings)[best], carried[chosen][:, original], error[chosen]
+        )
+
+    def _run(
+        self, carried: torch.Tensor, codebooks: torch.Tensor, groups: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes uint8 (rows, cols) and errors float64 (rows,); leaves in `carried` what was rounded."""
+        rows, cols = carried.shape
+        factor, codes = self._factor, torch.empty(rows, cols, dtype=torch.uint8)
+        total = torch.zeros(rows, dtype=torch.float64)
+        for start in range(0, cols, BLOCK):
+            stop = min(start + BLOCK, cols)
+            block, errors = carried[:, start:stop], torch.empty(rows, stop - start)
+            for column in range(stop - start):
+                table, row = codebooks[:, groups[start + column]], factor[start + column]
+                chosen = (table - block[:, column, None]).abs().argmin(dim=1)
+                rounded = table.gather(1, chosen[:, None])[:, 0]
+                error = (block[:, column] - rounded) / row[start + column]
+                block[:, column + 1 :] -= error[:, None] * row[start + column + 1 : stop]
+                codes[:, start + column], errors[:, column] = chosen.to(torch.uint8), error
+            carried[:, stop:] -= errors @ factor[start:stop, stop:]
+            total += errors.double().square().sum(1)
+        return codes, total
 
 
-def _round(
-    remaining: torch.Tensor, values: torch.Tensor, groups: torch.Tensor, factor: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 (rows, cols) and output errors float64 (rows,); changes `remaining`. groups (cols,) picks codebooks.
-
-    The squares of e add up to (w - ŵ)(H + damping)(w - ŵ)ᵀ.
-    """
-    rows, cols = remaining.shape
-    codes, total = torch.empty(rows, cols, dtype=torch.uint8), torch.zeros(rows, dtype=torch.float64)
-    group_of = groups.tolist()
-    for start in range(0, cols, BLOCK):
-        stop = min(start + BLOCK, cols)
-        block, errors = remaining[:, start:stop], torch.empty(rows, stop - start)
-        for column in range(stop - start):
-            table = values[:, group_of[start + column]]
-            chosen = (table - block[:, column, None]).abs().argmin(dim=1)
-            rounded = table.gather(1, chosen[:, None])[:, 0]
-            error = (block[:, column] - rounded) / factor[start + column, start + column]
-            block[:, column + 1 :] -= error[:, None] * factor[start + column, start + column + 1 : stop]
-            codes[:, start + column], errors[:, column] = chosen.to(torch.uint8), error
-        remaining[:, stop:] -= errors @ factor[start:stop, stop:]
-        total += errors.double().square().sum(1)
-    return codes, total
+def conditional_variances(second_moments: torch.Tensor) -> torch.Tensor:
+    """`Feedback.importance` alone, float64 (cols,), at a quarter of the cost: H + damping = Lᵀ L gives L_jj² too."""
+    order = second_moments.diagonal().argsort(descending=True, stable=True).flip(0)
+    factor = torch.linalg.cholesky(damped(second_moments[order][:, order]))
+    return factor.diagonal().square()[order.argsort()]
 
 
 def inverse_factor(second_moments: torch.Tensor) -> torch.Tensor:
     """U float32 (cols, cols), upper triangular, Uᵀ U = (H + damping)⁻¹; computed in float64."""
-    damped = second_moments.to(torch.float64).clone()
-    mean = damped.diagonal().mean()
-    damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(second_moments)))
     return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+
+
+def damped(second_moments: torch.Tensor) -> torch.Tensor:
+    """H + damping, a float64 copy; the unit matrix for an H of zeros."""
+    matrix = second_moments.to(torch.float64, copy=True)
+    mean = matrix.diagonal().mean()
+    matrix.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    return matrix
+
+
+RowWise = TypeVar("RowWise")
+
+
+def _where_rows(choose: torch.Tensor, one: RowWise, other: RowWise) -> RowWise:
+    """A dataclass with the rows of `one` where choose (rows,) holds, else those of `other`."""
+    mixed = {}
+    for each in fields(one):
+        mine, theirs = getattr(one, each.name), getattr(other, each.name)
+        if isinstance(mine, torch.Tensor):
+            mixed[each.name] = torch.where(choose.view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
+    return replace(one, **mixed)

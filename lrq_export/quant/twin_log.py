@@ -12,7 +12,7 @@ The paper's clips alpha and beta are searched: the row's scale, and the top leve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,6 +42,14 @@ class TwinLogWeight:
     def integer_weight(self) -> torch.Tensor:
         """int8 (rows, cols); see `QuantizedWeight`."""
         return integer_weight(self)
+
+    def codebooks(self) -> torch.Tensor:
+        """The value of every code, float32 (rows, groups, 2^bits)."""
+        return _signed(level_table(self.exponents, self.bits).float()) * self.scale[:, None, None]
+
+    def rerounded(self, codes: torch.Tensor, widening: torch.Tensor) -> TwinLogWeight:
+        """Other codes (rows, cols) on the same levels, each row's scale times its widening (rows,)."""
+        return replace(self, codes=codes, scale=self.scale * widening)
 
 
 def level_table(exponents: torch.Tensor, bits: int) -> torch.Tensor:

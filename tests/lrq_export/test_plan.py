@@ -15,6 +15,8 @@ from lrq_export.progress import Bar, JsonLines, Silent, stage
 from lrq_export.recipe import load_recipe
 from lrq_export.source import open_source
 
+HADAMARD = load_recipe(overrides={"rotation.kind": "hadamard"})
+
 
 @pytest.fixture(scope="module")
 def planned(tiny):
@@ -43,9 +45,7 @@ def test_a_recipe_decides_rotation_bits_groups_and_signs(planned):
     for plan in changed:
         assert plan.block == (12 if ".to_out." in plan.name else 8)
         assert (plan.signs_seed, plan.group_size) == (3, 12)
-    assert {(plan.block, plan.signs_seed) for plan in planned(rotation__kind='"none"', rotation__signs="true")} == {
-        (0, None)
-    }
+    assert {(plan.block, plan.signs_seed) for plan in planned(rotation__kind='"none"')} == {(0, None)}
 
 
 def test_keep_is_the_recipes_when_it_says_so(planned):
@@ -61,7 +61,7 @@ def test_keep_is_the_recipes_when_it_says_so(planned):
 
 @given(cols=st.integers(1, 5000))
 def test_every_width_gets_a_block_that_divides_it_and_has_a_matrix(cols):
-    block, reason = _choose_block("layer", cols, None, load_recipe())
+    block, reason = _choose_block("layer", cols, None, HADAMARD)
     assert cols % block == 0
     assert hadamard.supported(block)
     assert str(cols) in reason
@@ -70,7 +70,7 @@ def test_every_width_gets_a_block_that_divides_it_and_has_a_matrix(cols):
 
 @given(cols=st.integers(8, 400), block=st.integers(1, 400))
 def test_a_block_is_taken_or_refused_with_blocks_that_would_do(cols, block):
-    recipe = load_recipe(overrides={"rotation.block": str(block)})
+    recipe = load_recipe(overrides={"rotation.kind": "hadamard", "rotation.block": str(block)})
     if cols % block == 0 and hadamard.supported(block):
         assert _choose_block("layer", cols, None, recipe)[0] == block
         return
@@ -82,7 +82,7 @@ def test_a_block_is_taken_or_refused_with_blocks_that_would_do(cols, block):
 
 
 def test_a_head_width_without_a_matrix_falls_back_to_the_width():
-    assert _choose_block("layer", 24, 6, load_recipe()) == (24, "full width 24")
+    assert _choose_block("layer", 24, 6, HADAMARD) == (24, "full width 24")
 
 
 def test_linears_of_an_unknown_family_need_no_head_width():
@@ -92,7 +92,7 @@ def test_linears_of_an_unknown_family_need_no_head_width():
         def head_width(self, model, layer):
             return None
 
-    (plan,) = plan_layers(nn.Sequential(nn.Linear(20, 5)), Family(), load_recipe())
+    (plan,) = plan_layers(nn.Sequential(nn.Linear(20, 5)), Family(), HADAMARD)
     assert (plan.name, plan.rows, plan.cols, plan.block) == ("0", 5, 20, 20)
 
 
@@ -141,3 +141,10 @@ def test_a_stage_done_in_two_parts_adds_its_time():
     with stage(Silent(), "paint", timings):
         pass
     assert timings["paint"] > 10
+
+
+def test_auto_leaves_rotations_open_and_refuses_what_only_hadamard_has(planned):
+    assert {plan.block for plan in planned(rotation__kind="auto")} == {0}
+    for key, value in (("rotation__signs", "true"), ("rotation__block", "12")):
+        with pytest.raises(UsageError, match=f"{key.replace('__', '.')}: got .* needed hadamard"):
+            planned(rotation__kind="auto", **{key: value})

@@ -94,12 +94,10 @@ def test_work_of_another_recipe_is_not_resumed(tiny, tmp_path):
     inputs = {"calibration": tiny.calibration, "until": "calibrate"}
     out = tmp_path / "package"
     first = build(tiny.source, out, recipe=tiny.recipe(), **inputs).out
-    before = (first / "stats.safetensors").read_bytes()
     (first / "graphs").mkdir()
     (first / "graphs" / "0-trace.onnx").write_bytes(b"half")
     build(tiny.source, out, recipe=tiny.recipe(rotation__signs="true"), **inputs)
     assert not (first / "graphs").exists()
-    assert (first / "stats.safetensors").read_bytes() != before
 
 
 def test_until_a_stage_is_resumed_by_any_later_one(tiny, tmp_path):

@@ -48,15 +48,14 @@ def _twin_log(
     weight: torch.Tensor, second_moment: torch.Tensor | None = None, *, bits: int, group_size: int | None = None
 ) -> CodebookWeight:
     quantized = twin_log.quantize(weight, second_moment, bits=bits, group_size=group_size)
-    levels = twin_log.level_table(quantized.exponents, bits).float() * quantized.scale[:, None, None, None]
-    return CodebookWeight(quantized.codes, torch.cat([levels[:, :, 0], -levels[:, :, 1]], dim=-1))
+    return CodebookWeight(quantized.codes, quantized.codebooks())
 
 
 def _codebook(
     weight: torch.Tensor, second_moment: torch.Tensor | None = None, *, bits: int, group_size: int | None = None
 ) -> CodebookWeight:
     quantized = codebook.quantize(weight, second_moment, bits=bits, group_size=group_size)
-    return CodebookWeight(quantized.codes, quantized.values())
+    return CodebookWeight(quantized.codes, quantized.codebooks())
 
 
 _FLOATS = "its levels are floats, not INT8 numbers"

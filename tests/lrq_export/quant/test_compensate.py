@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrq_export.quant import compensate
-from lrq_export.quant.compensate import inverse_factor, round_compensated
+from lrq_export.quant.codebook_weight import nearest as nearest_codes
+from lrq_export.quant.compensate import Feedback, conditional_variances, inverse_factor, quantize_compensated
 
 ROWS, COLS, LEVELS = 16, 40, 8
 
@@ -27,9 +28,10 @@ def problem(seed: int = 0, groups: int = 1):
     return weight, values, x, x.T @ x / len(x)
 
 
-def rounded_codes(*arguments) -> torch.Tensor:
+def rounded_codes(weight, values, group_size, moments) -> torch.Tensor:
     """Codes into the codebooks as they are, none widened."""
-    return round_compensated(*arguments, widenings=(1.0,)).codes
+    assert values.shape[1] * group_size == weight.shape[1]
+    return Feedback(moments).round(weight, values).codes
 
 
 def decode(values: torch.Tensor, codes: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -104,22 +106,65 @@ def test_uncorrelated_columns_go_to_the_nearest_value_of_their_own_group(monkeyp
     assert torch.equal(codes.long(), nearest(weight, values, COLS // groups))
 
 
+def lost(weight, rounded, moments) -> torch.Tensor:
+    """Output error of every row, (rows,), as the damped H has it."""
+    error = (weight - rounded).double()
+    return ((error @ compensate.damped(moments)) * error).sum(1)
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 def test_each_row_keeps_the_widening_with_the_least_output_error(groups):
     weight, values, _, moments = problem(seed=3, groups=groups)
-    chosen = round_compensated(weight, values, COLS // groups, moments)
-    damped = moments.double() + compensate.DAMPING * moments.diagonal().double().mean() * torch.eye(COLS)
+    feedback = Feedback(moments)
 
     def errors(rounding) -> torch.Tensor:
-        lost = weight - decode(values, rounding.codes, COLS // groups) * rounding.widening[:, None]
-        return ((lost.double() @ damped) * lost.double()).sum(1)
+        rounded = decode(values, rounding.codes, COLS // groups) * rounding.widening[:, None]
+        return lost(weight, rounded, moments)
 
-    alone = [
-        errors(round_compensated(weight, values, COLS // groups, moments, widenings=(each,)))
-        for each in compensate.WIDENINGS
-    ]
+    chosen = feedback.round(weight, values, compensate.WIDENINGS)
+    alone = [errors(feedback.round(weight, values, (each,))) for each in compensate.WIDENINGS]
     torch.testing.assert_close(errors(chosen), torch.stack(alone).amin(0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(errors(chosen), chosen.error, rtol=1e-4, atol=0)
     assert len(set(chosen.widening.tolist())) > 1
+
+
+def test_importance_is_what_no_later_column_can_make_good():
+    """The least error e H eᵀ with e_j = 1, e of earlier columns 0, over all errors of the later ones."""
+    _, _, _, moments = problem()
+    matrix, found = compensate.damped(moments), Feedback(moments).importance
+    order = moments.diagonal().argsort(descending=True, stable=True).tolist()
+    for place in (0, 7, COLS - 1):
+        column, later = order[place], order[place + 1 :]
+        rest, cross = matrix[later][:, later], matrix[later, column]
+        least = matrix[column, column] - cross @ torch.linalg.solve(rest, cross) if later else matrix[column, column]
+        torch.testing.assert_close(found[column], least, rtol=1e-4, atol=0)
+    torch.testing.assert_close(conditional_variances(moments), found, rtol=1e-4, atol=0)
+
+
+def evenly_spaced(weight: torch.Tensor, importance: torch.Tensor):
+    """Eight values over each row's range."""
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    return nearest_codes(weight, low + (high - low) * torch.linspace(0, 1, LEVELS))
+
+
+def test_refitting_to_the_carried_weights_only_lowers_the_output_error():
+    weight, _, _, moments = problem(seed=5)
+    errors = [
+        lost(weight, quantize_compensated(weight, moments, evenly_spaced, refits=refits).dequantize(), moments)
+        for refits in range(3)
+    ]
+    assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+    assert (errors[2] <= errors[1] * (1 + 1e-5)).all()
+    assert errors[2].sum() < 0.95 * errors[0].sum()
+
+
+def test_the_carried_weights_are_what_was_rounded():
+    weight, values, _, moments = problem()
+    rounding = Feedback(moments).round(weight, values)
+    assert torch.equal(nearest(rounding.carried, values, COLS), rounding.codes.long())
+    first = int(moments.diagonal().argmax())
+    assert torch.equal(rounding.carried[:, first], weight[:, first])
+    assert not torch.equal(rounding.carried, weight)
 
 
 def test_columns_are_rounded_in_the_order_of_their_inputs_power():

@@ -4,7 +4,6 @@ import copy
 import html
 import re
 from base64 import b64decode
-from html.parser import HTMLParser
 from io import BytesIO
 
 import numpy as np
@@ -18,12 +17,6 @@ from lrq_export.verify.report_page import render_report_page, write_report_page
 from lrq_export.verify.report_sections import SECTIONS
 
 HOSTILE = "\"><script>alert('x')</script>&amp;{braces}%s"
-VOID = {"meta", "img"}
-# An address that the browser would fetch: anything but data inside the page and places on it.
-# Two slashes amid letters are base64, not the start of an address.
-FETCHED = re.compile(
-    r"""https?:|(?<![\w+/])//\w|@import|<script|<link|<iframe|(?:src|href)=(?!["']?(?:data:|\#))|url\((?!\#)"""
-)
 
 
 def _rung(rung, value, bound=1e-6, passed=True, metric="NMSE"):
@@ -126,32 +119,6 @@ def _missing_rungs(page, report):
     return missing
 
 
-class _Structure(HTMLParser):
-    """Fails on tags that do not close in order; keeps names of elements, ids and places referred to."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.names, self.ids, self.references = [], set(), [], []
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, name, attributes):
-        self.names.add(name)
-        values = dict(attributes)
-        self.ids += [values["id"]] if "id" in values else []
-        self.references += [value[1:] for key, value in attributes if key == "href" and value.startswith("#")]
-        self.references += [place for value in values.values() for place in re.findall(r"url\(#(\w+)\)", value or "")]
-        if name not in VOID:
-            self.open.append(name)
-
-    def handle_startendtag(self, name, attributes):
-        self.handle_starttag(name, attributes)
-        self.handle_endtag(name)
-
-    def handle_endtag(self, name):
-        assert self.open.pop() == name
-
-
 def _hostile(value):
     """The same report with markup in every text, keys of free tables included."""
     if isinstance(value, dict):
@@ -191,27 +158,27 @@ def test_every_section_is_tested_and_linked(page):
     assert all(html.escape(section.line) in page for section in SECTIONS)
 
 
-def test_nothing_is_fetched(page):
-    assert FETCHED.findall(page) == []
+def test_nothing_is_fetched(page, fetched_by):
+    assert fetched_by(page) == []
 
 
 @pytest.mark.parametrize("reference", ['<a href="x.html">', "<img src='//cdn/x.png'>", "url(http://x)", "@import 'x'"])
-def test_the_search_for_addresses_finds(reference):
-    assert FETCHED.search(reference)
+def test_the_search_for_addresses_finds(reference, fetched_by):
+    assert fetched_by(reference)
 
 
-def test_the_page_is_well_formed(page):
-    structure = _Structure(page)
+def test_the_page_is_well_formed(page, structure_of):
+    structure = structure_of(page)
     assert len(structure.ids) == len(set(structure.ids))
     assert set(structure.references) <= set(structure.ids)
 
 
-def test_text_of_the_report_stays_text(page):
+def test_text_of_the_report_stays_text(page, structure_of):
     report = _hostile(_report())
     report["recipe"][HOSTILE] = report["tool"]["libraries"][HOSTILE] = HOSTILE
     hostile = render_report_page(report, _samples())
     assert "<script" not in hostile
-    assert _Structure(hostile).names == _Structure(page).names
+    assert structure_of(hostile).names == structure_of(page).names
     assert f"blocks.2.ff{HOSTILE}" in _text(hostile)
 
 
@@ -243,14 +210,14 @@ def test_layers_are_counted_in_whole_numbers():
 
 @pytest.mark.parametrize("key", [*_report(), None])
 @pytest.mark.parametrize("emptied", ["missing", "empty", "none"])
-def test_a_report_without_a_part_still_renders(key, emptied):
+def test_a_report_without_a_part_still_renders(key, emptied, structure_of):
     report = _report()
     for name in report if key is None else [key]:
         report = {**report, name: None if emptied == "none" else type(report[name])()}
     if emptied == "missing":
         report = {name: value for name, value in report.items() if value}
     page = render_report_page(report, None)
-    assert _Structure(page).names >= {"section"}
+    assert structure_of(page).names >= {"section"}
     assert "None<" not in page
 
 
@@ -362,10 +329,10 @@ def test_sizes_have_three_digits(size, text):
     assert byte_size(size) == text
 
 
-def test_the_page_of_a_real_package_is_well_formed_and_fetches_nothing(package):
+def test_the_page_of_a_real_package_is_well_formed_and_fetches_nothing(package, structure_of, fetched_by):
     page = (package / "report.html").read_text()
-    assert FETCHED.findall(page) == []
-    structure = _Structure(page)
+    assert fetched_by(page) == []
+    structure = structure_of(page)
     assert len(structure.ids) == len(set(structure.ids))
     assert set(structure.references) <= set(structure.ids)
     assert "None" not in _text(page).replace("None.", "")

@@ -1,0 +1,144 @@
+"""`auto`: each input gets the rotation that loses least on its own tokens, and its layers agree on it."""
+
+import pytest
+import torch
+
+from lrq_export.calibrate.observed import Observed
+from lrq_export.calibrate.run import observe
+from lrq_export.compiler import build
+from lrq_export.package import load_manifest
+from lrq_export.plan import LayerPlan
+from lrq_export.quant import twin_log
+from lrq_export.quant.rotation import Rotation
+from lrq_export.quant.transforms.base import Identity
+from lrq_export.quant.weight import dequantize
+from lrq_export.rotations import Candidate, choose, choose_rotations, hadamard_candidates
+
+WIDTH, ROWS = 192, 40
+
+
+def tokens(loud: int = 0, seed: int = 0) -> torch.Tensor:
+    """Gaussian tokens (256, 192) of which `loud` channels are 60 times as large."""
+    x = torch.randn(256, WIDTH, generator=torch.Generator().manual_seed(seed))
+    x[:, :loud] *= 60
+    return x
+
+
+def weight(seed: int = 1) -> torch.Tensor:
+    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def quantize(matrix: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    return dequantize(twin_log.quantize(matrix, importance, bits=4))
+
+
+def chosen(x: torch.Tensor, act_bits: int = 8, correlation: torch.Tensor | None = None, weights=None):
+    return choose(weights or [weight()], x, correlation, hadamard_candidates(WIDTH, 12, 0), act_bits, quantize)
+
+
+def test_candidates_are_what_a_package_can_hold():
+    found = {each.name: each for each in hadamard_candidates(1152, 72, 5)}
+    assert list(found) == ["none", "head Hadamard", "block Hadamard", "full Hadamard", "signed Hadamard"]
+    assert [found[name].transform.block for name in list(found)[1:]] == [72, 128, 1152, 1152]
+    assert found["signed Hadamard"].transform.seed == 5
+    assert [each.online for each in found.values()] == [False, False, True, True, True]
+    assert [each.name for each in hadamard_candidates(7, None, 0)] == ["none"]
+
+
+def test_outliers_are_spread_where_activations_are_rounded():
+    loud = chosen(tokens(loud=1), act_bits=4)
+    assert loud.losses["full Hadamard"] < 0.5 * loud.losses["none"]
+    assert isinstance(loud.chosen.transform, Rotation)
+    assert loud.reason.startswith(f"{loud.chosen.name}: output error ")
+
+
+def test_an_input_without_outliers_is_left_alone():
+    assert not chosen(tokens()).chosen.online
+
+
+def test_a_common_offset_is_not_gathered_into_one_channel():
+    """All channels offset alike are, without signs, one huge channel after a full Hadamard rotation."""
+    candidates = hadamard_candidates(WIDTH, None, 0)
+    found = choose([weight()], tokens() + 20.0, None, candidates, 8, lambda matrix, importance: matrix)
+    assert found.losses["signed Hadamard"] < 0.5 * found.losses["full Hadamard"]
+
+
+def test_losses_are_those_of_rounded_activations_and_of_rounded_weights():
+    x, matrix = tokens(loud=2), weight()
+    found = chosen(x, act_bits=16)
+    rounded = quantize(matrix, x.double().square().mean(0))
+    error = ((matrix - rounded).double().square() @ x.double().square().mean(0)).sum()
+    assert found.losses["none"] == pytest.approx(float(error / ((x @ matrix.T).square().sum() / len(x))), rel=1e-5)
+
+
+def test_work_must_be_earned():
+    """Of two candidates that lose the same, the one that folds away is taken; a costly one must lose much less."""
+    costly = Candidate("costly", Rotation(WIDTH, WIDTH))
+    free = Candidate("free", Rotation(WIDTH, WIDTH), online=False)
+    for order in ((costly, free), (free, costly)):
+        assert choose([weight()], tokens(), None, order, 8, quantize).chosen.name == "free"
+    small = [weight()[:1]]  # one row: the rotation is many times the work of the layer
+    assert choose(small, tokens(loud=1), None, [Candidate("none", Identity(WIDTH), False), costly], 4, quantize)
+
+
+def test_correlated_inputs_count_what_feedback_cannot_make_good():
+    x = tokens()
+    x[:, 1] = x[:, 0] + 1e-3 * x[:, 1]
+    plain, compensated = chosen(x), chosen(x, correlation=x.T @ x / len(x))
+    assert compensated.losses["none"] < plain.losses["none"]
+
+
+class Attention(torch.nn.Module):
+    """Query and key read one tensor with a loud channel."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key = (torch.nn.Linear(WIDTH, ROWS) for _ in range(2))
+        self.out = torch.nn.Linear(ROWS, 8)
+
+    def forward(self, x):
+        return self.out(self.query(x) + self.key(x))
+
+
+@pytest.fixture
+def observed(tmp_path) -> tuple[Attention, Observed]:
+    class Family:
+        def call(self, model, part):
+            return model(part["hidden_states"])
+
+    samples = {"hidden_states": tokens(loud=1)[:, None], "timestep": torch.zeros(256)}
+    model = Attention()
+    return model, observe(Family(), model, ["query", "key", "out"], samples, 64, tmp_path)
+
+
+def test_layers_of_one_input_are_rotated_alike(observed):
+    model, seen = observed
+    plans = [
+        LayerPlan(name, linear.out_features, linear.in_features, 4, linear.in_features, 4, 0, None, "open")
+        for name, linear in model.named_children()
+    ]
+    done = []
+    planned = choose_rotations(plans, seen, model.get_parameter, lambda layer: None, 3, done.append)
+    assert [plan.name for plan in planned] == ["query", "key", "out"]
+    query, key, _ = planned
+    assert query.block
+    assert (query.block, query.signs_seed, query.reason) == (key.block, key.signs_seed, key.reason)
+    assert done == ["query", "out"]
+
+
+@pytest.mark.parametrize("bits", ["3", "8"])
+def test_a_build_chooses_and_says_why(tiny, tmp_path, bits):
+    recipe = tiny.recipe(rotation__kind="auto", weights__bits=bits)
+    result = build(tiny.source, tmp_path / "package", recipe=recipe, calibration=tiny.calibration)
+    assert result.passed, result.report["ladder"]
+    reasons = {layer["reason"] for layer in load_manifest(tmp_path / "package")["layers"].values()}
+    assert all(": output error " in reason for reason in reasons)
+
+
+def test_a_killed_build_keeps_its_choices(tiny, tmp_path):
+    recipe = tiny.recipe(rotation__kind="auto")
+    whole = build(tiny.source, tmp_path / "whole", recipe=recipe, calibration=tiny.calibration).out
+    build(tiny.source, tmp_path / "again", recipe=recipe, calibration=tiny.calibration, until="calibrate")
+    again = build(tiny.source, tmp_path / "again", recipe=recipe, calibration=tiny.calibration).out
+    assert (whole / "quantized.safetensors").read_bytes() == (again / "quantized.safetensors").read_bytes()
