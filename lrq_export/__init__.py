@@ -4,16 +4,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lrq_export.calibrate.record import record
+    from lrq_export.comparison.run import compare
     from lrq_export.compiler import build
     from lrq_export.errors import LrqError
     from lrq_export.recipe import Recipe, load_recipe
     from lrq_export.runtime import load
 
 __version__ = "0.1.0"
-__all__ = ["LrqError", "Recipe", "build", "load", "load_recipe", "record"]
+__all__ = ["LrqError", "Recipe", "build", "compare", "load", "load_recipe", "record"]
 
 _HOME = {
     "build": "lrq_export.compiler",
+    "compare": "lrq_export.comparison.run",
     "record": "lrq_export.calibrate.record",
     "LrqError": "lrq_export.errors",
     "Recipe": "lrq_export.recipe",

@@ -188,9 +188,9 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Quantize SOURCE in many ways and rank them by what its images lose."""
-    from lrq_export.compare.page import write_comparison_page
-    from lrq_export.compare.run import compare as run
-    from lrq_export.compare.treatments import DEFAULT
+    from lrq_export.comparison.page import write_comparison_page
+    from lrq_export.comparison.run import compare as run
+    from lrq_export.comparison.treatments import DEFAULT
     from lrq_export.recipe import load_recipe
 
     chosen = list(DEFAULT) if methods is None else _values("--methods", methods)
@@ -313,7 +313,7 @@ def _show_report(report: dict, as_json: bool) -> None:
 
 
 def _show_comparison(report: dict, as_json: bool) -> None:
-    from lrq_export.compare.ranking import decibels, finite, name_of, rows_at, settings, verdict
+    from lrq_export.comparison.ranking import decibels, finite, name_of, rows_at, settings, verdict
     from lrq_export.verify.markup import digits, scientific
 
     if as_json:

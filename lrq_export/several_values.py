@@ -30,7 +30,7 @@ def _is_method(word: str) -> bool:
     """A word that names a folder is the source, unless a method has that name, too."""
     if not _NAMES.fullmatch(word) or not Path(word).is_dir():
         return _NAMES.fullmatch(word) is not None
-    from lrq_export.compare.treatments import TREATMENTS  # heavy, and hardly ever asked for here
+    from lrq_export.comparison.treatments import TREATMENTS  # heavy, and hardly ever asked for here
 
     return word in TREATMENTS
 

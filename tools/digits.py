@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from lrq_export.compare.judge import OUTPUTS, Judge, accuracy, frechet_distance
+from lrq_export.comparison.judge import OUTPUTS, Judge, accuracy, frechet_distance
 
 IMAGE_SIZE = 16
 CLASSES = 10

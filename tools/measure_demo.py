@@ -17,7 +17,7 @@ import digits
 import torch
 
 import lrq_export
-from lrq_export.compare.judge import FILE, Judge
+from lrq_export.comparison.judge import FILE, Judge
 from lrq_export.progress import Silent
 from lrq_export.sampling import ConditionalSampler, scheduler_from
 from lrq_export.source import open_source

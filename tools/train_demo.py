@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lrq_export.compare.judge import FILE, Judge
+from lrq_export.comparison.judge import FILE, Judge
 
 CAPTION_TOKENS, CAPTION_CHANNELS = 4, 64
 SAMPLING_STEPS = 20

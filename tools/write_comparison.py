@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lrq_export.compare.ranking import (
+from lrq_export.comparison.ranking import (
     Report,
     Row,
     decibels,
@@ -23,7 +23,7 @@ from lrq_export.compare.ranking import (
     settings,
     verdict,
 )
-from lrq_export.compare.run import SCHEMA
+from lrq_export.comparison.run import SCHEMA
 from lrq_export.errors import InputError, LrqError
 from lrq_export.package import write_bytes_atomic
 from lrq_export.verify.markup import DASH, count, digits, scientific

@@ -170,7 +170,12 @@ TOO_LATE = {
     "a recipe that is not there": (nothing, ("--recipe", "none.toml"), 2, "none.toml"),
     "an unknown key": (nothing, ("--set", "weights.bit=3"), 2, "--set: weights.bit: unknown key"),
     "a wrong value": (nothing, ("--set", "weights.bits=5"), 2, "--set: weights.bits: got 5"),
-    "a block that does not divide": (nothing, ("--set", "rotation.block=16"), 2, "rotation.block is 16"),
+    "a block that does not divide": (
+        nothing,
+        ("--set", "rotation.kind=hadamard", "--set", "rotation.block=16"),
+        2,
+        "rotation.block is 16",
+    ),
     "a pattern that matches nothing": (nothing, ("--set", 'keep=["no.*"]'), 2, "'no.*' matches none"),
     "an unknown scheduler": (nothing, ("--set", "sampling.scheduler=Euler"), 2, "'Euler'"),
     "conditions that are not there": (nothing, ("--conditions", "none.safetensors"), 3, "none.safetensors"),

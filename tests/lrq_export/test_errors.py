@@ -12,6 +12,8 @@ from lrq_export.errors import LrqError
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TO_Q = "transformer_blocks.0.attn1.to_q.weight"
 
+HADAMARD = ("--set", "rotation.kind=hadamard")
+
 
 def edited_config(source, **changes):
     path = source / "config.json"
@@ -101,8 +103,8 @@ REFUSED = {
         lambda s, c: (s / "scheduler_config.json").write_text("]"), (), 3, ["scheduler_config.json"]),
     "an unknown scheduler": (nothing, ("--set", "sampling.scheduler=Euler"), 2, ["'Euler'", "DDIMScheduler"]),
     "a block that does not divide": (
-        nothing, ("--set", "rotation.block=16"), 2, ["rotation.block is 16", "24 input channels", "one of"]),
-    "a block without a Hadamard matrix": (nothing, ("--set", "rotation.block=6"), 2, ["rotation.block is 6", "12"]),
+        nothing, (*HADAMARD, "--set", "rotation.block=16"), 2, ["rotation.block is 16", "24 input channels", "one of"]),
+    "a block without a Hadamard matrix": (nothing, (*HADAMARD, "--set", "rotation.block=6"), 2, ["rotation.block is 6", "12"]),
     "a group that does not divide": (nothing, ("--set", "weights.group_size=7"), 2, ["group_size is 7", "12"]),
     "a misspelt key": (nothing, ("--set", "weights.bit=3"), 2, ["weights.bit", "did you mean weights.bits?"]),
     "a wrong value": (nothing, ("--set", "weights.bits=5"), 2, ["weights.bits", "5", "2, 3, 4 or 8"]),

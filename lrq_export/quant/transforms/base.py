@@ -12,7 +12,7 @@ import torch
 
 from lrq_export.errors import UsageError
 
-FLOAT_BITS = 32  # of a stored factor, a matrix entry or an index
+FLOAT_BITS = 16  # of a stored factor, a matrix entry or an index, as for the numbers of `quant.methods`
 
 
 @runtime_checkable

@@ -131,7 +131,7 @@ def test_a_perturbed_parameter_changes_the_product(fit):
 def test_side_data_and_work_are_counted():
     x, weights = normal(0, 8, 1152), [normal(1, 4, 1152)]
     counted = {fit.__name__: (t.parameters(), t.flops_per_token) for fit in FITS if (t := fit(x, weights, 0))}
-    scaling, rotation = (32 * 1152, 1152), (2 * 32 * 128**2 + 32 * 1152, 4 * 128 * 1152)
+    scaling, rotation = (16 * 1152, 1152), (2 * 16 * 128**2 + 16 * 1152, 4 * 128 * 1152)
     assert counted == {
         "smooth": scaling, "balance": scaling, "dual": rotation, "dual_as_released": rotation,
         "hadamard": (0, 2 * 1152 * (36 + 32)),  # H_1152 = H_36 (x) H_32

@@ -6,7 +6,7 @@ import sys
 import pytest
 from write_comparison import BEGIN, END, main, rewritten, section, table
 
-from lrq_export.compare.ranking import finite
+from lrq_export.comparison.ranking import finite
 from lrq_export.errors import InputError
 
 PAGE = f"# Title\n\nbefore\n\n{BEGIN}\nold\n{END}\n\nafter\n"

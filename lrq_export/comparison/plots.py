@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lrq_export.compare.ranking import EQUAL, Report, Row, decibels, not_measured, rows_at, settings
+from lrq_export.comparison.ranking import EQUAL, Report, Row, decibels, not_measured, rows_at, settings
 from lrq_export.verify.markup import Html, scientific
 from lrq_export.verify.plots import ACCENT, INK, MARK, drawing
 

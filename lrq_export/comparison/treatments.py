@@ -21,6 +21,8 @@ Activation = Literal["token", "token_group", "tensor", "timestep_range"]
 # Of rounding errors over the columns: GPTQ on a codebook fitted beforehand, or ours, which fits the codebook to it.
 Feedback = Literal["none", "gptq", "fitted"]
 
+DEPLOYABLE: tuple[Transforming, ...] = ("none", "hadamard", "signed_hadamard", "auto")
+
 
 @dataclass(frozen=True)
 class Treatment:
@@ -36,6 +38,15 @@ class Treatment:
     group: int | None = None  # columns that share a scale: the largest divisor of a layer's columns up to this
     published: bool = True
     note: str = ""
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why no package can hold it; None if one can."""
+        if self.transform not in DEPLOYABLE:
+            return "packages rotate by Hadamard matrices only"
+        if self.activations != "token":
+            return "packages quantize activations per token"
+        return METHODS[self.weights].obstacle
 
 
 def _ours(weights: str) -> Treatment:

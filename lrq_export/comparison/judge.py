@@ -53,8 +53,11 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
     """Fréchet distance between Gaussian fits of two sets of features, each (n, f).
 
+    NaN where a set has fewer than two images, whose covariance does not exist.
     |m1 - m2|² + tr(S1 + S2 - 2 (S1 S2)^(1/2)), Heusel et al. 2017, equation 6, with these features for Inception's.
     """
+    if min(len(features), len(reference)) < 2:
+        return float("nan")
     first, second = features.astype(np.float64), reference.astype(np.float64)
     gap = first.mean(0) - second.mean(0)
     cov_first, cov_second = np.cov(first, rowvar=False), np.cov(second, rowvar=False)

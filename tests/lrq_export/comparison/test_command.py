@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lrq_export.compare.treatments import DEFAULT, TREATMENTS
+from lrq_export.comparison.treatments import DEFAULT, TREATMENTS
 from lrq_export.errors import InputError, UsageError
 from lrq_export.recipe import load_recipe
 from lrq_export.several_values import flag_before_each_value
@@ -19,7 +19,7 @@ def compared(monkeypatch, report):
         calls.append({"source": str(source), "methods": methods} | options)
         return report
 
-    monkeypatch.setattr("lrq_export.compare.run.compare", compare)
+    monkeypatch.setattr("lrq_export.comparison.run.compare", compare)
     return calls
 
 
@@ -136,7 +136,7 @@ def test_an_error_of_the_comparison_is_one_line(cli, monkeypatch, tmp_path):
     def compare(*_, **__):
         raise InputError("weights: are gone", hint="download them again")
 
-    monkeypatch.setattr("lrq_export.compare.run.compare", compare)
+    monkeypatch.setattr("lrq_export.comparison.run.compare", compare)
     cli("compare", "SOURCE", "-o", tmp_path / "page.html").refused(3, "weights: are gone")
     assert list(tmp_path.iterdir()) == []
 

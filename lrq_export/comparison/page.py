@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from graphs.names import FLOATING_POINT
-from lrq_export.compare import plots
-from lrq_export.compare.ranking import (
+from lrq_export.comparison import plots
+from lrq_export.comparison.ranking import (
     Report,
     Row,
     Setting,

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from graphs import names
-from lrq_export.compare.activations import RANGES, Clock, PerToken, PerTokenGroup, Static
-from lrq_export.compare.inputs import LayerInput
-from lrq_export.compare.transforms import Fitted
-from lrq_export.compare.treatments import Treatment
+from lrq_export.comparison.activations import RANGES, Clock, PerToken, PerTokenGroup, Static
+from lrq_export.comparison.inputs import LayerInput
+from lrq_export.comparison.transforms import Fitted
+from lrq_export.comparison.treatments import Treatment
 from lrq_export.quant.compensate import Feedback, quantize_compensated
 from lrq_export.quant.methods import METHODS
 from lrq_export.quant.transforms.base import Transform

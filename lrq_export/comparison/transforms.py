@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from graphs.ops import hadamard
-from lrq_export.compare.inputs import LayerInput
-from lrq_export.compare.treatments import Transforming
+from lrq_export.comparison.inputs import LayerInput
+from lrq_export.comparison.treatments import Transforming
 from lrq_export.quant.methods import METHODS
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.transforms.balance import fit_balance

@@ -21,17 +21,16 @@ from torch import nn
 from lrq_export.calibrate.inputs import TIMESTEP, batches
 from lrq_export.calibrate.observed import Observed
 from lrq_export.calibrate.run import observe
-from lrq_export.compare.activations import Clock
-from lrq_export.compare.inputs import LayerInput
-from lrq_export.compare.judge import FILE, Judge, accuracy, frechet_distance
-from lrq_export.compare.layer import Treated, treat
-from lrq_export.compare.transforms import Fitted
-from lrq_export.compare.treatments import Treatment, treatment_of
+from lrq_export.comparison.activations import Clock
+from lrq_export.comparison.inputs import LayerInput
+from lrq_export.comparison.judge import FILE, Judge, accuracy, frechet_distance
+from lrq_export.comparison.layer import Treated, treat
+from lrq_export.comparison.transforms import Fitted
+from lrq_export.comparison.treatments import Treatment, treatment_of
 from lrq_export.errors import UsageError
 from lrq_export.machine import describe_machine
 from lrq_export.plan import target_layers
 from lrq_export.progress import Progress, Silent, stage
-from lrq_export.quant.methods import METHODS
 from lrq_export.recipe import Recipe
 from lrq_export.sampling import ConditionalSampler, scheduler_from
 from lrq_export.source import Inputs, Source, gather_inputs, open_source
@@ -64,6 +63,7 @@ def compare(
     _check_bits(bits, act_bits)
     opened = open_source(Path(source))
     inputs = gather_inputs(opened, recipe, *(Path(p) if p is not None else None for p in (calibration, conditions)))
+    judge = _judge(opened, judge)
     layers = target_layers(opened.model(), opened.family, recipe)
     configurations = [(t, w, a) for w in bits for a in act_bits for t in treatments]
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +74,7 @@ def compare(
                 lambda count: [progress.advance() for _ in range(count)],
             )  # fmt: skip
         with stage(progress, "reference", {}, len(seeds)):
-            bench = Bench(opened, model, inputs, recipe, seeds, _judge(opened, judge), progress)
+            bench = Bench(opened, model, inputs, recipe, seeds, judge, progress)
         fitted, rows = Fitted(layer_inputs(opened, model, observed)), []
         with stage(progress, "compare", {}, len(configurations)):
             for treatment, w, a in configurations:
@@ -190,7 +190,7 @@ def _row(bench: Bench, fitted: Fitted, treatment: Treatment, bits: int, act_bits
     weights = sum(layer.weight.numel() for each in treated for layer in each.layers.values())
     return {
         "method": treatment.name, "title": treatment.title, "published": treatment.published, "note": treatment.note,
-        "obstacle": METHODS[treatment.weights].obstacle, "bits": bits, "act_bits": act_bits,
+        "obstacle": treatment.obstacle, "bits": bits, "act_bits": act_bits,
         "bits_per_weight": sum(each.weight_bits for each in treated) / weights, "seconds": seconds,
         "transforms": {name: each.reason for each in treated for name in list(each.layers)[:1]},
     } | bench.scores(model)  # fmt: skip

@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from lrq_export.compare.page import HEADS, render_comparison_page, write_comparison_page
-from lrq_export.compare.plots import noise_bars, psnr_against_size, psnr_bars, spread
-from lrq_export.compare.ranking import finite, ranked, rows_at, verdict
+from lrq_export.comparison.page import HEADS, render_comparison_page, write_comparison_page
+from lrq_export.comparison.plots import noise_bars, psnr_against_size, psnr_bars, spread
+from lrq_export.comparison.ranking import finite, ranked, rows_at, verdict
 
 HOSTILE = "\"><script>alert('x')</script>&amp;{braces}%s$\\frac$"
 
