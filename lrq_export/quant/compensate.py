@@ -126,9 +126,14 @@ def conditional_variances(second_moments: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_factor(second_moments: torch.Tensor) -> torch.Tensor:
-    """U float32 (cols, cols), upper triangular, Uᵀ U = (H + damping)⁻¹; computed in float64."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(second_moments)))
-    return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    """U float32 (cols, cols), upper triangular, Uᵀ U = (H + damping)⁻¹; computed in float64.
+
+    From H + damping = V Vᵀ with V upper triangular, which is the Cholesky factor of the matrix turned around, U = V⁻¹:
+    half the work of inverting H and factoring the inverse.
+    """
+    turned = torch.linalg.cholesky(damped(second_moments).flip(0, 1)).flip(0, 1)
+    unit = torch.eye(len(turned), dtype=torch.float64)
+    return torch.linalg.solve_triangular(turned, unit, upper=True).to(torch.float32)
 
 
 def damped(second_moments: torch.Tensor) -> torch.Tensor:

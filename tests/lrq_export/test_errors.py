@@ -104,7 +104,8 @@ REFUSED = {
     "an unknown scheduler": (nothing, ("--set", "sampling.scheduler=Euler"), 2, ["'Euler'", "DDIMScheduler"]),
     "a block that does not divide": (
         nothing, (*HADAMARD, "--set", "rotation.block=16"), 2, ["rotation.block is 16", "24 input channels", "one of"]),
-    "a block without a Hadamard matrix": (nothing, (*HADAMARD, "--set", "rotation.block=6"), 2, ["rotation.block is 6", "12"]),
+    "a block without a Hadamard matrix": (
+        nothing, (*HADAMARD, "--set", "rotation.block=6"), 2, ["rotation.block is 6", "12"]),
     "a group that does not divide": (nothing, ("--set", "weights.group_size=7"), 2, ["group_size is 7", "12"]),
     "a misspelt key": (nothing, ("--set", "weights.bit=3"), 2, ["weights.bit", "did you mean weights.bits?"]),
     "a wrong value": (nothing, ("--set", "weights.bits=5"), 2, ["weights.bits", "5", "2, 3, 4 or 8"]),
