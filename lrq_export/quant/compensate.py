@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 import torch
 
 DAMPING = 0.01  # share of the mean of H's diagonal that is added to it: H of few samples is singular
-BLOCK = 128  # columns that are updated one by one before the rest is updated at once
+BLOCK = 64  # columns that are updated one by one before the rest is updated at once
 WIDENINGS = (1.0, 1.15, 1.3)  # of a fitted codebook, tried on every row
 REFITS = 1  # fits to carried weights, after the one to the weights themselves
 
@@ -103,16 +103,19 @@ class Feedback:
         rows, cols = carried.shape
         factor, codes = self._factor, torch.empty(rows, cols, dtype=torch.uint8)
         total = torch.zeros(rows, dtype=torch.float64)
+        ordered, code_of = codebooks.sort(dim=2)
+        middles = ((ordered[..., 1:] + ordered[..., :-1]) / 2).transpose(0, 1).contiguous()  # (groups, rows, n - 1)
         for start in range(0, cols, BLOCK):
             stop = min(start + BLOCK, cols)
             block, errors = carried[:, start:stop], torch.empty(rows, stop - start)
             for column in range(stop - start):
-                table, row = codebooks[:, groups[start + column]], factor[start + column]
-                chosen = (table - block[:, column, None]).abs().argmin(dim=1)
-                rounded = table.gather(1, chosen[:, None])[:, 0]
-                error = (block[:, column] - rounded) / row[start + column]
-                block[:, column + 1 :] -= error[:, None] * row[start + column + 1 : stop]
-                codes[:, start + column], errors[:, column] = chosen.to(torch.uint8), error
+                group, row = groups[start + column], factor[start + column]
+                wanted = block[:, column, None].contiguous()
+                place = torch.searchsorted(middles[group], wanted)
+                error = (wanted - ordered[:, group].gather(1, place)) / row[start + column]
+                block[:, column + 1 :].addcmul_(error, row[None, start + column + 1 : stop], value=-1)
+                codes[:, start + column] = code_of[:, group].gather(1, place)[:, 0]
+                errors[:, column] = error[:, 0]
             carried[:, stop:] -= errors @ factor[start:stop, stop:]
             total += errors.double().square().sum(1)
         return codes, total
