@@ -54,14 +54,12 @@ def build(
     from lrq_export.calibrate.pipeline import record_prompts
     from lrq_export.compiler import build as run
     from lrq_export.recipe import load_recipe
-    from lrq_export.workspace import refuse_foreign
 
     settings = load_recipe(preset, recipe, _overrides(set_ or []))
     if prompts is not None:
         if calibration is not None:
             raise UsageError("--prompts and --calibration exclude each other", hint="pass one of them")
         # Recording runs the whole pipeline: what can be refused without it is refused before.
-        refuse_foreign(out.resolve())
         run(source, out, recipe=settings, conditions=conditions, until="load")
         calibration = record_prompts(source, prompts, settings, beside=out.resolve())
     with _progress(as_json) as progress:

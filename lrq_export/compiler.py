@@ -50,7 +50,7 @@ from lrq_export.trace import trace
 from lrq_export.verify.reference import Reference, write_reference
 from lrq_export.verify.report_page import write_report_page
 from lrq_export.verify.run import climb
-from lrq_export.workspace import Workspace, open_workspace
+from lrq_export.workspace import Workspace, open_workspace, refuse_foreign
 
 STAGES = ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")
 LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "safetensors", "numpy")
@@ -124,6 +124,7 @@ def build(
         raise UsageError(f"until: got {until!r}, needed one of {', '.join(STAGES)}")
     calibration, conditions = (Path(path) if path is not None else None for path in (calibration, conditions))
     timings: dict[str, float] = {}
+    _check_place(Path(source), out)
     with stage(progress, "load", timings):
         opened = open_source(Path(source))
         plans = plan_layers(opened.model(), opened.family, recipe)
@@ -142,6 +143,13 @@ def build(
         )
         job = Job(opened, recipe, plans, inputs, workspace, progress, timings)
         return _run(job, until, key)
+
+
+def _check_place(source: Path, out: Path) -> None:
+    """Raise UsageError for an output that would overwrite what is not ours, or grow within the checkpoint."""
+    refuse_foreign(out.resolve())
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{out}: lies in the source folder {source}", hint="write the package beside it")
 
 
 def _finished_report(out: Path, key: str) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from lrq_export.comparison.activations import RANGES, Clock, PerToken, PerTokenG
 from lrq_export.comparison.inputs import LayerInput
 from lrq_export.comparison.transforms import Fitted
 from lrq_export.comparison.treatments import Treatment
-from lrq_export.quant.compensate import Feedback, quantize_compensated
+from lrq_export.quant.compensate import GPTQ_DAMPING, Feedback, quantize_compensated
 from lrq_export.quant.methods import METHODS
 from lrq_export.quant.transforms.base import Transform
 
@@ -72,7 +72,7 @@ def _round(weight: torch.Tensor, moments: torch.Tensor, treatment: Treatment, bi
         return fit(weight, moments.diagonal()).dequantize()
     if treatment.feedback == "gptq":
         quantized = fit(weight, moments.diagonal())
-        rounding = Feedback(moments).round(weight, quantized.codebooks())
+        rounding = Feedback(moments, GPTQ_DAMPING).round(weight, quantized.codebooks())
         return quantized.rerounded(rounding.codes, rounding.widening).dequantize()
     return quantize_compensated(weight, moments, fit).dequantize()
 

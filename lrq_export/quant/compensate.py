@@ -19,7 +19,10 @@ from typing import Protocol, TypeVar
 
 import torch
 
-DAMPING = 0.01  # share of the mean of H's diagonal that is added to it: H of few samples is singular
+# Share of the mean of H's diagonal that is added to it: H of few samples is singular. GPTQ adds 0.01; where a few
+# outlier channels make most of that mean, so much drowns all others.
+DAMPING = 0.001
+GPTQ_DAMPING = 0.01
 BLOCK = 64  # columns that are updated one by one before the rest is updated at once
 WIDENINGS = (1.0, 1.15, 1.3)  # of a fitted codebook, tried on every row
 REFITS = 1  # fits to carried weights, after the one to the weights themselves
@@ -74,9 +77,9 @@ class Rounding:
 class Feedback:
     """H made ready. Columns are rounded in the order of falling H_jj: what matters most can be made good by most."""
 
-    def __init__(self, second_moments: torch.Tensor):
+    def __init__(self, second_moments: torch.Tensor, damping: float = DAMPING):
         self._order = second_moments.diagonal().argsort(descending=True, stable=True)
-        self._factor = inverse_factor(second_moments[self._order][:, self._order])
+        self._factor = inverse_factor(damped(second_moments[self._order][:, self._order], damping))
 
     @property
     def importance(self) -> torch.Tensor:
@@ -122,28 +125,29 @@ class Feedback:
 
 
 def conditional_variances(second_moments: torch.Tensor) -> torch.Tensor:
-    """`Feedback.importance` alone, float64 (cols,), at a quarter of the cost: H + damping = Lᵀ L gives L_jj² too."""
+    """What an error in a column adds to e H eᵀ, float64 (cols,): `Feedback.importance` without the damping's part."""
     order = second_moments.diagonal().argsort(descending=True, stable=True).flip(0)
-    factor = torch.linalg.cholesky(damped(second_moments[order][:, order]))
-    return factor.diagonal().square()[order.argsort()]
+    matrix = damped(second_moments[order][:, order])
+    added = float((matrix.diagonal() - second_moments.diagonal()[order]).mean())
+    return (torch.linalg.cholesky(matrix).diagonal().square() - added).clamp_min(0)[order.argsort()]
 
 
-def inverse_factor(second_moments: torch.Tensor) -> torch.Tensor:
-    """U float32 (cols, cols), upper triangular, Uᵀ U = (H + damping)⁻¹; computed in float64.
+def inverse_factor(matrix: torch.Tensor) -> torch.Tensor:
+    """U float32 (cols, cols), upper triangular, Uᵀ U = matrix⁻¹ of a positive definite one; computed in float64.
 
-    From H + damping = V Vᵀ with V upper triangular, which is the Cholesky factor of the matrix turned around, U = V⁻¹:
-    half the work of inverting H and factoring the inverse.
+    From matrix = V Vᵀ with V upper triangular, which is the Cholesky factor of the matrix turned around, U = V⁻¹: half
+    the work of inverting the matrix and factoring its inverse.
     """
-    turned = torch.linalg.cholesky(damped(second_moments).flip(0, 1)).flip(0, 1)
+    turned = torch.linalg.cholesky(matrix.double().flip(0, 1)).flip(0, 1)
     unit = torch.eye(len(turned), dtype=torch.float64)
     return torch.linalg.solve_triangular(turned, unit, upper=True).to(torch.float32)
 
 
-def damped(second_moments: torch.Tensor) -> torch.Tensor:
+def damped(second_moments: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     """H + damping, a float64 copy; the unit matrix for an H of zeros."""
     matrix = second_moments.to(torch.float64, copy=True)
     mean = matrix.diagonal().mean()
-    matrix.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    matrix.diagonal().add_(damping * mean if mean > 0 else 1.0)
     return matrix
 
 

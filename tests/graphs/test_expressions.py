@@ -17,7 +17,7 @@ SEEDS = st.sampled_from([None, 0, 7])
 
 
 def read(name):
-    rows, cols = {"a": (24, 20), "b": (36, 20), "c": (24, 36)}.get(name.removesuffix(".bias"))
+    rows, cols = {"a": (24, 20), "b": (36, 20), "c": (24, 36), "d": (24, 24)}.get(name.removesuffix(".bias"))
     shape = (rows,) if name.endswith(".bias") else (rows, cols)
     return torch.randn(shape, generator=torch.Generator().manual_seed(ord(name[0])), dtype=torch.float64)
 
@@ -30,7 +30,7 @@ def dense(width, block, seed):
 
 @st.composite
 def weights(draw):
-    name, shape = draw(st.sampled_from([("a", (24, 20)), ("b", (36, 20)), ("c", (24, 36))]))
+    name, shape = draw(st.sampled_from([("a", (24, 20)), ("b", (36, 20)), ("c", (24, 36)), ("d", (24, 24))]))
     expression = Expression(f"{name}", shape)
     for _ in range(draw(st.integers(0, 3))):
         kind = draw(st.sampled_from([RotateInput, RotateOutput]))
@@ -160,3 +160,9 @@ def test_json_that_does_not_fit_is_refused():
 def test_a_source_of_another_shape_is_refused():
     with pytest.raises(InputError, match=r"a: got shape \(24, 20\), needed \(20, 24\)"):
         evaluate(Expression("a", (20, 24)), read)
+
+
+def test_the_output_side_of_a_square_weight_is_not_its_input_side():
+    expression = Expression("d", (24, 24)).then(RotateOutput(12, 7))
+    expected = dense(24, 12, 7).T @ read("d").numpy()
+    assert np.abs(evaluate(expression, read, torch.float64).numpy() - expected).max() <= 1e-12

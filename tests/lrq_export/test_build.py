@@ -257,3 +257,17 @@ def test_a_manifest_names_no_path_of_this_machine(package, tiny):
 
 def test_stages_end_with_verify():
     assert STAGES[-1] == "verify"
+
+
+@pytest.mark.parametrize("until", ["load", "verify"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(tiny, copy_of, tmp_path, until):
+    source = copy_of(tiny.source)
+    before = sorted(path.name for path in source.iterdir())
+    with pytest.raises(UsageError, match="lies in the source folder"):
+        build(source, source / "package", recipe=tiny.recipe(), calibration=tiny.calibration, until=until)
+    assert sorted(path.name for path in source.iterdir()) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    with pytest.raises(UsageError, match="needed an empty folder or a package"):
+        build(tiny.source, tmp_path / "mine", recipe=tiny.recipe(), calibration=tiny.calibration, until=until)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
