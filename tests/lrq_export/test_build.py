@@ -124,8 +124,11 @@ RECIPES = {
         {"weights.group_size": "12", "rotation.kind": "hadamard", "rotation.signs": "true", "rotation.seed": "5"},
     ),
     "w4a6, no rotation": ("w4a6", {"rotation.kind": "none"}),
-    "w4a4": ("w4a8", {"activations.bits": "4"}),
-    "w2, activations left in floating point": ("w4a8", {"weights.bits": "2", "activations.bits": "16"}),
+    "w4a4": ("w4a8", {"activations.bits": "4", "rotation.kind": "hadamard"}),
+    "w2, activations left in floating point": (
+        "w4a8",
+        {"weights.bits": "2", "activations.bits": "16", "rotation.kind": "hadamard"},
+    ),
 }
 SMALL = {"calibration.samples": "8", "sampling.images": "1", "sampling.steps": "2"}
 
