@@ -41,7 +41,7 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 def build(
     source: Annotated[Path, typer.Argument(help="Folder in diffusers layout: a transformer, or a whole pipeline.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the package.")],
-    preset: Annotated[str | None, typer.Option(help="w4a8 (default), w3a8, w4a6 or w8a8.")] = None,
+    preset: Annotated[str | None, typer.Option(help="w4a8 (default), w3a8, w4a6, w3a6 or w8a8.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe in TOML; overrides the preset.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="One recipe key, e.g. weights.bits=3.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Recorded denoiser inputs (safetensors).")] = None,
@@ -217,7 +217,7 @@ def compare(
 @app.command()
 def init(
     out: Annotated[Path, typer.Argument(help="Recipe file to write.")] = Path("recipe.toml"),
-    preset: Annotated[str | None, typer.Option(help="w4a8 (default), w3a8, w4a6 or w8a8.")] = None,
+    preset: Annotated[str | None, typer.Option(help="w4a8 (default), w3a8, w4a6, w3a6 or w8a8.")] = None,
 ) -> None:
     """Write a recipe with every key spelled out, to edit and pass to build --recipe."""
     from lrq_export.package import write_bytes_atomic

@@ -127,6 +127,8 @@ def build(
     _check_place(Path(source), out)
     with stage(progress, "load", timings):
         opened = open_source(Path(source))
+        if recipe.keep is None:
+            recipe = recipe.model_copy(update={"keep": opened.family.keep})
         plans = plan_layers(opened.model(), opened.family, recipe)
         inputs = gather_inputs(opened, recipe, calibration, conditions)
         check_steps(scheduler_from(recipe.sampling.scheduler, opened.scheduler_config()), recipe.sampling.steps)
@@ -313,9 +315,12 @@ def _estimated_bytes(source: Source, plans: list[LayerPlan], timesteps: int) -> 
     kept = [name for name in source.checkpoint.names() if name not in planned]
     floats = sum(4 * torch.Size(source.checkpoint.shape(name)).numel() for name in kept)
     codes = sum(plan.rows * plan.cols for plan in plans)
+    tables = sum(
+        plan.rows * (plan.cols // plan.group_size) * 2**plan.bits for plan in plans if plan.bits < names.INT8_BITS
+    )
     statistics = sum(28 * plan.cols for plan in plans) * timesteps
     correlations = sum(4 * plan.cols**2 for plan in plans)
-    return codes * 5 // 2 + 4 * floats + statistics + correlations + (16 << 20)
+    return codes * 5 // 2 + 4 * tables + 4 * floats + statistics + correlations + (16 << 20)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

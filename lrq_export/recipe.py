@@ -132,6 +132,7 @@ PRESETS: Mapping[str, Recipe] = {
     "w4a8": _preset(4, 8),
     "w3a8": _preset(3, 8),
     "w4a6": _preset(4, 6),
+    "w3a6": _preset(3, 6),
     "w8a8": _preset(8, 8),
 }
 
