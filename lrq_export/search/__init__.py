@@ -1,1 +1,1 @@
-"""The group size of each layer: searches over one choice a layer, which know no model, only what a genome is worth."""
+"""The group size of each layer: searches over one choice a layer, and the models that such choices stand for."""
