@@ -2,8 +2,8 @@
 
 The error is that of the layer's output, of rounded activations and of rounded weights, each with the other exact. A
 rotation that has to be computed while the model runs must earn its work: its error counts times 1 + (work of the
-rotation / work of the layers that read it). The dual transform of DuQuant was tried too and is not among the candidates
-of a build; docs/methods.md has the figures.
+rotation / work of the layers that read it). The dual transform of DuQuant is not among the candidates of a build, as no
+op of the dialect computes it; `lrq-export compare --methods tlq tlq_dual tlq_auto_dual` shows what it would be worth.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from lrq_export.package import atomic_file, load_manifest, save_tensors_atomic
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.recipe import Recipe
 from lrq_export.runtime import load
-from lrq_export.sampling import ConditionalSampler, check_steps, scheduler_from
+from lrq_export.sampling import ConditionalSampler, check_steps, condition_rows, scheduler_from
 from lrq_export.verify.reference import Reference
 
 IMAGE_CHANNELS = (1, 3)
@@ -42,7 +42,7 @@ def sample_conditions(
     with stage(progress, "load", {}):
         transformer = load(package)
     conditions = Reference.load(package).conditions
-    available = min(len(tensor) for tensor in conditions.values())
+    available = condition_rows(conditions)
     if out.suffix != ".safetensors" and transformer.config.in_channels not in IMAGE_CHANNELS:
         raise UsageError(
             f"{out}: this model's samples are latents of {transformer.config.in_channels} channels, not images",

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,11 @@ def _step(scheduler, noise: torch.Tensor, timestep, latents: torch.Tensor, gener
     return scheduler.step(noise, timestep, latents, return_dict=False, **options)[0]
 
 
+def condition_rows(conditions: Mapping[str, torch.Tensor]) -> int:
+    """How many rows there are to sample with; unconditional embeddings, of which one may serve all, do not count."""
+    return min(len(tensor) for name, tensor in conditions.items() if not name.startswith(NEGATIVE))
+
+
 class ConditionalSampler:
     """Draws latents (n, channels, size, size) for rows of `conditions`, the transformer's other forward arguments.
 
@@ -113,7 +118,7 @@ class ConditionalSampler:
     def _rows(self, prompts: Sequence[int], guidance_scale: float) -> dict[str, torch.Tensor]:
         rows = torch.as_tensor(list(prompts))
         wanted = {name: tensor for name, tensor in self.conditions.items() if not name.startswith(NEGATIVE)}
-        count = min(len(tensor) for tensor in wanted.values())
+        count = condition_rows(self.conditions)
         if len(rows) == 0 or rows.min() < 0 or rows.max() >= count:
             raise UsageError(f"prompts: got rows {list(prompts)}, needed numbers from 0 to {count - 1}")
         picked = {name: tensor[rows] for name, tensor in wanted.items()}

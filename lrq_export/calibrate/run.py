@@ -55,8 +55,8 @@ def observe(
         matrices.save(folder / CORRELATIONS.format(number))
         collected, number = collected | matrices.layers, number + 1
         matrices = _next_pass(family, model, matrices.waiting, inputs, batch, Correlations(collected, limit))
-    moments.save(statistics or folder / STATS)
     tokens.save(folder / TOKENS, {READS: json.dumps(reads.input_of)})
+    moments.save(statistics or folder / STATS)  # last: where they are, the rest is too
     return Observed(folder, statistics)
 
 

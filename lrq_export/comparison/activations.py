@@ -41,7 +41,9 @@ class PerTokenGroup:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         parts = x.unflatten(-1, (-1, self.group))
         low, high = parts.amin(-1, keepdim=True), parts.amax(-1, keepdim=True)
-        step = ((high - low) / (2**self.bits - 1)).clamp_min(torch.finfo(torch.float32).tiny)
+        step = (high - low) / (2**self.bits - 1)
+        # A group of one value x takes the step |x|: it is then on the grid.
+        step = torch.where(step > 0, step, torch.where(low == 0, torch.ones_like(low), low.abs()))
         zero = torch.round(-low / step)
         q = (torch.round(parts / step) + zero).clamp_(0, 2**self.bits - 1)
         return ((q - zero) * step).flatten(-2)

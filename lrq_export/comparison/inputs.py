@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from lrq_export.calibrate.observed import Observed
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What calibration saw of it, in the basis of the model."""
+    """What calibration saw of it, in the basis of the model; read when asked for, so that a large model fits."""
 
     layers: tuple[str, ...]
     linears: tuple[nn.Linear, ...]
@@ -29,17 +28,17 @@ class LayerInput:
         """Each float32 (rows, cols)."""
         return [linear.weight.detach().float() for linear in self.linears]
 
-    @cached_property
+    @property
     def tokens(self) -> torch.Tensor:
         """float32 (tokens, cols)."""
         return self.observed.tokens(self.layers[0])
 
-    @cached_property
+    @property
     def token_timesteps(self) -> torch.Tensor:
         """float32 (tokens,)."""
         return self.observed.timesteps(self.layers[0])
 
-    @cached_property
+    @property
     def correlation(self) -> torch.Tensor:
         """E[x xᵀ] float64 (cols, cols)."""
         return self.observed.correlation(self.layers[0]).double()

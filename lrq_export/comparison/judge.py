@@ -1,4 +1,4 @@
-"""A classifier as the judge of drawn images: whether they show what they should, and how far from real ones they are.
+"""A classifier as the judge of drawn images: whether they show what they should, and how far two sets of them differ.
 
 It is an ONNX model that maps images (n, channels, height, width) to `features` (n, f) and `logits` (n, classes); class
 k belongs to row k of the conditions that are sampled with.
@@ -24,6 +24,7 @@ class Judge:
         """Raises InputError for a file that is no such classifier."""
         import onnxruntime
 
+        self._path = path
         try:
             self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a class of its own for each kind of damage
@@ -39,9 +40,18 @@ class Judge:
             )
 
     def run(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Features float32 (n, f) and logits float32 (n, classes) of images (n, channels, height, width)."""
+        """Features float32 (n, f) and logits float32 (n, classes) of images (n, channels, height, width).
+
+        Raises InputError for images that it does not take.
+        """
         (image,) = self._session.get_inputs()
-        features, logits = self._session.run(list(OUTPUTS), {image.name: images.float().numpy()})
+        try:
+            features, logits = self._session.run(list(OUTPUTS), {image.name: images.float().numpy()})
+        except Exception as error:  # ONNX Runtime raises a class of its own for each kind of misfit
+            raise InputError(
+                f"{self._path}: got images {tuple(images.shape)}, needed {image.name} {image.shape}",
+                hint="pass a classifier of this model's images",
+            ) from error
         return features, logits
 
 

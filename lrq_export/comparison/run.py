@@ -1,7 +1,7 @@
 """`compare`: quantize one model in many ways and judge them side by side, on the same inputs and the same seeds.
 
-Everything is simulated in torch: no graph, no package. The figures of a treatment that can be deployed are those that
-its package would have, up to the rounding of float32.
+Everything is simulated in torch: no graph, no package. What can be deployed computes as its package would, up to the
+rounding of float32; quantizers of ours are all compared on the rotations that the default one chooses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lrq_export.machine import describe_machine
 from lrq_export.plan import target_layers
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.recipe import Recipe
-from lrq_export.sampling import ConditionalSampler, scheduler_from
+from lrq_export.sampling import ConditionalSampler, check_steps, condition_rows, scheduler_from
 from lrq_export.source import Inputs, Source, gather_inputs, open_source
 from lrq_export.verify.metrics import nmse, psnr
 
@@ -138,7 +138,8 @@ class Bench:
         self.source, self.model, self.inputs, self.recipe = source, model, inputs, recipe
         self.seeds, self.judge = seeds, judge
         self.scheduler = scheduler_from(recipe.sampling.scheduler, source.scheduler_config())
-        available = min(len(tensor) for tensor in inputs.conditions.values())
+        check_steps(self.scheduler, recipe.sampling.steps)
+        available = condition_rows(inputs.conditions)
         self.rows = [i % available for i in range(recipe.sampling.images)]
         self.exact = Scores(self._noise(model), [])
         for seed in seeds:
@@ -159,13 +160,18 @@ class Bench:
         return self._judged(self.exact)
 
     def _judged(self, got: Scores) -> dict[str, float | None]:
-        """Accuracy, and Fréchet distance to the floating-point model's images of the same seeds."""
+        """Accuracy, if there is a class for every row of the conditions, and Fréchet distance.
+
+        The distance is to the floating-point model's images of the same seeds.
+        """
         if self.judge is None:
             return {"accuracy": None, "frechet": None}
         features, logits = self.judge.run(torch.cat(got.images))
         reference, _ = self.judge.run(torch.cat(self.exact.images))
         labels = np.array(self.rows * len(self.seeds))
-        return {"accuracy": accuracy(logits, labels), "frechet": frechet_distance(features, reference)}
+        named = condition_rows(self.inputs.conditions) == logits.shape[1]
+        right = accuracy(logits, labels) if named else None
+        return {"accuracy": right, "frechet": frechet_distance(features, reference)}
 
     @torch.no_grad()
     def _noise(self, model: nn.Module) -> torch.Tensor:

@@ -72,6 +72,7 @@ def _full(width: int, seed: int | None) -> Transform:
 
 
 def _auto(source: LayerInput, bits: int, act_bits: int, dual: Transform | None) -> tuple[Transform, str]:
+    # On twin-log whatever the quantizer: what is compared then are quantizers, not rotations.
     candidates = hadamard_candidates(source.width, source.head_width, SEED)
     if dual is not None:
         candidates.append(Candidate("dual transform", dual))

@@ -62,10 +62,11 @@ _PUBLISHED = (
     Treatment("duquant", "DuQuant", "uniform_clip", "smooth_dual", note="the paper's dual transform"),
     Treatment(
         "q_dit", "Q-DiT", "uniform_minmax", "none", "token_group", feedback="gptq", group=128,
-        note="groups of up to 128, not searched",
+        note="groups of up to 128, not searched; their scales are fixed before GPTQ",
     ),
     Treatment(
-        "ptq4dit", "PTQ4DiT", "uniform_clip", "balance", "tensor", note="without AdaRound, which trains"
+        "ptq4dit", "PTQ4DiT", "uniform_clip", "balance", "tensor",
+        note="without AdaRound, which trains; every input is balanced, at 16 bits a channel",
     ),
     Treatment(
         "lrq_dit", "LRQ-DiT, as released", "tlq_released", "smooth_ars",

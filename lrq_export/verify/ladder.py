@@ -23,7 +23,7 @@ from graphs.traced import TracedGraph
 from lrq_export.evaluate import ReadTensor, evaluate
 from lrq_export.models.base import InputSpec, ModelFamily
 from lrq_export.runtime import feeds
-from lrq_export.sampling import ConditionalSampler
+from lrq_export.sampling import ConditionalSampler, condition_rows
 from lrq_export.verify.metrics import nmse, psnr
 from lrq_export.verify.sliced import SlicedModel
 
@@ -197,7 +197,7 @@ def draw(
 ) -> list[torch.Tensor]:
     """Latents after every step for `images` samples, rows of the conditions in turn; the last are the samples."""
     sampler = ConditionalSampler(transformer, scheduler, dict(conditions))
-    available = min(len(tensor) for tensor in conditions.values())
+    available = condition_rows(conditions)
     latents: list[torch.Tensor] = []
     rows = [i % available for i in range(images)]
     generator = torch.Generator().manual_seed(seed)

@@ -136,3 +136,18 @@ def test_every_input_decides_the_fingerprint(tiny, tmp_path, tiny_calibration, c
 
 def test_stages_are_those_of_the_design():
     assert STAGES == ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")
+
+
+def test_a_kill_while_calibration_is_written_is_resumed(tiny, tmp_path, monkeypatch):
+    """Whatever file is the last that was written, the next run finds the others or makes them again."""
+    from lrq_export.calibrate.tokens import TokenSample
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "package"
+    with monkeypatch.context() as patched:
+        patched.setattr(TokenSample, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny.source, out, recipe=tiny.recipe(), calibration=tiny.calibration, until="calibrate")
+    assert build(tiny.source, out, recipe=tiny.recipe(), calibration=tiny.calibration, until="trace")

@@ -9,6 +9,7 @@ from lrq_export.compiler import build
 from lrq_export.package import load_manifest
 from lrq_export.plan import LayerPlan
 from lrq_export.quant import twin_log
+from lrq_export.quant.compensate import conditional_variances
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.transforms.base import Identity
 from lrq_export.quant.weight import dequantize
@@ -77,8 +78,12 @@ def test_work_must_be_earned():
     free = Candidate("free", Rotation(WIDTH, WIDTH), online=False)
     for order in ((costly, free), (free, costly)):
         assert choose([weight()], tokens(), None, order, 8, quantize).chosen.name == "free"
-    small = [weight()[:1]]  # one row: the rotation is many times the work of the layer
-    assert choose(small, tokens(loud=1), None, [Candidate("none", Identity(WIDTH), False), costly], 4, quantize)
+    # For one row the rotation is 28 times the work of the layer, and spreading one loud channel does not earn that.
+    pair = [Candidate("none", Identity(WIDTH), online=False), costly]
+    for rows, winner in ((1, "none"), (ROWS, "costly")):
+        found = choose([weight()[:rows]], tokens(loud=1), None, pair, 4, quantize)
+        assert found.losses["costly"] < found.losses["none"]
+        assert found.chosen.name == winner
 
 
 def test_correlated_inputs_count_what_feedback_cannot_make_good():
@@ -86,6 +91,28 @@ def test_correlated_inputs_count_what_feedback_cannot_make_good():
     x[:, 1] = x[:, 0] + 1e-3 * x[:, 1]
     plain, compensated = chosen(x), chosen(x, correlation=x.T @ x / len(x))
     assert compensated.losses["none"] < plain.losses["none"]
+
+
+def test_the_correlation_is_taken_into_the_basis_of_the_candidate():
+    """One input direction only: rotated, every channel carries it, and all but one error can be made good."""
+    x = torch.randn(256, 1, generator=torch.Generator().manual_seed(0)) @ torch.eye(WIDTH)[:1] + 1e-3 * tokens()
+    correlation = x.T @ x / len(x)
+    found = chosen(x, act_bits=16, correlation=correlation)
+    rotation = Rotation(WIDTH, WIDTH)
+    turned = rotation.apply(rotation.apply(correlation.double()).T).T
+    matrix, importance = rotation.apply(weight()), conditional_variances(turned)
+    error = float((matrix - quantize(matrix, importance)).double().square().sum(0) @ importance)
+    assert found.losses["full Hadamard"] == pytest.approx(
+        error / float((x @ weight().T).square().sum() / 256), rel=1e-3
+    )
+
+
+def test_every_layer_of_the_input_counts():
+    quiet, loud = weight(), 100 * weight(2)
+    alone, both = chosen(tokens(loud=2), weights=[quiet]), chosen(tokens(loud=2), weights=[quiet, loud])
+    only_loud = chosen(tokens(loud=2), weights=[loud])
+    assert both.losses["none"] == pytest.approx(only_loud.losses["none"], rel=0.1)
+    assert both.losses["none"] != pytest.approx(alone.losses["none"], rel=1e-4)
 
 
 class Attention(torch.nn.Module):

@@ -1,7 +1,8 @@
 """Powers of two, and of the square root of two (RepQ-ViT, arXiv 2212.08254), made signed: w = ±δ 2^(-q / m), m = 1, 2.
 
-q = clip(round(-m log2(|w| / δ)), 0, 2^(b-1) - 1). RepQ-ViT takes δ from the largest quantiles of its data; here it is
-searched among them for every (row, sign), the largest magnitude included.
+q = clip(round(-m log2(|w| / δ)), 0, 2^(b-1) - 1): what is smaller takes the last level, where RepQ-ViT has 0. It takes
+δ from the largest quantiles of its data; here it is searched among them for every (row, sign), the largest magnitude
+included.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def quantize(
     moment = checked_moment(second_moment, weight.shape[1]).double()
     count, mask = 2 ** (bits - 1), sides(weight)
     magnitudes = weight.abs()[:, None].expand_as(mask).masked_fill(~mask, torch.nan)
-    tops = torch.nanquantile(magnitudes, torch.tensor(QUANTILES), dim=2).nan_to_num(1.0).clamp_min(1e-30)
+    tops = torch.nanquantile(magnitudes, torch.tensor(QUANTILES), dim=2).nan_to_num(0.0).clamp_min(1e-30)
     errors = []
     for top in tops:
         rounded = _round(weight, top, count, per_octave).dequantize()

@@ -13,6 +13,7 @@ import torch
 
 from lrq_export.quant.codebook_weight import CodebookWeight
 
+NOTHING = -100.0  # logarithm of the level of a side without weights
 SMALLEST_STEP = 1e-6  # octaves: a side whose weights are all alike
 
 
@@ -54,10 +55,13 @@ def sides(weight: torch.Tensor) -> torch.Tensor:
     return torch.stack([weight > 0, weight < 0], dim=1)
 
 
-def extremes(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest and largest of values (rows, cols) where mask (rows, signs, cols) holds, (rows, signs); 0 where none."""
+def extremes(values: torch.Tensor, mask: torch.Tensor, empty_value: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest of values (rows, cols) where mask (rows, signs, cols) holds, (rows, signs).
+
+    `empty_value` where it holds nowhere: of logarithms `NOTHING`, or a row of zeros would become one of ones.
+    """
     spread = values[:, None].expand_as(mask)
     low = spread.masked_fill(~mask, torch.inf).amin(2)
     high = spread.masked_fill(~mask, -torch.inf).amax(2)
     empty = ~mask.any(2)
-    return low.masked_fill(empty, 0), high.masked_fill(empty, 0)
+    return low.masked_fill(empty, empty_value), high.masked_fill(empty, empty_value)

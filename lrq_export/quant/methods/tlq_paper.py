@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from lrq_export.quant.codebook_weight import CodebookWeight
-from lrq_export.quant.methods.log_grid import LogGrid, extremes, logarithm, sides
+from lrq_export.quant.methods.log_grid import NOTHING, LogGrid, extremes, logarithm, sides
 from lrq_export.quant.weight import checked_moment, checked_weight
 
 CLIPS = tuple((torch.arange(6, 21) / 20).tolist())  # α and β: 0.3 to 1
@@ -25,7 +25,7 @@ def quantize(weight: torch.Tensor, second_moment: torch.Tensor | None = None, *,
     weight = checked_weight(weight)
     moment = checked_moment(second_moment, weight.shape[1]).double()
     count, mask, logs = 2 ** (bits - 1), sides(weight), logarithm(weight, 0.0)
-    low, high = extremes(logs, mask)
+    low, high = extremes(logs, mask, NOTHING)
     errors = []
     for clip in CLIPS:
         rounded = _round(weight, low, high + torch.tensor(clip).log2(), count).dequantize()

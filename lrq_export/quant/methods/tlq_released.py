@@ -48,7 +48,11 @@ def quantize(
                 for part in ("step", "zero")
             )
             best = error, LogGrid(step, zero, offset)
-    return best[1].round(weight, count) if exact_codes else _as_released(weight, best[1], count)
+    if not exact_codes:
+        return _as_released(weight, best[1], count)
+    rounded = best[1].round(weight, count)
+    empty = ~mask.any(2).repeat_interleave(count, 1)[:, None]  # a row of zeros stays one
+    return CodebookWeight(rounded.codes, rounded.values.masked_fill(empty, 0))
 
 
 def _as_released(weight: torch.Tensor, grid: LogGrid, count: int) -> CodebookWeight:

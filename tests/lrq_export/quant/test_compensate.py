@@ -175,3 +175,46 @@ def test_columns_are_rounded_in_the_order_of_their_inputs_power():
     codes = rounded_codes(torch.tensor([[0.0, 0.4]]), values, 2, moments)
     made_up = 0.4 * 0.1 / (0.01 + compensate.DAMPING * 0.505)
     assert decode(values, codes, 2).tolist() == [[round(made_up), 0.0]]
+
+
+def test_codebooks_are_fitted_by_importance_and_then_to_the_carried_weights():
+    weight, _, _, moments = problem(seed=5)
+    fits = []
+
+    def fit(wanted, importance):
+        fits.append((wanted.clone(), importance))
+        return evenly_spaced(wanted, importance)
+
+    quantize_compensated(weight, moments, fit)
+    feedback = Feedback(moments)
+    assert len(fits) == 2
+    assert all(torch.equal(importance, feedback.importance) for _, importance in fits)
+    assert torch.equal(fits[0][0], weight)
+    first = feedback.round(weight, evenly_spaced(weight, None).codebooks(), compensate.WIDENINGS)
+    assert torch.equal(fits[1][0], first.carried)
+
+
+def test_rows_may_widen_their_codebooks_by_default():
+    weight, _, _, moments = problem(seed=5)
+
+    def clipped(wanted, importance):
+        """Half of the range: too narrow for carried errors."""
+        fitted = evenly_spaced(wanted, importance)
+        return type(fitted)(fitted.codes, fitted.values / 2)
+
+    default = quantize_compensated(weight, moments, clipped).dequantize()
+    narrow = quantize_compensated(weight, moments, clipped, widenings=(1.0,)).dequantize()
+    assert lost(weight, default, moments).sum() < 0.9 * lost(weight, narrow, moments).sum()
+
+
+def test_less_damping_leaves_less_error_where_a_few_inputs_are_loud():
+    """What GPTQ's share of the mean adds is far above the quiet inputs' own power."""
+    weight, values, x, _ = problem(seed=7)
+    x[:, :2] *= 200
+    moments = x.T @ x / len(x)
+
+    def error(damping: float) -> float:
+        rounded = decode(values, Feedback(moments, damping).round(weight, values).codes, COLS)
+        return float(((weight - rounded) @ moments * (weight - rounded)).sum())
+
+    assert error(compensate.DAMPING) < error(compensate.GPTQ_DAMPING)

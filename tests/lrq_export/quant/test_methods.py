@@ -180,3 +180,13 @@ def test_impossible_codebooks_are_refused():
         codebook.quantize(sample("gauss", rows=2), bits=9)
     with pytest.raises(UsageError, match="group size: got 100, needed a divisor of the 1152 columns"):
         codebook.quantize(sample("gauss", rows=2), bits=3, group_size=100)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "tlq_released_as_is"])
+def test_a_row_of_zeros_stays_one(method, bits):
+    weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    weight[1] = 0
+    rounded = METHODS[method].quantize(weight, bits=bits).dequantize()
+    assert rounded[1].abs().max() < 1e-6
+    assert rounded[0].abs().max() > 0.1

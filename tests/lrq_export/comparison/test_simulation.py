@@ -1,0 +1,150 @@
+"""What `compare` simulates: activations by every granularity, treated layers, and the judge's figures."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lrq_export.calibrate.run import observe
+from lrq_export.comparison.activations import Clock, PerToken, PerTokenGroup, Static
+from lrq_export.comparison.inputs import LayerInput
+from lrq_export.comparison.judge import accuracy, frechet_distance
+from lrq_export.comparison.layer import treat
+from lrq_export.comparison.transforms import Fitted
+from lrq_export.comparison.treatments import TREATMENTS, treatment_of
+from lrq_export.errors import UsageError
+
+WIDTH, ROWS = 24, 16
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(0, 1000), st.sampled_from([4, 6, 8]), st.floats(-50, 50))
+@settings(max_examples=40, deadline=None)
+def test_no_value_of_a_token_group_is_off_by_more_than_a_step(seed, bits, offset):
+    x = normal(seed, 3, 5, WIDTH) + offset
+    parts = x.unflatten(-1, (-1, 8))
+    step = (parts.amax(-1) - parts.amin(-1)) / (2**bits - 1)
+    error = (PerTokenGroup(bits, 8)(x) - x).unflatten(-1, (-1, 8)).abs().amax(-1)
+    assert (error <= step * 1.01 + 1e-5 * abs(offset)).all()
+
+
+def test_a_token_group_of_one_value_stays_what_it_is():
+    x = torch.tensor([[8.0, 8.0, 1.0, 2.0, -3.0, -3.0, 0.0, 0.0]])
+    rounded = PerTokenGroup(4, 2)(x)
+    torch.testing.assert_close(rounded, x, atol=1e-6, rtol=1e-6)
+
+
+def test_every_token_has_its_own_scale_and_a_static_scale_none():
+    x = torch.stack([normal(0, WIDTH), 100 * normal(1, WIDTH)])
+    clock = Clock()
+    static = Static.fit(x, torch.zeros(2), 8, 1, clock)
+    quiet = [float((each(x)[0] - x[0]).abs().max()) for each in (PerToken(8), static)]
+    assert quiet[0] < 0.02 < quiet[1]
+
+
+def test_ranges_of_timesteps_have_scales_of_their_own():
+    tokens = torch.cat([normal(0, 64, WIDTH), 100 * normal(1, 64, WIDTH)])
+    timesteps, clock = torch.cat([torch.full((64,), 10.0), torch.full((64,), 900.0)]), Clock()
+    ranges = Static.fit(tokens, timesteps, 8, 2, clock)
+    clock.timestep = 10.0
+    early = float((ranges(tokens[:64]) - tokens[:64]).abs().max())
+    clock.timestep = 900.0
+    late = float((ranges(tokens[:64]) - tokens[:64]).abs().max())
+    assert early < 0.05 < late
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> LayerInput:
+    """Two layers that read one input near a few directions, with a loud channel."""
+
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = torch.nn.Linear(WIDTH, ROWS), torch.nn.Linear(WIDTH, 2 * ROWS)
+
+        def forward(self, x):
+            return self.a(x).sum() + self.b(x).sum()
+
+    class Family:
+        def call(self, model, part):
+            return model(part["hidden_states"])
+
+    x = normal(3, 64, 4, WIDTH // 4) @ normal(4, WIDTH // 4, WIDTH) + 0.2 * normal(5, 64, 4, WIDTH) + 1.0
+    x[..., 0] *= 20
+    model = Pair()
+    samples = {"hidden_states": x, "timestep": torch.arange(64.0) // 16}
+    observed = observe(Family(), model, ["a", "b"], samples, 16, tmp_path_factory.mktemp("observed"))
+    return LayerInput(("a", "b"), (model.a, model.b), None, observed)
+
+
+def loss(source: LayerInput, name: str, bits: int = 4, act_bits: int = 8) -> float:
+    with torch.no_grad():
+        treated = treat(source, treatment_of(name), bits, act_bits, Clock(), Fitted([source]))
+        x, total = source.tokens, 0.0
+        for layer, linear in zip(source.layers, source.linears, strict=True):
+            exact = linear(x)
+            total += float((treated.layers[layer](x) - exact).square().sum() / exact.square().sum())
+    return total
+
+
+@pytest.mark.parametrize("name", TREATMENTS)
+def test_every_treatment_is_close_at_4_bits(source, name):
+    assert loss(source, name, 4, 16 if "static" not in TREATMENTS[name].title else 8) < 0.2
+
+
+def test_without_rounding_of_activations_a_bias_keeps_the_mean_output(source):
+    x = source.observed.tokens("a")
+    with torch.no_grad():
+        layer = treat(source, treatment_of("tlq_nearest"), 2, 16, Clock(), Fitted([source])).layers["a"]
+        plain = treat(source, treatment_of("rtn"), 2, 16, Clock(), Fitted([source])).layers["a"]
+        exact = source.linears[0](x).mean(0)
+        corrected, shifted = ((each(x).mean(0) - exact).abs().max() for each in (layer, plain))
+    assert corrected < 0.02 < shifted
+
+
+def test_feedback_and_its_fit_lower_the_output_error(source):
+    nearest, gptq, ours = (loss(source, name, 3, 16) for name in ("tlq_nearest", "tlq_gptq", "tlq"))
+    assert ours < nearest
+    assert ours <= gptq * 1.05
+
+
+def test_side_data_is_counted(source):
+    with torch.no_grad():
+        treated = {
+            name: treat(source, treatment_of(name), 4, 8, Clock(), Fitted([source])).weight_bits
+            for name in ("rtn", "smoothquant", "q_dit", "codebook")
+        }
+    weights = 3 * ROWS * WIDTH
+    assert treated["rtn"] == 4 * weights + 3 * ROWS * 32
+    assert treated["smoothquant"] == treated["rtn"] + 16 * WIDTH
+    assert treated["q_dit"] == treated["rtn"]  # one group: the width is below 128
+    assert treated["codebook"] == 4 * weights + 3 * ROWS * (32 + 8 * 16)
+
+
+@pytest.mark.parametrize(("rms", "kind"), [(0.5, "Hadamard"), (1.5, "dual")])
+def test_j_decides_between_hadamard_and_dual(source, monkeypatch, rms, kind):
+    monkeypatch.setattr(LayerInput, "rms", property(lambda self: rms))
+    _, reason = Fitted([source]).transform(source, "ars", 4, 8)
+    assert reason.startswith(f"J = {rms:.2f}")
+    assert kind in reason
+
+
+def test_accuracy_and_distance():
+    logits = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+    assert accuracy(logits, np.array([0, 1, 1])) == pytest.approx(2 / 3)
+    features = np.random.default_rng(0).standard_normal((500, 4))
+    assert abs(frechet_distance(features, features)) < 1e-9
+    assert frechet_distance(features + 2.0, features) == pytest.approx(16.0, rel=1e-6)
+    assert frechet_distance(3 * features, features) == pytest.approx(4 * np.trace(np.cov(features.T)), rel=0.02)
+    assert np.isnan(frechet_distance(features[:1], features))
+
+
+def test_an_unknown_method_is_named_with_the_nearest():
+    with pytest.raises(UsageError, match="'quaro'") as caught:
+        treatment_of("quaro")
+    assert caught.value.hint == "did you mean quarot?"
