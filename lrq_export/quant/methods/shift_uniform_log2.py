@@ -6,10 +6,12 @@ error over the tensor is taken.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from lrq_export.quant.codebook_weight import CodebookWeight, weighted_error
-from lrq_export.quant.methods.log_grid import NOTHING, LogGrid, extremes, logarithm, sides
+from lrq_export.quant.methods.log_grid import LogGrid, extremes, logarithm, sides
 from lrq_export.quant.weight import checked_moment, checked_weight
 
 OFFSETS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -22,7 +24,7 @@ def quantize(weight: torch.Tensor, second_moment: torch.Tensor | None = None, *,
     count, mask = 2 ** (bits - 1), sides(weight)
     tried = []
     for offset in OFFSETS:
-        grid = LogGrid.between(*extremes(logarithm(weight, offset), mask, NOTHING), count - 1, offset)
+        grid = LogGrid.between(*extremes(logarithm(weight, offset), mask, math.log2(offset)), count - 1, offset)
         tried.append(grid.round(weight, count))
     errors = [float(weighted_error(weight, each.dequantize(), moment).sum()) for each in tried]
     return tried[errors.index(min(errors))]
