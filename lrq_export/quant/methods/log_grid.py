@@ -58,8 +58,8 @@ def sides(weight: torch.Tensor) -> torch.Tensor:
 def extremes(values: torch.Tensor, mask: torch.Tensor, empty_value: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Smallest and largest of values (rows, cols) where mask (rows, signs, cols) holds, (rows, signs).
 
-    `empty_value` where it holds nowhere: of logarithms that of the offset, `NOTHING` without one, so that the side's level
-    is 0 and a row of zeros stays one.
+    `empty_value` where it holds nowhere: of logarithms that of the offset, `NOTHING` without one, so that the side's
+    level is 0 and a row of zeros stays one.
     """
     spread = values[:, None].expand_as(mask)
     low = spread.masked_fill(~mask, torch.inf).amin(2)
