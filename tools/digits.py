@@ -6,6 +6,7 @@ enlarged to 16x16 and scaled to [-1, 1].
 
 from pathlib import Path
 
+import onnx
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -87,7 +88,10 @@ def save_classifier(model: DigitClassifier, path: Path) -> None:
         FeaturesAndLogits(model).eval(), (torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE),), dynamo=True, verbose=False,
         dynamic_shapes=({0: torch.export.Dim("images")},), input_names=["images"], output_names=list(OUTPUTS),
     )  # fmt: skip
-    program.save(path, external_data=False)
+    model = program.model_proto
+    for entity in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        del entity.metadata_props[:]  # stack traces of this machine
+    onnx.save(model, path)
 
 
 def scores(judge: Judge, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
