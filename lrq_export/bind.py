@@ -23,9 +23,11 @@ from lrq_export.onnx_file import WeightTensor, write_model
 from lrq_export.package import save_tensors_atomic
 from lrq_export.plan import LayerPlan
 from lrq_export.quant import uniform
-from lrq_export.quant.compensate import quantize_compensated
+from lrq_export.quant.bias_correction import corrected_bias
+from lrq_export.quant.compensate import Feedback, quantize_compensated
 from lrq_export.quant.formats import QUANTIZERS
 from lrq_export.quant.rotation import Rotation
+from lrq_export.quant.transforms.base import in_basis
 from lrq_export.quant.weight import dequantize
 from lrq_export.quantized import (
     FOLDED,
@@ -39,8 +41,6 @@ from lrq_export.quantized import (
     onnx_float,
     write_quantized,
 )
-
-# Weights to codes and levels, by method; what becomes of the codes afterwards is the same for all.
 
 
 def quantize_layers(
@@ -75,7 +75,7 @@ def quantize_layers(
             layer, floats = quantize_layer(exact, second_moment, record, correlation), {}
             if bias_correction and record.bias is not None:
                 bias = evaluate(traced.tensors[record.bias], read)
-                floats[record.bias] = corrected_bias(bias, exact, layer, mean)
+                floats[record.bias] = corrected_bias(bias, exact - dequantize(layer), mean)
             write_quantized(path, [layer], floats)
         done(weight.layer)
     floats = folder / "floats.safetensors"
@@ -114,15 +114,12 @@ def _quantize_to_codes(
     """Levels by the record's method and the nearest codes, or given E[x xᵀ] those of the least output error."""
     quantize, role = QUANTIZERS[record.method], LEVELS[record.method]
     fit = partial(quantize, bits=record.bits, group_size=record.group_size)
-    quantized = fit(weight, second_moment) if correlation is None else quantize_compensated(weight, correlation, fit)
+    if correlation is None:
+        quantized = fit(weight, second_moment)
+    else:
+        quantized = quantize_compensated(weight, Feedback(correlation), fit)
     packed = as_bytes(packing.pack(quantized.codes.numpy(), record.bits))
     return LayerTensors(record, packed, quantized.scale, **{role: getattr(quantized, role)})
-
-
-def corrected_bias(bias: torch.Tensor, exact: torch.Tensor, layer: LayerTensors, mean: torch.Tensor) -> torch.Tensor:
-    """b + (W - Ŵ) E[x] (rows,): the quantized layer's mean output is then the exact one's, E[x] (cols,) given."""
-    rounded = layer.integer_weight().double() * layer.scale.double()[:, None]
-    return (bias.double() + (exact.double() - rounded) @ mean).float()
 
 
 def assemble(traced: TracedGraph, folder: Path, path: Path) -> None:
@@ -186,7 +183,7 @@ def moments_of(observed: Observed, record: LayerRecord) -> tuple[torch.Tensor, t
     mean = rotation.apply(moments.mean)
     if correlation is None:
         return mean, rotation.apply(observed.tokens(record.layer)).double().square().mean(0), None
-    correlation = rotation.apply(rotation.apply(correlation.double()).T).T
+    correlation = in_basis(correlation, rotation)
     return mean, correlation.diagonal(), correlation
 
 

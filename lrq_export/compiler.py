@@ -216,7 +216,7 @@ def _rotated(job: Job, model: nn.Module, observed: Observed) -> list[LayerPlan]:
         return job.plans
     return choose_rotations(
         job.plans, observed, lambda name: model.get_parameter(name).detach(),
-        lambda layer: job.source.family.head_width(model, layer), job.recipe.rotation.seed,
+        lambda layer: job.source.family.head_width(model, layer), job.recipe.rotation.seed, job.progress.advance,
     )  # fmt: skip
 
 

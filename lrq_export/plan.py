@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from graphs import names
 from graphs.ops import hadamard
 from lrq_export.errors import UsageError
 from lrq_export.models.base import ModelFamily
@@ -24,7 +25,7 @@ class LayerPlan:
     block: int  # channels a rotation spans; 0 means the input is not rotated
     signs_seed: int | None
     reason: str
-    method: str = "tlq"  # of recipe.weights: what the codes index; at 8 bits there are no codes, INT8 stays INT8
+    method: str = names.TWIN_LOG  # of recipe.weights: what the codes index; at 8 bits there are no codes
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,8 +54,8 @@ def plan_layers(model: nn.Module, family: ModelFamily, recipe: Recipe) -> list[L
             f"rotation.{key}: got {getattr(rotation, key)} with rotation.kind {rotation.kind}, needed hadamard",
             hint="set rotation.kind=hadamard, which rotates every layer so",
         )
-    names = target_layers(model, family, recipe)
-    return [_plan_layer(name, model.get_submodule(name), model, family, recipe) for name in names]
+    layers = target_layers(model, family, recipe)
+    return [_plan_layer(name, model.get_submodule(name), model, family, recipe) for name in layers]
 
 
 def _plan_layer(name: str, linear: nn.Linear, model: nn.Module, family: ModelFamily, recipe: Recipe) -> LayerPlan:
@@ -81,7 +82,7 @@ def _choose_block(name: str, cols: int, head_width: int | None, recipe: Recipe) 
         return head_width, f"head width {head_width}: folds into the value projection"
     if rotation.block:
         if cols % rotation.block or not hadamard.supported(rotation.block):
-            usable = [d for d in _some_divisors(cols) if hadamard.supported(d)]
+            usable = [block for block in hadamard.blocks(cols) if block >= min(8, cols)]
             raise UsageError(
                 f"{name}: rotation.block is {rotation.block}, needed a divisor of its {cols} input channels "
                 "that has a Hadamard matrix",
@@ -90,7 +91,7 @@ def _choose_block(name: str, cols: int, head_width: int | None, recipe: Recipe) 
         return rotation.block, f"rotation.block of the recipe: {rotation.block}"
     if hadamard.supported(cols):
         return cols, f"full width {cols}"
-    block = max(d for d in range(1, cols) if cols % d == 0 and hadamard.supported(d))
+    block = hadamard.blocks(cols)[-1]
     return block, f"no Hadamard matrix of width {cols} is known by Paley's constructions: blocks of {block}"
 
 

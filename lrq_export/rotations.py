@@ -20,11 +20,11 @@ from lrq_export.calibrate.observed import Observed
 from lrq_export.evaluate import ReadTensor
 from lrq_export.plan import LayerPlan
 from lrq_export.quant import uniform
-from lrq_export.quant.activation import quantize_tokens
+from lrq_export.quant.activation import rounded_tokens
 from lrq_export.quant.compensate import conditional_variances
 from lrq_export.quant.formats import QUANTIZERS
 from lrq_export.quant.rotation import Rotation
-from lrq_export.quant.transforms.base import Identity, Transform
+from lrq_export.quant.transforms.base import Identity, Transform, in_basis
 from lrq_export.quant.weight import dequantize
 
 ROWS = 128  # of the weights that are tried; more change no choice
@@ -60,7 +60,7 @@ def hadamard_candidates(width: int, head_width: int | None, seed: int) -> list[C
     found = [Candidate("none", Identity(width), online=False)]
     if head_width is not None and width % head_width == 0 and hadamard.supported(head_width):
         found.append(Candidate("head Hadamard", Rotation(width, head_width), online=False))
-    blocks = [d for d in range(2, width + 1) if width % d == 0 and hadamard.supported(d)]
+    blocks = hadamard.blocks(width)[1:]
     small = [block for block in blocks[:-1] if block <= BLOCK]
     if small:
         found.append(Candidate("block Hadamard", Rotation(width, small[-1])))
@@ -80,7 +80,7 @@ def choose_rotations(
 ) -> list[LayerPlan]:
     """The plans with a rotation for every layer, the same for layers that read one input; `read` gives source weights.
 
-    `head_width` is that of `ModelFamily`, `seed` that of signs. Raises InputError for weights that are not finite.
+    `head_width` is that of `ModelFamily`, `seed` that of signs. `done` is told each layer's name, for progress.
     """
     plan_of = {plan.name: plan for plan in plans}
     for layers in observed.siblings():
@@ -94,7 +94,7 @@ def choose_rotations(
         block, signs_seed = (0, None) if isinstance(transform, Identity) else (transform.block, transform.seed)
         for layer in layers:
             plan_of[layer] = replace(plan_of[layer], block=block, signs_seed=signs_seed, reason=choice.reason)
-        done(first.name)
+            done(layer)
     return [plan_of[plan.name] for plan in plans]
 
 
@@ -128,7 +128,8 @@ def choose(
         x, weight = transform.apply(tokens), transform.apply_to_weight(sampled)
         importance = _importance(x, correlation, transform)
         lost = float((weight - quantize(weight, importance)).double().square().sum(0) @ importance)
-        lost += float(((_quantized(x, act_bits) - x) @ weight.T).square().sum()) / len(x)
+        if act_bits != names.FLOATING_POINT:
+            lost += float(((rounded_tokens(x, act_bits) - x) @ weight.T).square().sum()) / len(x)
         losses[candidate.name] = lost / power if power else 0.0
         share = transform.flops_per_token / work if candidate.online else 0.0
         scores.append(losses[candidate.name] * (1 + share))
@@ -139,12 +140,4 @@ def _importance(x: torch.Tensor, correlation: torch.Tensor | None, transform: Tr
     """What a squared error in a column of the weight costs the output, float64 (cols,)."""
     if correlation is None:
         return x.double().square().mean(0)
-    turned = transform.apply(transform.apply(correlation.double()).T.contiguous()).T
-    return conditional_variances(turned)
-
-
-def _quantized(x: torch.Tensor, act_bits: int) -> torch.Tensor:
-    if act_bits == names.FLOATING_POINT:
-        return x
-    q, s = quantize_tokens(x, act_bits)
-    return q * s
+    return conditional_variances(in_basis(correlation, transform))

@@ -16,7 +16,7 @@ import torch
 
 from lrq_export.machine import describe_machine
 from lrq_export.quant import twin_log
-from lrq_export.quant.compensate import quantize_compensated
+from lrq_export.quant.compensate import Feedback, quantize_compensated
 
 BLOCKS, WIDTH, MLP = 28, 1152, 4608
 # Of one block: self-attention and cross-attention (query, key, value, output), then the two of the MLP.
@@ -51,7 +51,7 @@ def main() -> None:
             ways = {
                 "to the nearest level": lambda weight=weight, moments=moments: fit(weight, moments.diagonal()),
                 "with error feedback": lambda weight=weight, moments=moments: quantize_compensated(
-                    weight, moments, fit
+                    weight, Feedback(moments), fit
                 ),
             }
             for name, way in ways.items():

@@ -61,6 +61,11 @@ def supported(n: int) -> bool:
     return _factors(n) is not None
 
 
+def blocks(width: int) -> list[int]:
+    """Divisors of `width` that have a Hadamard matrix, ascending; 1 is the first."""
+    return [size for size in range(1, width + 1) if width % size == 0 and supported(size)]
+
+
 @cache
 def base_matrix(base: int, order: int) -> np.ndarray:
     """H_K (K, K) int8 of +-1 with H H^T = K I, for K = base, q = order. Raises ValueError if they do not match."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lrq_export.quant.activation import largest_integer, quantize_tokens
+from lrq_export.quant.activation import largest_integer, rounded_tokens
 
 SHRINKS = tuple((torch.arange(20, 101, 2) / 100).tolist())  # parts of the largest magnitude that static scales try
 RANGES = 4  # of timesteps with a scale of their own
@@ -27,8 +27,7 @@ class PerToken:
     bits: int
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        q, s = quantize_tokens(x, self.bits)
-        return q * s
+        return rounded_tokens(x, self.bits)
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ class LayerInput:
 
     @property
     def correlation(self) -> torch.Tensor:
-        """E[x xᵀ] float64 (cols, cols)."""
-        return self.observed.correlation(self.layers[0]).double()
+        """E[x xᵀ] float32 (cols, cols)."""
+        return self.observed.correlation(self.layers[0])
 
     @property
     def mean(self) -> torch.Tensor:

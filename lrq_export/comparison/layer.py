@@ -14,9 +14,10 @@ from lrq_export.comparison.activations import RANGES, Clock, PerToken, PerTokenG
 from lrq_export.comparison.inputs import LayerInput
 from lrq_export.comparison.transforms import Fitted
 from lrq_export.comparison.treatments import Treatment
+from lrq_export.quant.bias_correction import corrected_bias
 from lrq_export.quant.compensate import GPTQ_DAMPING, Feedback, quantize_compensated
 from lrq_export.quant.methods import METHODS
-from lrq_export.quant.transforms.base import Transform
+from lrq_export.quant.transforms.base import Transform, in_basis
 
 QuantizeActivation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -48,43 +49,45 @@ class Treated:
 
 def treat(source: LayerInput, treatment: Treatment, bits: int, act_bits: int, clock: Clock, fitted: Fitted) -> Treated:
     """Transform, quantize and round the layers of one input; deterministic."""
-    transform, reason = fitted.transform(source, treatment.transform, bits, act_bits)
+    transform, reason = fitted.transform(source, treatment, bits, act_bits)
     group = _group(source.width, treatment.group)
     tokens = transform.apply(source.tokens)
     quantize = _activation(treatment, tokens, source.token_timesteps, act_bits, group, clock)
-    moments = _transformed(source.correlation, transform)
+    moments, mean = in_basis(source.correlation, transform), transform.apply(source.mean)
+    feedback = _feedback(moments, treatment)
+    per_weight = METHODS[treatment.weights].bits_per_weight(bits, source.width, source.width // group)
     stored, layers = float(transform.parameters()), {}
     for name, linear, weight in zip(source.layers, source.linears, source.weights, strict=True):
         turned = transform.apply_to_weight(weight)
-        rounded = _round(turned, moments, treatment, bits, group)
-        layers[name] = SimulatedLinear(rounded, _bias(linear, turned - rounded, source, transform, treatment),
-                                       transform, quantize)  # fmt: skip
-        per_weight = METHODS[treatment.weights].bits_per_weight(bits, source.width, source.width // group)
+        rounded = _round(turned, moments.diagonal(), feedback, treatment, bits, group)
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        if bias is not None and treatment.bias_correction:
+            bias = corrected_bias(bias, turned - rounded, mean)
+        layers[name] = SimulatedLinear(rounded, bias, transform, quantize)
         stored += weight.numel() * per_weight
     return Treated(layers, stored, reason)
 
 
-def _round(weight: torch.Tensor, moments: torch.Tensor, treatment: Treatment, bits: int, group: int) -> torch.Tensor:
-    """Ŵ float32 (rows, cols); moments is E[x xᵀ] in the weight's basis."""
+def _feedback(moments: torch.Tensor, treatment: Treatment) -> Feedback | None:
+    """Error feedback under E[x xᵀ] as the treatment has it."""
+    if treatment.feedback == "none":
+        return None
+    return Feedback(moments, GPTQ_DAMPING) if treatment.feedback == "gptq" else Feedback(moments)
+
+
+def _round(
+    weight: torch.Tensor, moment: torch.Tensor, feedback: Feedback | None, treatment: Treatment, bits: int, group: int
+) -> torch.Tensor:
+    """Ŵ float32 (rows, cols); moment (cols,) is E[x²] in the weight's basis."""
     options = {} if group == weight.shape[1] else {"group_size": group}
     fit = partial(METHODS[treatment.weights].quantize, bits=bits, **options)
-    if treatment.feedback == "none":
-        return fit(weight, moments.diagonal()).dequantize()
-    if treatment.feedback == "gptq":
-        quantized = fit(weight, moments.diagonal())
-        rounding = Feedback(moments, GPTQ_DAMPING).round(weight, quantized.codebooks())
-        return quantized.rerounded(rounding.codes, rounding.widening).dequantize()
-    return quantize_compensated(weight, moments, fit).dequantize()
-
-
-def _bias(
-    linear: nn.Linear, lost: torch.Tensor, source: LayerInput, transform: Transform, treatment: Treatment
-) -> torch.Tensor | None:
-    """The layer's bias, moved if the treatment says so by what rounding shifts the mean output by."""
-    bias = None if linear.bias is None else linear.bias.detach().float()
-    if bias is None or not treatment.bias_correction:
-        return bias
-    return bias + (lost.double() @ transform.apply(source.mean[None])[0]).float()
+    if treatment.feedback == "fitted":
+        return quantize_compensated(weight, feedback, fit).dequantize()
+    quantized = fit(weight, moment)
+    if feedback is not None:
+        rounding = feedback.round(weight, quantized.codebooks())
+        quantized = quantized.rerounded(rounding.codes, rounding.widening)
+    return quantized.dequantize()
 
 
 def _activation(
@@ -98,11 +101,6 @@ def _activation(
         return PerTokenGroup(bits, group)
     ranges = RANGES if treatment.activations == "timestep_range" else 1
     return Static.fit(tokens, timesteps, bits, ranges, clock)
-
-
-def _transformed(correlation: torch.Tensor, transform: Transform) -> torch.Tensor:
-    """Tᵀ E[x xᵀ] T."""
-    return transform.apply(transform.apply(correlation).T.contiguous()).T.contiguous()
 
 
 def _group(width: int, most: int | None) -> int:

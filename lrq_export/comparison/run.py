@@ -32,8 +32,9 @@ from lrq_export.machine import describe_machine
 from lrq_export.plan import target_layers
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.recipe import Recipe
-from lrq_export.sampling import ConditionalSampler, check_steps, condition_rows, scheduler_from
+from lrq_export.sampling import check_steps, condition_rows, scheduler_from
 from lrq_export.source import Inputs, Source, gather_inputs, open_source
+from lrq_export.verify.ladder import draw
 from lrq_export.verify.metrics import nmse, psnr
 
 SCHEMA = 1
@@ -55,8 +56,8 @@ def compare(
 ) -> dict[str, Any]:
     """Treat the model of the diffusers folder `source` by every method at every number of bits; returns the report.
 
-    `seeds` draw `recipe.sampling.images` images each. `judge` is an ONNX classifier (see `compare.judge`), by default
-    the source's own `classifier.onnx`. Raises UsageError for unknown methods or bits, InputError for bad files.
+    `seeds` draw `recipe.sampling.images` images each. `judge` is an ONNX classifier (see `comparison.judge`), the
+    source's own `classifier.onnx` by default. Raises UsageError for unknown methods or bits, InputError for bad files.
     """
     recipe, progress = recipe or Recipe(), progress or Silent()
     treatments = [treatment_of(name) for name in dict.fromkeys(methods)]
@@ -139,8 +140,6 @@ class Bench:
         self.seeds, self.judge = seeds, judge
         self.scheduler = scheduler_from(recipe.sampling.scheduler, source.scheduler_config())
         check_steps(self.scheduler, recipe.sampling.steps)
-        available = condition_rows(inputs.conditions)
-        self.rows = [i % available for i in range(recipe.sampling.images)]
         self.exact = Scores(self._noise(model), [])
         for seed in seeds:
             self.exact.images.append(self._draw(model, seed))
@@ -168,9 +167,9 @@ class Bench:
             return {"accuracy": None, "frechet": None}
         features, logits = self.judge.run(torch.cat(got.images))
         reference, _ = self.judge.run(torch.cat(self.exact.images))
-        labels = np.array(self.rows * len(self.seeds))
-        named = condition_rows(self.inputs.conditions) == logits.shape[1]
-        right = accuracy(logits, labels) if named else None
+        classes, per_seed = condition_rows(self.inputs.conditions), self.recipe.sampling.images
+        labels = np.tile(np.arange(per_seed) % classes, len(self.seeds))
+        right = accuracy(logits, labels) if classes == logits.shape[1] else None
         return {"accuracy": right, "frechet": frechet_distance(features, reference)}
 
     @torch.no_grad()
@@ -180,12 +179,9 @@ class Bench:
         return torch.cat(parts)
 
     def _draw(self, model: nn.Module, seed: int) -> torch.Tensor:
-        sampling = self.recipe.sampling
-        sampler = ConditionalSampler(model, self.scheduler, self.inputs.conditions)
-        return sampler(
-            self.rows, num_inference_steps=sampling.steps, guidance_scale=sampling.guidance_scale,
-            generator=torch.Generator().manual_seed(seed),
-        )  # fmt: skip
+        sampling, conditions = self.recipe.sampling, self.inputs.conditions
+        steps = draw(model, self.scheduler, conditions, sampling.images, sampling.steps, seed, sampling.guidance_scale)
+        return steps[-1]
 
 
 def _row(bench: Bench, fitted: Fitted, treatment: Treatment, bits: int, act_bits: int) -> dict[str, Any]:
@@ -198,7 +194,7 @@ def _row(bench: Bench, fitted: Fitted, treatment: Treatment, bits: int, act_bits
         "method": treatment.name, "title": treatment.title, "published": treatment.published, "note": treatment.note,
         "obstacle": treatment.obstacle, "bits": bits, "act_bits": act_bits,
         "bits_per_weight": sum(each.weight_bits for each in treated) / weights, "seconds": seconds,
-        "transforms": {name: each.reason for each in treated for name in list(each.layers)[:1]},
+        "transforms": {next(iter(each.layers)): each.reason for each in treated},
     } | bench.scores(model)  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 
 from graphs.ops import hadamard
 from lrq_export.comparison.inputs import LayerInput
-from lrq_export.comparison.treatments import Transforming
+from lrq_export.comparison.treatments import Transforming, Treatment
 from lrq_export.quant.methods import METHODS
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.transforms.balance import fit_balance
@@ -26,28 +26,30 @@ class Fitted:
     """The inputs of a model and the transforms that were fitted to them: those that no number of bits changes, once."""
 
     inputs: list[LayerInput]
-    _known: dict[tuple[str, str], tuple[Transform, str]] = field(default_factory=dict)
+    _known: dict[tuple[str, bool, str], tuple[Transform, str]] = field(default_factory=dict)
 
-    def transform(self, source: LayerInput, kind: Transforming, bits: int, act_bits: int) -> tuple[Transform, str]:
+    def transform(self, source: LayerInput, treatment: Treatment, bits: int, act_bits: int) -> tuple[Transform, str]:
         """The transform and why it is this one."""
-        if kind in ("auto", "auto_dual"):
-            dual = self.transform(source, "dual", bits, act_bits)[0] if kind == "auto_dual" else None
+        if treatment.transform in ("auto", "auto_dual"):
+            dual = self._once(source, False, "dual")[0] if treatment.transform == "auto_dual" else None
             return _auto(source, bits, act_bits, dual)
-        key = source.layers[0], kind
+        return self._once(source, treatment.smoothed, treatment.transform)
+
+    def _once(self, source: LayerInput, smoothed: bool, kind: Transforming) -> tuple[Transform, str]:
+        key = source.layers[0], smoothed, kind
         if key not in self._known:
-            self._known[key] = _smoothed(source, kind)
+            self._known[key] = _smoothed(source, kind) if smoothed else _fit(source, kind, source.tokens)
         return self._known[key]
 
 
 def _smoothed(source: LayerInput, kind: Transforming) -> tuple[Transform, str]:
-    smooth = fit_smooth(source.absmax_by_timestep.amax(0), source.weights) if kind.startswith("smooth") else None
-    rest = kind.removeprefix("smooth").removeprefix("_")
-    tokens = source.tokens if smooth is None else smooth.apply(source.tokens)
-    transform, reason = _fit(source, rest or "none", tokens)
-    return (transform, reason) if smooth is None else (Chain((smooth, transform)), f"smoothed, {reason}")
+    """Smoothing, and then the transform of what is smoothed; J of `ars` stays that of the input itself."""
+    smooth = fit_smooth(source.absmax_by_timestep.amax(0), source.weights)
+    transform, reason = _fit(source, kind, smooth.apply(source.tokens))
+    return Chain((smooth, transform)), f"smoothed, {reason}"
 
 
-def _fit(source: LayerInput, kind: str, tokens: torch.Tensor) -> tuple[Transform, str]:
+def _fit(source: LayerInput, kind: Transforming, tokens: torch.Tensor) -> tuple[Transform, str]:
     width = source.width
     if kind == "none":
         return Identity(width), "none"
@@ -67,8 +69,7 @@ def _fit(source: LayerInput, kind: str, tokens: torch.Tensor) -> tuple[Transform
 
 def _full(width: int, seed: int | None) -> Transform:
     """The largest Hadamard rotation that the width allows."""
-    block = max(d for d in range(1, width + 1) if width % d == 0 and hadamard.supported(d))
-    return Rotation(width, block, seed)
+    return Rotation(width, hadamard.blocks(width)[-1], seed)
 
 
 def _auto(source: LayerInput, bits: int, act_bits: int, dual: Transform | None) -> tuple[Transform, str]:

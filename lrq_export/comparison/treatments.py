@@ -13,13 +13,10 @@ from lrq_export.errors import UsageError
 from lrq_export.quant.methods import METHODS
 from lrq_export.recipe import nearest
 
-Transforming = Literal[
-    "none", "hadamard", "signed_hadamard", "smooth", "smooth_dual", "dual", "balance", "ars", "smooth_ars", "auto",
-    "auto_dual",
-]  # fmt: skip
+Transforming = Literal["none", "hadamard", "signed_hadamard", "dual", "balance", "ars", "auto", "auto_dual"]
 Activation = Literal["token", "token_group", "tensor", "timestep_range"]
 # Of rounding errors over the columns: GPTQ on a codebook fitted beforehand, or ours, which fits the codebook to it.
-Feedback = Literal["none", "gptq", "fitted"]
+Carrying = Literal["none", "gptq", "fitted"]
 
 DEPLOYABLE: tuple[Transforming, ...] = ("none", "hadamard", "signed_hadamard", "auto")
 
@@ -33,7 +30,8 @@ class Treatment:
     weights: str  # a name in METHODS
     transform: Transforming
     activations: Activation = "token"
-    feedback: Feedback = "none"
+    smoothed: bool = False  # by SmoothQuant's factors, before the transform
+    feedback: Carrying = "none"
     bias_correction: bool = False
     group: int | None = None  # columns that share a scale: the largest divisor of a layer's columns up to this
     published: bool = True
@@ -42,8 +40,8 @@ class Treatment:
     @property
     def obstacle(self) -> str | None:
         """Why no package can hold it; None if one can."""
-        if self.transform not in DEPLOYABLE:
-            return "packages rotate by Hadamard matrices only"
+        if self.smoothed or self.transform not in DEPLOYABLE:
+            return "packages transform inputs by Hadamard rotations only"
         if self.activations != "token":
             return "packages quantize activations per token"
         return METHODS[self.weights].obstacle
@@ -57,9 +55,9 @@ def _ours(weights: str) -> Treatment:
 
 _PUBLISHED = (
     Treatment("rtn", "round to nearest", "uniform_minmax", "none"),
-    Treatment("smoothquant", "SmoothQuant", "uniform_minmax", "smooth"),
+    Treatment("smoothquant", "SmoothQuant", "uniform_minmax", "none", smoothed=True),
     Treatment("quarot", "QuaRot", "uniform_minmax", "signed_hadamard", feedback="gptq", note="with GPTQ"),
-    Treatment("duquant", "DuQuant", "uniform_clip", "smooth_dual", note="the paper's dual transform"),
+    Treatment("duquant", "DuQuant", "uniform_clip", "dual", smoothed=True, note="the paper's dual transform"),
     Treatment(
         "q_dit", "Q-DiT", "uniform_minmax", "none", "token_group", feedback="gptq", group=128,
         note="groups of up to 128, not searched; their scales are fixed before GPTQ",
@@ -69,7 +67,7 @@ _PUBLISHED = (
         note="without AdaRound, which trains; every input is balanced, at 16 bits a channel",
     ),
     Treatment(
-        "lrq_dit", "LRQ-DiT, as released", "tlq_released", "smooth_ars",
+        "lrq_dit", "LRQ-DiT, as released", "tlq_released", "ars", smoothed=True,
         note="J against 1 decides, where the release lists layers by hand",
     ),
     Treatment("lrq_dit_text", "LRQ-DiT, as written", "tlq_paper", "ars"),

@@ -25,3 +25,9 @@ def quantize_tokens(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Ten
     s = x.abs().amax(-1, keepdim=True) / top
     s = torch.where(s == 0, torch.ones_like(s), s)
     return torch.round(x / s).clamp(-top, top), s
+
+
+def rounded_tokens(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """q s float32, the values that quantized tokens x (..., n) stand for."""
+    q, s = quantize_tokens(x, bits)
+    return q * s

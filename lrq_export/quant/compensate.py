@@ -44,14 +44,13 @@ Fit = Callable[[torch.Tensor, torch.Tensor], Quantized]  # (W (rows, cols), impo
 
 def quantize_compensated(
     weight: torch.Tensor,
-    second_moments: torch.Tensor,
+    feedback: Feedback,
     fit: Fit,
     *,
     widenings: tuple[float, ...] = WIDENINGS,
     refits: int = REFITS,
 ) -> Quantized:
-    """W (rows, cols) in codebooks that `fit` makes, rounded for the least output error under H (cols, cols), PSD."""
-    feedback = Feedback(second_moments)
+    """W (rows, cols) in codebooks that `fit` makes, rounded for the least output error under the H of `feedback`."""
     fitted = fit(weight, feedback.importance)
     rounding = feedback.round(weight, fitted.codebooks(), widenings)
     best = fitted.rerounded(rounding.codes, rounding.widening)
@@ -75,7 +74,10 @@ class Rounding:
 
 
 class Feedback:
-    """H made ready. Columns are rounded in the order of falling H_jj: what matters most can be made good by most."""
+    """H (cols, cols), symmetric, PSD, made ready for every weight that meets it.
+
+    Columns are rounded in the order of falling H_jj: what matters most can be made good by most.
+    """
 
     def __init__(self, second_moments: torch.Tensor, damping: float = DAMPING):
         self._order = second_moments.diagonal().argsort(descending=True, stable=True)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from graphs.ops.hadamard import dense, factorize, split, supported
+from graphs.ops.hadamard import blocks, dense, factorize, split, supported
 from lrq_export.errors import UsageError
 
 
@@ -103,7 +103,7 @@ def _matrices(block: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tenso
 
 def _nearest_blocks(width: int, block: int) -> str:
     """Advice: the usable block below and the one above what was asked for."""
-    usable = [size for size in range(2, width + 1) if width % size == 0 and supported(size)]
+    usable = blocks(width)[1:]
     below, above = [size for size in usable if size <= block], [size for size in usable if size > block]
     nearest = below[-1:] + above[:1]
     if not nearest:

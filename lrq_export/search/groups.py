@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lrq_export.calibrate.inputs import TIMESTEP, batches
+from lrq_export.calibrate.inputs import TIMESTEP
 from lrq_export.calibrate.run import observe
 from lrq_export.comparison.activations import Clock
 from lrq_export.comparison.inputs import LayerInput
@@ -29,10 +29,11 @@ from lrq_export.errors import UsageError
 from lrq_export.plan import target_layers
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.recipe import Recipe
-from lrq_export.sampling import ConditionalSampler, scheduler_from
+from lrq_export.sampling import scheduler_from
 from lrq_export.search.evolution import Cost, Space, minus_mean_group
 from lrq_export.search.state import Genome
 from lrq_export.source import Inputs, Source, gather_inputs, open_source
+from lrq_export.verify.ladder import draw, run_torch
 from lrq_export.verify.metrics import nmse
 
 LEAST, CHOICES = 16, 6  # the smallest group that is offered, and how many each input chooses from at most
@@ -147,10 +148,10 @@ class StandIns:
 
 
 def _output_error(source: LayerInput, treated: Treated) -> float:
-    error = 0.0
+    error, correlation = 0.0, source.correlation.double()
     for name, weight in zip(source.layers, source.weights, strict=True):
-        power = _power(weight, source.correlation)
-        lost = _power(weight - treated.layers[name].weight, source.correlation)
+        power = _power(weight, correlation)
+        lost = _power(weight - treated.layers[name].weight, correlation)
         error += lost / power if power else 0.0
     return error
 
@@ -176,9 +177,8 @@ def noise_error(subject: Subject, stand_ins: StandIns) -> Objective:
     rows = _spread_over_timesteps(subject.inputs.calibration[TIMESTEP], NOISE_INPUTS)
     inputs = {name: tensor[rows] for name, tensor in subject.inputs.calibration.items()}
 
-    @torch.no_grad()
     def noise(model: nn.Module) -> torch.Tensor:
-        return torch.cat([subject.source.family.call(model, part) for part in batches(inputs, BATCH)])
+        return run_torch(subject.source.family, model, inputs, BATCH)
 
     exact = noise(subject.model)
     return lambda genome: nmse(noise(stand_ins.model(genome)), exact)
@@ -205,14 +205,10 @@ def image_distance(subject: Subject, stand_ins: StandIns) -> Objective:
         raise UsageError(f"{path}: not found, needed a classifier", hint="search by another objective, e.g. noise")
     judge, sampling, conditions = Judge(path), subject.recipe.sampling, subject.inputs.conditions
     scheduler = scheduler_from(sampling.scheduler, subject.source.scheduler_config())
-    available = min(len(tensor) for tensor in conditions.values())
 
     def features(model: nn.Module):
-        images = ConditionalSampler(model, scheduler, conditions)(
-            [i % available for i in range(IMAGES)], num_inference_steps=STEPS,
-            guidance_scale=sampling.guidance_scale, generator=torch.Generator().manual_seed(IMAGE_SEED),
-        )  # fmt: skip
-        return judge.run(images)[0]
+        latents = draw(model, scheduler, conditions, IMAGES, STEPS, IMAGE_SEED, sampling.guidance_scale)
+        return judge.run(latents[-1])[0]
 
     exact = features(subject.model)
     return lambda genome: frechet_distance(features(stand_ins.model(genome)), exact)

@@ -14,6 +14,7 @@ from lrq_export.verify.markup import (
     byte_size,
     count,
     digits,
+    folded,
     join,
     pairs,
     quotient,
@@ -44,23 +45,22 @@ def show_layers(report: Mapping[str, Any], _: Any) -> Html | None:
     layers = report.get("layers") or []
     if not layers:
         return None
-    reasons = Counter(layer.get("reason") for layer in layers)
-    shared = [reason for reason, uses in reasons.items() if reason and uses > 1]
+    reasons = Counter(layer["reason"] for layer in layers if layer.get("reason"))
     errors = [layer.get("output_nmse") for layer in layers]
     measured = [(value, row) for row, value in enumerate(errors) if value is not None and math.isfinite(value)]
     worst = [row for _, row in sorted(measured, reverse=True)[:MOST_WORST]]
     largest = measured and max(measured)[0]
-    rows = [_layer(number, layer, shared, largest) for number, layer in enumerate(layers, 1)]
+    rows = [_layer(number, layer, list(reasons), largest) for number, layer in enumerate(layers, 1)]
     every = tag("div", table(LAYER_HEADS, rows, "compact"), class_="scroll")
     overview = plots.dots("layers", errors, worst, "layer, in the table's order", "output NMSE") if measured else ""
-    legend = _reasons({reason: reasons[reason] for reason in shared})
+    legend = _reasons(reasons)
     return join([_worst(layers, worst), overview, legend, every, pairs(LAYER_TERMS)], "\n")
 
 
-def _layer(number: int, layer: Mapping[str, Any], shared: Sequence[str], largest: float) -> list[Any]:
-    """One row: a reason that several layers share stands as its number in the list above the table."""
+def _layer(number: int, layer: Mapping[str, Any], reasons: Sequence[str], largest: float) -> list[Any]:
+    """One row; the reason stands as its number in the list above the table: it can be long, and of several layers."""
     reason, group = layer.get("reason"), layer.get("group_size")
-    why = f"[{shared.index(reason) + 1}]" if reason in shared else reason
+    why = f"[{reasons.index(reason) + 1}]" if reason in reasons else None
     output, size = layer.get("output_nmse"), layer.get("bytes")
     return [
         digits(number),
@@ -94,7 +94,9 @@ def _reasons(uses: Mapping[str, int]) -> Html:
     items = [
         tag("li", reason, tag("span", f" {count(layers, 'layer')}", class_="note")) for reason, layers in uses.items()
     ]
-    return join([tag("h3", "Why each rotation"), tag("ol", *items, class_="reasons")]) if items else Html("")
+    if not items:
+        return Html("")
+    return folded(f"Why each rotation: {count(len(items), 'reason')}", tag("ol", *items, class_="reasons"))
 
 
 def show_histograms(report: Mapping[str, Any], _: Any) -> Html | None:

@@ -5,9 +5,11 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from lrq_export.bind import corrected_bias, moments_of, quantize_layer
+from lrq_export.bind import moments_of, quantize_layer
 from lrq_export.calibrate.run import observe
+from lrq_export.quant.bias_correction import corrected_bias
 from lrq_export.quant.rotation import Rotation
+from lrq_export.quant.weight import dequantize
 from lrq_export.quantized import FOLDED, ONLINE, UNROTATED, LayerRecord
 
 ROWS, COLS = 24, 48
@@ -35,7 +37,7 @@ def test_the_corrected_bias_keeps_the_mean_output(weight, inputs, bits):
     rounded = layer.integer_weight().float() * layer.scale[:, None]
     bias = torch.linspace(-1, 1, ROWS)
     exact = (inputs @ weight.T + bias).mean(0)
-    corrected = corrected_bias(bias, weight, layer, inputs.double().mean(0))
+    corrected = corrected_bias(bias, weight - dequantize(layer), inputs.double().mean(0))
     torch.testing.assert_close((inputs @ rounded.T + corrected).mean(0), exact, atol=1e-4, rtol=0)
 
 

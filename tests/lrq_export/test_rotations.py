@@ -151,7 +151,7 @@ def test_layers_of_one_input_are_rotated_alike(observed):
     query, key, _ = planned
     assert query.block
     assert (query.block, query.signs_seed, query.reason) == (key.block, key.signs_seed, key.reason)
-    assert done == ["query", "out"]
+    assert done == ["query", "key", "out"]
 
 
 @pytest.mark.parametrize("bits", ["3", "8"])

@@ -90,6 +90,11 @@ class Chain:
         return sum(part.flops_per_token for part in self.parts)
 
 
+def in_basis(second_moments: torch.Tensor, transform: Transform) -> torch.Tensor:
+    """E[(x T)ᵀ (x T)] = Tᵀ E[xᵀ x] T, float64 (width, width), from E[xᵀ x] of any floating type."""
+    return transform.apply(transform.apply(second_moments.double()).T.contiguous()).T.contiguous()
+
+
 def in_working_type(x: torch.Tensor, width: int) -> torch.Tensor:
     """x as float64 if it is that, otherwise as float32. Raises UsageError if its last axis is not `width` long."""
     if x.shape[-1:] != (width,):

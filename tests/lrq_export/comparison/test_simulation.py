@@ -129,7 +129,7 @@ def test_side_data_is_counted(source):
 @pytest.mark.parametrize(("rms", "kind"), [(0.5, "Hadamard"), (1.5, "dual")])
 def test_j_decides_between_hadamard_and_dual(source, monkeypatch, rms, kind):
     monkeypatch.setattr(LayerInput, "rms", property(lambda self: rms))
-    _, reason = Fitted([source]).transform(source, "ars", 4, 8)
+    _, reason = Fitted([source]).transform(source, treatment_of("lrq_dit_text"), 4, 8)
     assert reason.startswith(f"J = {rms:.2f}")
     assert kind in reason
 

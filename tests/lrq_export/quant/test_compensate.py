@@ -150,8 +150,9 @@ def evenly_spaced(weight: torch.Tensor, importance: torch.Tensor):
 
 def test_refitting_to_the_carried_weights_only_lowers_the_output_error():
     weight, _, _, moments = problem(seed=5)
+    feedback = Feedback(moments)
     errors = [
-        lost(weight, quantize_compensated(weight, moments, evenly_spaced, refits=refits).dequantize(), moments)
+        lost(weight, quantize_compensated(weight, feedback, evenly_spaced, refits=refits).dequantize(), moments)
         for refits in range(3)
     ]
     assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
@@ -185,7 +186,7 @@ def test_codebooks_are_fitted_by_importance_and_then_to_the_carried_weights():
         fits.append((wanted.clone(), importance))
         return evenly_spaced(wanted, importance)
 
-    quantize_compensated(weight, moments, fit)
+    quantize_compensated(weight, Feedback(moments), fit)
     feedback = Feedback(moments)
     assert len(fits) == 2
     assert all(torch.equal(importance, feedback.importance) for _, importance in fits)
@@ -202,8 +203,8 @@ def test_rows_may_widen_their_codebooks_by_default():
         fitted = evenly_spaced(wanted, importance)
         return type(fitted)(fitted.codes, fitted.values / 2)
 
-    default = quantize_compensated(weight, moments, clipped).dequantize()
-    narrow = quantize_compensated(weight, moments, clipped, widenings=(1.0,)).dequantize()
+    default = quantize_compensated(weight, Feedback(moments), clipped).dequantize()
+    narrow = quantize_compensated(weight, Feedback(moments), clipped, widenings=(1.0,)).dequantize()
     assert lost(weight, default, moments).sum() < 0.9 * lost(weight, narrow, moments).sum()
 
 
