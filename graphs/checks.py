@@ -133,10 +133,12 @@ def _check_rotation(node: gs.Node, signs: gs.Tensor, traced: TracedGraph) -> Non
         raise GraphError(_where(node), "nobody reads the rotated tensor", "a reader, or the node removed")
     if signs.name not in traced.signs:
         return
-    if not isinstance(signs, gs.Constant) or not (abs(signs.values) == 1).all():
-        raise GraphError(_where(node), f"its signs {signs.name!r} are in the table of signs", "a constant of +-1")
-    if traced.signs[signs.name] is None and not (signs.values == 1).all():
-        raise GraphError(_where(node), f"its signs {signs.name!r} are not all one", "ones where the table has no seed")
+    origin = traced.signs[signs.name]
+    if not isinstance(signs, gs.Constant) or not np.array_equal(abs(signs.values), origin.magnitudes(signs.shape[0])):
+        needed = "a constant of +-1" if origin.equalizer is None else "a constant of +-1 / d"
+        raise GraphError(_where(node), f"its signs {signs.name!r} are in the table of signs", needed)
+    if origin.seed is None and (signs.values < 0).any():
+        raise GraphError(_where(node), f"its signs {signs.name!r} are negative", "none where the table has no seed")
 
 
 def _check_weight(node: gs.Node, inputs: dict[str, gs.Tensor], traced: TracedGraph) -> None:

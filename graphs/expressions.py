@@ -2,9 +2,10 @@
 
 While the graph is rewritten, a weight is the name of a source tensor and the exact linear maps to apply to it. A pass
 that folds a rotation into a weight appends a map; nothing is evaluated until the weights are bound
-(`lrq_export.evaluate`). With R = diag(signs)·H on blocks of the channel axis, as in `HadamardRotate`:
+(`lrq_export.evaluate`). With R = diag(signs / d)·H on blocks of the channel axis, as in `HadamardRotate` (d is 1 but
+where channels are equalized, see `graphs.equalizer`):
 
-    x' = x R       =>  W' = W R              RotateInput, since x Wᵀ = (x R)(W R)ᵀ
+    x' = x R       =>  W' = W R⁻ᵀ            RotateInput, since x Wᵀ = (x R)(W R⁻ᵀ)ᵀ; R⁻ᵀ is R where d is 1
     y' = y R       =>  W' = Rᵀ W, b' = b R   RotateOutput
     y  = [y1, y2]  =>  W  = [W1; W2]         StackRows
 
@@ -15,21 +16,24 @@ that folds a rotation into a weight appends a map; nothing is evaluated until th
 True
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from graphs.equalizer import divisors
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """R = diag(signs)·H on each contiguous block of `block` channels; `signs_seed` None means no signs."""
+    """R = diag(signs / d)·H on each contiguous block of `block` channels; None means no signs, or no divisors d."""
 
     block: int
     signs_seed: int | None = None
+    equalizer: str | None = None  # d as `graphs.equalizer` writes it
 
 
 @dataclass(frozen=True)
 class RotateInput(Rotation):
-    """W (rows, cols) becomes W R: its input channels arrive rotated."""
+    """W (rows, cols) becomes W R⁻ᵀ: its input channels arrive rotated."""
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if len(shape) != 2:
@@ -110,13 +114,16 @@ class Expression:
 def _blocks_checked(rotation: Rotation, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     if rotation.block <= 0 or shape[axis] % rotation.block:
         raise ValueError(f"{type(rotation).__name__}: block {rotation.block} does not divide {shape[axis]} channels")
+    if rotation.equalizer is not None and len(divisors(rotation.equalizer)) != shape[axis]:
+        found = len(divisors(rotation.equalizer))
+        raise ValueError(f"{type(rotation).__name__}: {found} divisors, needed one for each of {shape[axis]} channels")
     return shape
 
 
 def _map_to_json(step: Map) -> dict[str, Any]:
     if isinstance(step, StackRows):
         return {"map": "StackRows", "others": [other.to_json() for other in step.others]}
-    return {"map": type(step).__name__, "block": step.block, "signs_seed": step.signs_seed}
+    return {"map": type(step).__name__, **asdict(step)}
 
 
 def _map_from_json(data: dict[str, Any]) -> Map:
@@ -124,4 +131,4 @@ def _map_from_json(data: dict[str, Any]) -> Map:
         raise ValueError(f"unknown map {data['map']!r}, needed one of {', '.join(MAPS)}")
     if data["map"] == "StackRows":
         return StackRows(tuple(Expression.from_json(other) for other in data["others"]))
-    return MAPS[data["map"]](data["block"], data["signs_seed"])
+    return MAPS[data["map"]](**{key: value for key, value in data.items() if key != "map"})

@@ -8,10 +8,12 @@ import copy
 import json
 from dataclasses import asdict, dataclass, field, replace
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from graphs import names
+from graphs.equalizer import divisors
 from graphs.expressions import Expression, RotateOutput
 
 METADATA_KEY = "lrq.weights"
@@ -32,6 +34,20 @@ class LinearWeight:
         return f"{self.layer}.{role}"
 
 
+@dataclass(frozen=True)
+class Signs:
+    """What a constant `signs` of HadamardRotate is made of: ±1 by a seed, all ones for None, over divisors, if any."""
+
+    seed: int | None = None
+    equalizer: str | None = None
+
+    def magnitudes(self, width: int) -> np.ndarray:
+        """Their absolute values, float32 (width,)."""
+        return (
+            np.ones(width, np.float32) if self.equalizer is None else (1 / divisors(self.equalizer)).astype(np.float32)
+        )
+
+
 @dataclass
 class TracedGraph:
     """`graph` with its weights as named placeholders, and the tables that say what they stand for."""
@@ -39,7 +55,7 @@ class TracedGraph:
     graph: gs.Graph
     linears: dict[str, LinearWeight] = field(default_factory=dict)  # codes tensor -> quantized weight
     tensors: dict[str, Expression] = field(default_factory=dict)  # tensor -> weight kept in floating point
-    signs: dict[str, int | None] = field(default_factory=dict)  # constant tensor of ±1 -> its seed, None for all ones
+    signs: dict[str, Signs] = field(default_factory=dict)  # constant tensor that a rotation multiplies by -> its origin
 
     def copy(self) -> "TracedGraph":
         """A copy that a pass may edit while this one stays as it is; expressions are immutable and shared."""
@@ -72,7 +88,7 @@ class TracedGraph:
         self.graph.inputs = [t for t in self.graph.inputs if t.name in used or t.name not in weights]
         self.linears = {codes: weight for codes, weight in self.linears.items() if codes in used}
         self.tensors = {name: expression for name, expression in self.tensors.items() if name in used}
-        self.signs = {name: seed for name, seed in self.signs.items() if name in used}
+        self.signs = {name: signs for name, signs in self.signs.items() if name in used}
 
     def to_onnx(self) -> onnx.ModelProto:
         """The graph as an ONNX model with placeholders as inputs and the weight tables in its metadata."""
@@ -83,7 +99,7 @@ class TracedGraph:
                 codes: asdict(weight) | {"weight": weight.weight.to_json()} for codes, weight in self.linears.items()
             },
             "tensors": {name: expression.to_json() for name, expression in self.tensors.items()},
-            "signs": self.signs,
+            "signs": {name: asdict(signs) for name, signs in self.signs.items()},
         }
         onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(tables, sort_keys=True)})
         return model
@@ -104,7 +120,7 @@ class TracedGraph:
                 for codes, row in tables["linears"].items()
             },
             {name: Expression.from_json(row) for name, row in tables["tensors"].items()},
-            tables["signs"],
+            {name: Signs(**row) for name, row in tables["signs"].items()},
         )
 
 

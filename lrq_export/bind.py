@@ -5,7 +5,7 @@ floating-point weights of the model in memory together.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from lrq_export.quant import uniform
 from lrq_export.quant.bias_correction import corrected_bias
 from lrq_export.quant.compensate import Feedback, quantize_compensated
 from lrq_export.quant.formats import QUANTIZERS
-from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.transforms.base import in_basis
 from lrq_export.quant.weight import dequantize
 from lrq_export.quantized import (
@@ -158,8 +157,8 @@ def _record(traced: TracedGraph, codes: str, weight: LinearWeight, plan: LayerPl
         layer=weight.layer, rows=weight.weight.shape[0], cols=weight.weight.shape[1], bits=weight.bits,
         group_size=weight.group_size, act_bits=weight.act_bits, block=plan.block, signs_seed=plan.signs_seed,
         rotated_by=rotated_by, reason=plan.reason,
-        output_rotations=[{"block": step.block, "signs_seed": step.signs_seed} for step in folded],
-        bias=bias if bias in traced.tensors else None, method=plan.method,
+        output_rotations=[asdict(step) for step in folded],
+        bias=bias if bias in traced.tensors else None, method=plan.method, equalizer=plan.equalizer,
     )  # fmt: skip
 
 
@@ -177,13 +176,13 @@ def _surroundings(reader, graph) -> tuple[bool, str | None]:
 def moments_of(observed: Observed, record: LayerRecord) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """E[x], E[x²] (cols,) float64 and E[x xᵀ] (cols, cols), if collected, of a layer's input in its weight's basis."""
     moments, correlation = observed.statistics.layer(record.layer), observed.correlation(record.layer)
-    if not record.block:
+    rotation = record.rotation()
+    if rotation is None:
         return moments.mean, moments.second_moment, correlation
-    rotation = Rotation(record.cols, record.block, record.signs_seed)
     mean = rotation.apply(moments.mean)
     if correlation is None:
         return mean, rotation.apply(observed.tokens(record.layer)).double().square().mean(0), None
-    correlation = in_basis(correlation, rotation)
+    correlation = in_basis(correlation.double(), rotation)
     return mean, correlation.diagonal(), correlation
 
 

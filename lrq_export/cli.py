@@ -185,7 +185,10 @@ def compare(
     set_: Annotated[list[str] | None, typer.Option("--set", help="One recipe key, e.g. sampling.steps=10.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Quantize SOURCE in many ways and rank them by what its images lose."""
+    """Quantize SOURCE in many ways and rank them by what its images lose.
+
+    What OUT's JSON holds already, of the same SOURCE, inputs, seeds and settings, is not measured again.
+    """
     from lrq_export.comparison.page import write_comparison_page
     from lrq_export.comparison.run import compare as run
     from lrq_export.comparison.treatments import DEFAULT
@@ -203,7 +206,7 @@ def compare(
     with _progress(as_json) as progress:
         report = run(
             source, chosen, bits=weight_bits, act_bits=act_bits, recipe=settings, calibration=calibration,
-            conditions=conditions, seeds=drawn, judge=judge, progress=progress,
+            conditions=conditions, seeds=drawn, judge=judge, kept=out.with_suffix(".json"), progress=progress,
         )  # fmt: skip
     written = write_comparison_page(out, report)
     _show_comparison(report, as_json)

@@ -6,7 +6,6 @@ the fingerprint of all inputs; a killed build goes on where it stopped, and OUT 
 
 import json
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from lrq_export.calibrate.run import observe
 from lrq_export.calibrate.statistics import Moments
 from lrq_export.engine.onnxruntime import build_engine
 from lrq_export.errors import InputError, UsageError
+from lrq_export.machine import libraries, versions
 from lrq_export.package import (
     MODEL,
     ONNXRUNTIME_ENGINE,
@@ -45,7 +45,7 @@ from lrq_export.recipe import Recipe, to_toml
 from lrq_export.rotations import choose_rotations
 from lrq_export.sampling import check_steps, scheduler_from
 from lrq_export.saved_graphs import TRACE, load_graph, pass_file, rewritten_graph, save_graph
-from lrq_export.source import Inputs, Source, conditions_path, fingerprint, gather_inputs, open_source
+from lrq_export.source import Inputs, Source, calibration_path, conditions_path, fingerprint, gather_inputs, open_source
 from lrq_export.trace import trace
 from lrq_export.verify.reference import Reference, write_reference
 from lrq_export.verify.report_page import write_report_page
@@ -53,7 +53,6 @@ from lrq_export.verify.run import climb
 from lrq_export.workspace import Workspace, open_workspace, refuse_foreign
 
 STAGES = ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")
-LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "safetensors", "numpy")
 
 
 @dataclass
@@ -116,7 +115,8 @@ def build(
     """Compile the diffusers folder `source` into the package `out`.
 
     `calibration` holds recorded denoiser inputs, `conditions` rows of embeddings to sample with (default: the
-    source's own conditions.safetensors). `until` stops after a stage and leaves the work for a later call to finish.
+    source's own calibration.safetensors and conditions.safetensors). `until` stops after a stage and leaves the work
+    for a later call to finish.
     Raises an LrqError subclass for everything a user can get wrong; a failed check is `passed` False, not an error.
     """
     recipe, progress, out = recipe or Recipe(), progress or Silent(), Path(out)
@@ -132,8 +132,8 @@ def build(
         plans = plan_layers(opened.model(), opened.family, recipe)
         inputs = gather_inputs(opened, recipe, calibration, conditions)
         check_steps(scheduler_from(recipe.sampling.scheduler, opened.scheduler_config()), recipe.sampling.steps)
-        files = [calibration, conditions_path(opened, conditions)]
-        key = fingerprint(opened, to_toml(recipe), files, libraries() | {"lrq-export": __version__} | threads())
+        files = [calibration_path(opened, calibration), conditions_path(opened, conditions)]
+        key = fingerprint(opened, to_toml(recipe), files, versions())
     if until == "load":
         return BuildResult(out, True, None, "load")
     report = _finished_report(out, key)
@@ -298,15 +298,6 @@ def _facts(job: Job, key: str) -> dict[str, Any]:
 def _summary(moments: Moments) -> dict[str, float]:
     """What the report shows of a layer's input: J of the LRQ-DiT paper measures size, the others outliers."""
     return {"rms": moments.rms, "kurtosis": moments.kurtosis, "peak_to_rms": moments.peak_to_rms}
-
-
-def threads() -> dict[str, str]:
-    """Sums of floats depend on how many threads share them: another number is another build, not a resumed one."""
-    return {"threads": str(torch.get_num_threads())}
-
-
-def libraries() -> dict[str, str]:
-    return {name: version(name) for name in LIBRARIES}
 
 
 def _estimated_bytes(source: Source, plans: list[LayerPlan], timesteps: int) -> int:

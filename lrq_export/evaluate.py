@@ -22,7 +22,7 @@ def evaluate(expression: Expression, read: ReadTensor, dtype: torch.dtype = torc
         if isinstance(step, StackRows):
             value = torch.cat([value, *(evaluate(other, read, dtype) for other in step.others)])
         elif isinstance(step, RotateInput):
-            value = rotation_of(step, value.shape[1]).apply(value)
+            value = rotation_of(step, value.shape[1]).apply_to_weight(value)
         elif isinstance(step, RotateOutput):
             value = rotation_of(step, value.shape[0]).apply(value.mT.contiguous() if value.ndim == 2 else value)
             value = value.mT.contiguous() if value.ndim == 2 else value
@@ -33,7 +33,7 @@ def evaluate(expression: Expression, read: ReadTensor, dtype: torch.dtype = torc
 
 def rotation_of(step: expressions.Rotation, width: int) -> Rotation:
     """The torch rotation of `width` channels that a map names."""
-    return Rotation(width, step.block, step.signs_seed)
+    return Rotation(width, step.block, step.signs_seed, step.equalizer)
 
 
 def _source(expression: Expression, read: ReadTensor, dtype: torch.dtype) -> torch.Tensor:

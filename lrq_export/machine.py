@@ -1,7 +1,27 @@
-"""What machine this is: a timing means nothing without it."""
+"""What machine this is: a timing means nothing without it. And what else decides the bytes of a result: versions."""
 
 import os
+from importlib.metadata import version
 from typing import Any
+
+import torch
+
+from lrq_export import __version__
+
+LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "safetensors", "numpy")
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what a result is computed with."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def versions() -> dict[str, str]:
+    """All that can change a result besides its inputs.
+
+    Sums of floats depend on how many threads share them: another number is another build, not a resumed one.
+    """
+    return libraries() | {"lrq-export": __version__, "threads": str(torch.get_num_threads())}
 
 
 def describe_machine() -> dict[str, Any]:

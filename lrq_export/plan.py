@@ -26,6 +26,7 @@ class LayerPlan:
     signs_seed: int | None
     reason: str
     method: str = names.TWIN_LOG  # of recipe.weights: what the codes index; at 8 bits there are no codes
+    equalizer: str | None = None  # divisors of the input channels (`graphs.equalizer`), with a rotation
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

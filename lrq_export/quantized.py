@@ -45,11 +45,14 @@ class LayerRecord:
     signs_seed: int | None
     rotated_by: str  # ONLINE, FOLDED or UNROTATED
     reason: str
-    output_rotations: list[dict[str, Any]] = field(default_factory=list)  # folded into this layer: block, signs_seed
+    output_rotations: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # folded into this layer: of expressions.Rotation
     bias: str | None = None  # graph name of its bias, None if it has none
     weight_nmse: float = 0.0
     weighted_nmse: float = 0.0  # the same, each column weighted by its input's second moment
     method: str = names.TWIN_LOG  # of its codes; says nothing at 8 bits
+    equalizer: str | None = None  # divisors of its input channels (`graphs.equalizer`), before the rotation
 
     def __post_init__(self):
         if self.method not in LEVELS:
@@ -59,11 +62,17 @@ class LayerRecord:
         """The tensors that hold its weight: `<layer>.<role>` on disk, inputs of its node in the graph."""
         return ("codes", "scale") if self.bits == names.INT8_BITS else ("codes", LEVELS[self.method], "scale")
 
+    def rotation(self) -> Rotation | None:
+        """The rotation of its input, None if there is none."""
+        return Rotation(self.cols, self.block, self.signs_seed, self.equalizer) if self.block else None
+
     def input_rotation(self) -> Rotation | None:
         """The rotation that the layer's own input goes through when the model runs, None if it was folded away."""
-        if self.rotated_by != ONLINE:
-            return None
-        return Rotation(self.cols, self.block, self.signs_seed)
+        return self.rotation() if self.rotated_by == ONLINE else None
+
+    def folded_rotation(self) -> Rotation | None:
+        """The rotation of its input that the layer before it has in its weights, None if there is none."""
+        return self.rotation() if self.rotated_by == FOLDED else None
 
     def output_steps(self) -> list[RotateOutput]:
         return [RotateOutput(**step) for step in self.output_rotations]

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from graphs import names
+from graphs.equalizer import encode
 from graphs.ops import hadamard
 from lrq_export.calibrate.observed import Observed
 from lrq_export.evaluate import ReadTensor
@@ -25,6 +27,7 @@ from lrq_export.quant.compensate import conditional_variances
 from lrq_export.quant.formats import QUANTIZERS
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.transforms.base import Identity, Transform, in_basis
+from lrq_export.quant.transforms.equalize import fit_equalizer
 from lrq_export.quant.weight import dequantize
 
 ROWS = 128  # of the weights that are tried; more change no choice
@@ -55,18 +58,31 @@ class Choice:
         return f"{self.chosen.name}: output error " + ", ".join(f"{loss:.2e} {name}" for name, loss in ranked)
 
 
-def hadamard_candidates(width: int, head_width: int | None, seed: int) -> list[Candidate]:
-    """What a package can deploy: nothing, Hadamard by head (which folds), by block, full, and full with signs."""
-    found = [Candidate("none", Identity(width), online=False)]
+def hadamard_candidates(width: int, head_width: int | None, seed: int, equalizer: str | None = None) -> list[Candidate]:
+    """What a package can deploy: nothing, Hadamard by head (which folds), by block, full, and full with signs.
+
+    With an `equalizer`, also each of them with its channels equalized first, and equalizing alone.
+    """
+    found = [Candidate("none", Identity(width), online=False), *_rotations(width, head_width, seed, None)]
+    if equalizer is not None:
+        found.append(Candidate("equalized", Rotation(width, 1, None, equalizer), online=head_width is None))
+        found += [
+            replace(each, name=f"equalized {each.name}") for each in _rotations(width, head_width, seed, equalizer)
+        ]
+    return found
+
+
+def _rotations(width: int, head_width: int | None, seed: int, equalizer: str | None) -> list[Candidate]:
+    found = []
     if head_width is not None and width % head_width == 0 and hadamard.supported(head_width):
-        found.append(Candidate("head Hadamard", Rotation(width, head_width), online=False))
+        found.append(Candidate("head Hadamard", Rotation(width, head_width, None, equalizer), online=False))
     blocks = hadamard.blocks(width)[1:]
     small = [block for block in blocks[:-1] if block <= BLOCK]
     if small:
-        found.append(Candidate("block Hadamard", Rotation(width, small[-1])))
+        found.append(Candidate("block Hadamard", Rotation(width, small[-1], None, equalizer)))
     if blocks:
-        found.append(Candidate("full Hadamard", Rotation(width, blocks[-1])))
-        found.append(Candidate("signed Hadamard", Rotation(width, blocks[-1], seed)))
+        found.append(Candidate("full Hadamard", Rotation(width, blocks[-1], None, equalizer)))
+        found.append(Candidate("signed Hadamard", Rotation(width, blocks[-1], seed, equalizer)))
     return found
 
 
@@ -85,17 +101,24 @@ def choose_rotations(
     plan_of = {plan.name: plan for plan in plans}
     for layers in observed.siblings():
         first = plan_of[layers[0]]
-        candidates = hadamard_candidates(first.cols, head_width(first.name), seed)
         weights = [read(f"{layer}.weight") for layer in layers]
+        scaling = fit_equalizer(observed.statistics.layer(first.name).second_moment, weights)
+        equalizer = encode(scaling.divisor.numpy())
+        candidates = hadamard_candidates(first.cols, head_width(first.name), seed, equalizer)
         quantize = _quantizer(first)
         correlation = observed.correlation(first.name)
         choice = choose(weights, observed.tokens(first.name), correlation, candidates, first.act_bits, quantize)
-        transform = choice.chosen.transform
-        block, signs_seed = (0, None) if isinstance(transform, Identity) else (transform.block, transform.seed)
         for layer in layers:
-            plan_of[layer] = replace(plan_of[layer], block=block, signs_seed=signs_seed, reason=choice.reason)
+            plan_of[layer] = replace(plan_of[layer], reason=choice.reason, **_planned(choice.chosen.transform))
             done(layer)
     return [plan_of[plan.name] for plan in plans]
+
+
+def _planned(transform: Transform) -> dict[str, Any]:
+    """The fields of a plan that say how the input is transformed."""
+    if isinstance(transform, Identity):
+        return {"block": 0, "signs_seed": None, "equalizer": None}
+    return {"block": transform.block, "signs_seed": transform.seed, "equalizer": transform.equalizer}
 
 
 def _quantizer(plan: LayerPlan) -> QuantizeWeight:
@@ -140,4 +163,4 @@ def _importance(x: torch.Tensor, correlation: torch.Tensor | None, transform: Tr
     """What a squared error in a column of the weight costs the output, float64 (cols,)."""
     if correlation is None:
         return x.double().square().mean(0)
-    return conditional_variances(in_basis(correlation, transform))
+    return conditional_variances(in_basis(correlation, transform)).double()

@@ -34,7 +34,7 @@ from lrq_export.package import sha256_file
 from lrq_export.recipe import Recipe
 from lrq_export.sampling import NEGATIVE
 
-CONDITIONS = "conditions.safetensors"
+CALIBRATION, CONDITIONS = "calibration.safetensors", "conditions.safetensors"
 SCHEDULER = "scheduler_config.json"
 EVALUATION_SAMPLES = 64  # inputs that judge R1, none of them seen by calibration where the file holds enough
 SYNTHETIC_WARNING = (
@@ -105,10 +105,14 @@ class Inputs:
 
 
 def gather_inputs(source: Source, recipe: Recipe, calibration: Path | None, conditions: Path | None) -> Inputs:
-    """Read or make the inputs of a build. Raises InputError for files of the wrong names, shapes or values."""
+    """Read or make the inputs of a build: given files, else those beside the transformer, else synthetic ones.
+
+    Raises InputError for files of the wrong names, shapes or values.
+    """
     specs, warnings = source.family.inputs(source.config), []
-    if calibration is not None:
-        everything = load_inputs(calibration, specs)
+    path = calibration_path(source, calibration)
+    if path is not None:
+        everything = load_inputs(path, specs)
     else:
         warnings.append(SYNTHETIC_WARNING)
         settings = recipe.calibration
@@ -135,10 +139,19 @@ def fingerprint(source: Source, recipe_text: str, files: list[Path | None], vers
     return digest.hexdigest()
 
 
+def calibration_path(source: Source, given: Path | None) -> Path | None:
+    """The recorded inputs to calibrate on: the given ones, else those beside the transformer, else none."""
+    return given if given is not None else _beside(source, CALIBRATION)
+
+
 def conditions_path(source: Source, given: Path | None) -> Path | None:
     """The conditions file to sample with: the given one, else the one beside the transformer, else none."""
-    beside = source.checkpoint.path / CONDITIONS
-    return given if given is not None else beside if beside.is_file() else None
+    return given if given is not None else _beside(source, CONDITIONS)
+
+
+def _beside(source: Source, name: str) -> Path | None:
+    path = source.checkpoint.path / name
+    return path if path.is_file() else None
 
 
 def _split(total: int, samples: int) -> tuple[list[int], list[int]]:

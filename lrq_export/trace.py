@@ -23,7 +23,7 @@ from graphs import names
 from graphs.expressions import Expression, RotateInput
 from graphs.ops import packing
 from graphs.ops.hadamard_rotate import rotation_attributes
-from graphs.traced import LinearWeight, TracedGraph
+from graphs.traced import LinearWeight, Signs, TracedGraph
 from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily
 from lrq_export.plan import LayerPlan
 from lrq_export.quant.rotation import hadamard_signs
@@ -199,22 +199,35 @@ def _name_dimensions(proto: onnx.ModelProto, specs: dict[str, InputSpec]) -> Non
 def _linear_weight(plan: LayerPlan) -> LinearWeight:
     weight = Expression(f"{plan.name}.weight", (plan.rows, plan.cols))
     if plan.block:
-        weight = weight.then(RotateInput(plan.block, plan.signs_seed))
+        weight = weight.then(RotateInput(plan.block, plan.signs_seed, plan.equalizer))
     return LinearWeight(plan.name, weight, plan.bits, plan.group_size, plan.act_bits)
 
 
 def _bind_signs(traced: TracedGraph, plans: list[LayerPlan]) -> None:
-    """Replace each layer's own signs by one constant for every width and seed: equal rotations are then seen equal."""
-    constants: dict[str, gs.Constant] = {}
+    """Replace each layer's own signs by one constant for each width and origin: equal rotations are seen equal."""
+    constants: dict[tuple[int, Signs], gs.Constant] = {}
     by_layer = {}
     for plan in plans:
         if plan.block:
-            name = f"signs.{plan.cols}" if plan.signs_seed is None else f"signs.{plan.cols}.{plan.signs_seed}"
-            values = np.ones(plan.cols) if plan.signs_seed is None else hadamard_signs(plan.cols, plan.signs_seed)
-            by_layer[f"{plan.name}.signs"] = constants.setdefault(
-                name, gs.Constant(name, np.asarray(values, np.float32))
-            )
-            traced.signs[name] = plan.signs_seed
+            signs = Signs(plan.signs_seed, plan.equalizer)
+            if (plan.cols, signs) not in constants:
+                name = _signs_name(plan)
+                constants[plan.cols, signs] = gs.Constant(name, signs.magnitudes(plan.cols) * _signs_alone(plan))
+                traced.signs[name] = signs
+            by_layer[f"{plan.name}.signs"] = constants[plan.cols, signs]
     for node in traced.graph.nodes:
         node.inputs = [by_layer.get(tensor.name, tensor) for tensor in node.inputs]
     traced.graph.inputs = [tensor for tensor in traced.graph.inputs if not tensor.name.endswith(".signs")]
+
+
+def _signs_name(plan: LayerPlan) -> str:
+    """Divisors belong to one input: the first layer that reads it lends its name."""
+    if plan.equalizer is not None:
+        return f"signs.{plan.name}"
+    return f"signs.{plan.cols}" if plan.signs_seed is None else f"signs.{plan.cols}.{plan.signs_seed}"
+
+
+def _signs_alone(plan: LayerPlan) -> np.ndarray:
+    if plan.signs_seed is None:
+        return np.ones(plan.cols, np.float32)
+    return hadamard_signs(plan.cols, plan.signs_seed).numpy()

@@ -26,9 +26,8 @@ from lrq_export.calibrate.inputs import batches, load_inputs
 from lrq_export.calibrate.statistics import Moments
 from lrq_export.checkpoint import CONFIG
 from lrq_export.errors import InputError, LrqError, UsageError
-from lrq_export.source import CONDITIONS, SCHEDULER, open_source
+from lrq_export.source import CALIBRATION, CONDITIONS, SCHEDULER, open_source
 
-CALIBRATION = "calibration.safetensors"
 COPIED = (CONFIG, SCHEDULER, CONDITIONS, "classifier.onnx")
 BATCH = 32
 BLOCK = "block."  # what names of a block's own modules begin with in the tables below

@@ -1,8 +1,9 @@
 """HadamardRotate: y = x diag(signs) H on each contiguous block of channels.
 
-H = (H_K (x) H_2^m) / sqrt(block) as in `graphs.ops.hadamard`; the weights that read y carry W diag(signs) H, because
-x W^T = (x R)(W R)^T for an orthogonal R. `base` (K) and `order` (q) spell out the factorization of `block`, so that
-one body builds every matrix from them: no tables in the file, nothing to keep in step.
+H = (H_K (x) H_2^m) / sqrt(block) as in `graphs.ops.hadamard`; the weights that read y carry W diag(signs)^-1 H, because
+x W^T = (x R)(W R^-T)^T. Signs are +-1, which makes R orthogonal, or +-1 / d where channels of different size are
+equalized first (`graphs.equalizer`); block 1 does only that. `base` (K) and `order` (q) spell out the factorization of
+`block`, so that one body builds every matrix from them: no tables in the file, nothing to keep in step.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def rotation_attributes(block: int) -> dict[str, int]:
 
 
 def hadamard_rotate(x: np.ndarray, signs: np.ndarray, *, block: int, base: int, order: int, **_: str) -> np.ndarray:
-    """x (..., n) of a float type, signs (n,) of +-1 -> y (..., n), computed in float32, rounded once to x's type."""
+    """x (..., n) of a float type, signs (n,), none 0 -> y (..., n), computed in float32, rounded once to x's type."""
     _check(block, base, order)
     rotated = transform(x.astype(np.float32) * signs.astype(np.float32), block)
     return rotated.astype(x.dtype)
@@ -60,12 +61,15 @@ def _examples(rng: np.random.Generator) -> Sequence[Example]:
         (768, (1, 768)),
         (2, (3, 4)),
     ]
+    signs = [rng.choice(np.float32([-1, 1]), shape[-1]) for _, shape in cases]
+    equalized = [(1, (4, 10)), (72, (5, 144)), (1152, (2, 1152))]
+    signs += [
+        rng.choice(np.float32([-1, 1]), n) / rng.choice(np.float32([0.25, 1, 2**0.25, 256]), n)
+        for _, (_, n) in equalized
+    ]
     return [
-        Example(
-            (rng.standard_normal(shape, np.float32), rng.choice(np.float32([-1, 1]), shape[-1])),
-            rotation_attributes(block),
-        )
-        for block, shape in cases
+        Example((rng.standard_normal(shape, np.float32), values), rotation_attributes(block))
+        for (block, shape), values in zip(cases + equalized, signs, strict=True)
     ]
 
 
@@ -226,7 +230,7 @@ _BODY = """
 HADAMARD_ROTATE = OpSpec(
     name="HadamardRotate",
     doc="y = x diag(signs) H on each contiguous block of channels.",
-    inputs=(Tensor("x", "T", "(..., n)"), Tensor("signs", "T", "(n,) of +1 and -1")),
+    inputs=(Tensor("x", "T", "(..., n)"), Tensor("signs", "T", "(n,) of +-1, or +-1 / d")),
     outputs=(Tensor("y", "T", "(..., n)"),),
     attributes=(
         Attribute("block", int, "channels that one H mixes; divides n; block = base * 2^m"),

@@ -38,7 +38,8 @@ def fold_rotation_into_value(traced: TracedGraph) -> PassResult:
         except NoMatch as reason:
             result.skip(node, str(reason))
             continue
-        step = RotateOutput(int(node.attrs["block"]), traced.signs[node.inputs[1].name])
+        signs = traced.signs[node.inputs[1].name]
+        step = RotateOutput(int(node.attrs["block"]), signs.seed, signs.equalizer)
         traced.rotate_output(value.codes.name, value.bias.name if value.bias is not None else None, step)
         redirect_readers(node.outputs[0], node.inputs[0])
         result.fired += 1

@@ -53,7 +53,7 @@ def treat(source: LayerInput, treatment: Treatment, bits: int, act_bits: int, cl
     group = _group(source.width, treatment.group)
     tokens = transform.apply(source.tokens)
     quantize = _activation(treatment, tokens, source.token_timesteps, act_bits, group, clock)
-    moments, mean = in_basis(source.correlation, transform), transform.apply(source.mean)
+    moments, mean = in_basis(source.correlation.double(), transform), transform.apply(source.mean)
     feedback = _feedback(moments, treatment)
     per_weight = METHODS[treatment.weights].bits_per_weight(bits, source.width, source.width // group)
     stored, layers = float(transform.parameters()), {}

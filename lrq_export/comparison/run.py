@@ -24,16 +24,25 @@ from lrq_export.calibrate.run import observe
 from lrq_export.comparison.activations import Clock
 from lrq_export.comparison.inputs import LayerInput
 from lrq_export.comparison.judge import FILE, Judge, accuracy, frechet_distance
+from lrq_export.comparison.kept import read_kept, setting_of_row, write_kept
 from lrq_export.comparison.layer import Treated, treat
 from lrq_export.comparison.transforms import Fitted
 from lrq_export.comparison.treatments import Treatment, treatment_of
 from lrq_export.errors import UsageError
-from lrq_export.machine import describe_machine
+from lrq_export.machine import describe_machine, versions
 from lrq_export.plan import target_layers
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.recipe import Recipe
 from lrq_export.sampling import check_steps, condition_rows, scheduler_from
-from lrq_export.source import Inputs, Source, gather_inputs, open_source
+from lrq_export.source import (
+    Inputs,
+    Source,
+    calibration_path,
+    conditions_path,
+    fingerprint,
+    gather_inputs,
+    open_source,
+)
 from lrq_export.verify.ladder import draw
 from lrq_export.verify.metrics import nmse, psnr
 
@@ -52,21 +61,31 @@ def compare(
     conditions: str | Path | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     judge: str | Path | None = None,
+    kept: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Treat the model of the diffusers folder `source` by every method at every number of bits; returns the report.
 
     `seeds` draw `recipe.sampling.images` images each. `judge` is an ONNX classifier (see `comparison.judge`), the
-    source's own `classifier.onnx` by default. Raises UsageError for unknown methods or bits, InputError for bad files.
+    source's own `classifier.onnx` by default. `kept` is a JSON file that holds the report while it grows: what it has
+    under the same conditions is not measured again, and stays in the report. Raises UsageError for unknown methods or
+    bits, InputError for bad files.
     """
-    recipe, progress = recipe or Recipe(), progress or Silent()
+    recipe, progress, kept = recipe or Recipe(), progress or Silent(), Path(kept) if kept is not None else None
     treatments = [treatment_of(name) for name in dict.fromkeys(methods)]
     _check_bits(bits, act_bits)
     opened = open_source(Path(source))
-    inputs = gather_inputs(opened, recipe, *(Path(p) if p is not None else None for p in (calibration, conditions)))
-    judge = _judge(opened, judge)
+    files = [Path(path) if path is not None else None for path in (calibration, conditions)]
+    inputs, judge_file = gather_inputs(opened, recipe, *files), _judge_file(opened, judge)
+    judge = None if judge_file is None else Judge(judge_file)
     layers = target_layers(opened.model(), opened.family, recipe)
-    configurations = [(t, w, a) for w in bits for a in act_bits for t in treatments]
+    files = [calibration_path(opened, files[0]), conditions_path(opened, files[1]), judge_file]
+    digest = fingerprint(opened, f"{recipe.model_dump_json()} {seeds} {describe_machine()}", files, versions())
+    report = read_kept(kept, digest)
+    known = {setting_of_row(row) for row in report["rows"]} if report else set()
+    configurations = [(t, w, a) for w in bits for a in act_bits for t in treatments if (t.name, w, a) not in known]
+    if report is not None and not configurations:
+        return report
     with tempfile.TemporaryDirectory() as folder:
         with stage(progress, "calibrate", {}, len(inputs.calibration[TIMESTEP])):
             model = opened.load(opened.model())
@@ -76,23 +95,26 @@ def compare(
             )  # fmt: skip
         with stage(progress, "reference", {}, len(seeds)):
             bench = Bench(opened, model, inputs, recipe, seeds, judge, progress)
-        fitted, rows = Fitted(layer_inputs(opened, model, observed)), []
+        fitted = Fitted(layer_inputs(opened, model, observed))
+        report = report or {
+            "schema": SCHEMA,
+            "conditions": digest,
+            "source": {"name": Path(source).resolve().name, "class_name": opened.family.class_name},
+            "machine": describe_machine(),
+            "recipe": recipe.model_dump(mode="json", by_alias=True),
+            "warnings": inputs.warnings,
+            "seeds": list(seeds),
+            "images": recipe.sampling.images * len(seeds),
+            "reference": bench.reference_scores(),
+            "inputs": [_describe(source) for source in fitted.inputs],
+            "rows": [],
+        }
         with stage(progress, "compare", {}, len(configurations)):
             for treatment, w, a in configurations:
-                rows.append(_row(bench, fitted, treatment, w, a))
-                progress.advance(f"{treatment.name} W{w}A{a}: {rows[-1]['psnr_db']:.1f} dB")
-    return {
-        "schema": SCHEMA,
-        "source": {"name": Path(source).resolve().name, "class_name": opened.family.class_name},
-        "machine": describe_machine(),
-        "recipe": recipe.model_dump(mode="json", by_alias=True),
-        "warnings": inputs.warnings,
-        "seeds": list(seeds),
-        "images": recipe.sampling.images * len(seeds),
-        "reference": bench.reference_scores(),
-        "inputs": [_describe(source) for source in fitted.inputs],
-        "rows": rows,
-    }  # fmt: skip
+                report["rows"].append(_row(bench, fitted, treatment, w, a))
+                write_kept(kept, report)
+                progress.advance(f"{treatment.name} W{w}A{a}: {report['rows'][-1]['psnr_db']:.1f} dB")
+    return report
 
 
 def layer_inputs(source: Source, model: nn.Module, observed: Observed) -> list[LayerInput]:
@@ -207,10 +229,9 @@ def _describe(source: LayerInput) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _judge(source: Source, given: str | Path | None) -> Judge | None:
+def _judge_file(source: Source, given: str | Path | None) -> Path | None:
     beside = source.checkpoint.path / FILE
-    path = Path(given) if given is not None else beside if beside.is_file() else None
-    return None if path is None else Judge(path)
+    return Path(given) if given is not None else beside if beside.is_file() else None
 
 
 def _sharing_copy(model: nn.Module) -> nn.Module:

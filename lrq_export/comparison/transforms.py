@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from graphs.equalizer import encode
 from graphs.ops import hadamard
 from lrq_export.comparison.inputs import LayerInput
 from lrq_export.comparison.treatments import Transforming, Treatment
@@ -14,6 +15,7 @@ from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.transforms.balance import fit_balance
 from lrq_export.quant.transforms.base import Chain, Identity, Transform
 from lrq_export.quant.transforms.dual import fit_dual
+from lrq_export.quant.transforms.equalize import fit_equalizer
 from lrq_export.quant.transforms.smooth import fit_smooth
 from lrq_export.rotations import Candidate, choose, hadamard_candidates
 
@@ -30,10 +32,20 @@ class Fitted:
 
     def transform(self, source: LayerInput, treatment: Treatment, bits: int, act_bits: int) -> tuple[Transform, str]:
         """The transform and why it is this one."""
-        if treatment.transform in ("auto", "auto_dual"):
-            dual = self._once(source, False, "dual")[0] if treatment.transform == "auto_dual" else None
-            return _auto(source, bits, act_bits, dual)
+        if treatment.transform in ("auto", "auto_unequalized", "auto_dual"):
+            candidates = self._candidates(source, treatment.transform)
+            return _auto(source, bits, act_bits, candidates)
         return self._once(source, treatment.smoothed, treatment.transform)
+
+    def _candidates(self, source: LayerInput, kind: Transforming) -> list[Candidate]:
+        equalizer = None
+        if kind != "auto_unequalized":
+            scaling = fit_equalizer(source.correlation.diagonal(), source.weights)
+            equalizer = encode(scaling.divisor.numpy())
+        candidates = hadamard_candidates(source.width, source.head_width, SEED, equalizer)
+        if kind == "auto_dual":
+            candidates.append(Candidate("dual transform", self._once(source, False, "dual")[0]))
+        return candidates
 
     def _once(self, source: LayerInput, smoothed: bool, kind: Transforming) -> tuple[Transform, str]:
         key = source.layers[0], smoothed, kind
@@ -72,12 +84,8 @@ def _full(width: int, seed: int | None) -> Transform:
     return Rotation(width, hadamard.blocks(width)[-1], seed)
 
 
-def _auto(source: LayerInput, bits: int, act_bits: int, dual: Transform | None) -> tuple[Transform, str]:
+def _auto(source: LayerInput, bits: int, act_bits: int, candidates: list[Candidate]) -> tuple[Transform, str]:
     # On twin-log whatever the quantizer: what is compared then are quantizers, not rotations.
-    candidates = hadamard_candidates(source.width, source.head_width, SEED)
-    if dual is not None:
-        candidates.append(Candidate("dual transform", dual))
-
     def quantize(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
         return METHODS["tlq"].quantize(weight, moment, bits=bits).dequantize()
 

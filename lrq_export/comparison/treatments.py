@@ -13,12 +13,14 @@ from lrq_export.errors import UsageError
 from lrq_export.quant.methods import METHODS
 from lrq_export.recipe import nearest
 
-Transforming = Literal["none", "hadamard", "signed_hadamard", "dual", "balance", "ars", "auto", "auto_dual"]
+Transforming = Literal[
+    "none", "hadamard", "signed_hadamard", "dual", "balance", "ars", "auto", "auto_unequalized", "auto_dual"
+]
 Activation = Literal["token", "token_group", "tensor", "timestep_range"]
 # Of rounding errors over the columns: GPTQ on a codebook fitted beforehand, or ours, which fits the codebook to it.
 Carrying = Literal["none", "gptq", "fitted"]
 
-DEPLOYABLE: tuple[Transforming, ...] = ("none", "hadamard", "signed_hadamard", "auto")
+DEPLOYABLE: tuple[Transforming, ...] = ("none", "hadamard", "signed_hadamard", "auto", "auto_unequalized")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ _ABLATIONS = (
     replace(_TLQ, name="tlq_not_rotated", title="twin-log, not rotated", transform="none"),
     replace(_TLQ, name="tlq_hadamard", title="twin-log, full Hadamard", transform="hadamard"),
     replace(_TLQ, name="tlq_dual", title="twin-log, dual transform", transform="dual"),
+    replace(_TLQ, name="tlq_not_equalized", title="twin-log, not equalized", transform="auto_unequalized"),
     replace(_TLQ, name="tlq_auto_dual", title="twin-log, auto with dual", transform="auto_dual"),
     replace(_TLQ, name="tlq_tensor", title="twin-log, static scale", activations="tensor"),
     replace(_TLQ, name="tlq_ranges", title="twin-log, static scales by time", activations="timestep_range"),

@@ -81,7 +81,7 @@ class Feedback:
 
     def __init__(self, second_moments: torch.Tensor, damping: float = DAMPING):
         self._order = second_moments.diagonal().argsort(descending=True, stable=True)
-        self._factor = inverse_factor(damped(second_moments[self._order][:, self._order], damping))
+        self._factor = inverse_factor(damped(second_moments[self._order][:, self._order].double(), damping))
 
     @property
     def importance(self) -> torch.Tensor:
@@ -127,7 +127,10 @@ class Feedback:
 
 
 def conditional_variances(second_moments: torch.Tensor) -> torch.Tensor:
-    """What an error in a column adds to e H eᵀ, float64 (cols,): `Feedback.importance` without the damping's part."""
+    """What an error in a column adds to e H eᵀ (cols,): `Feedback.importance` without the damping's part.
+
+    In the type of H: float32 is enough to tell rotations apart, and twice as fast.
+    """
     order = second_moments.diagonal().argsort(descending=True, stable=True).flip(0)
     matrix = damped(second_moments[order][:, order])
     added = float((matrix.diagonal() - second_moments.diagonal()[order]).mean())
@@ -146,8 +149,8 @@ def inverse_factor(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def damped(second_moments: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """H + damping, a float64 copy; the unit matrix for an H of zeros."""
-    matrix = second_moments.to(torch.float64, copy=True)
+    """H + damping, a copy; the unit matrix for an H of zeros."""
+    matrix = second_moments.clone()
     mean = matrix.diagonal().mean()
     matrix.diagonal().add_(damping * mean if mean > 0 else 1.0)
     return matrix

@@ -1,7 +1,7 @@
-"""Hadamard rotations of the input side of a linear layer: X W^T = (X R) (W R)^T, and X R has no outlier channels.
+"""Hadamard rotations of the input side of a linear layer: X W^T = (X R) (W R^-T)^T, and X R has no outlier channels.
 
-R = diag(signs) H on every contiguous block of channels, H = (H_K (x) H_2^m) / sqrt(block), as the `HadamardRotate` op
-defines it.
+R = diag(signs / d) H on every contiguous block of channels, H = (H_K (x) H_2^m) / sqrt(block), as the `HadamardRotate`
+op defines it. The divisors d are 1, and R^-T = R, but where channels are equalized (`quant.transforms.equalize`).
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 
+from graphs.equalizer import divisors
 from graphs.ops.hadamard import blocks, dense, factorize, split, supported
 from lrq_export.errors import UsageError
+
+EQUALIZER_BITS = 32  # of a divisor: packages hold a float32 for each channel
 
 
 def hadamard_signs(width: int, seed: int) -> torch.Tensor:
@@ -31,18 +33,28 @@ def _signs(width: int, seed: int | None) -> torch.Tensor:
     return 1 - 2 * torch.tensor(bits[:width], dtype=torch.float32)
 
 
+@lru_cache(maxsize=64)
+def _divisors(width: int, equalizer: str | None) -> torch.Tensor:
+    """d float64 (width,)."""
+    return torch.ones(width, dtype=torch.float64) if equalizer is None else torch.from_numpy(divisors(equalizer))
+
+
 @dataclass(frozen=True)
 class Rotation:
-    """An orthogonal map on `width` channels. `seed` None leaves the signs at +1."""
+    """R on `width` channels. `seed` None leaves the signs at +1; `equalizer` is d as `graphs.equalizer` writes it.
+
+    Raises UsageError for a block without a Hadamard matrix or of another width, and for another number of divisors.
+    """
 
     width: int
     block: int
     seed: int | None = None
-    kind: Literal["hadamard"] = "hadamard"
+    equalizer: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind != "hadamard":
-            raise UsageError(f"rotation kind: got {self.kind!r}, needed 'hadamard'")
+        if self.equalizer is not None and len(_divisors(self.width, self.equalizer)) != self.width:
+            found = len(divisors(self.equalizer))
+            raise UsageError(f"rotation: got {found} divisors, needed one for each of {self.width} channels")
         if self.block < 1 or self.width < 1 or self.width % self.block or not supported(self.block):
             raise UsageError(
                 f"rotation block: got {self.block}, needed a divisor of {self.width} channels with a Hadamard matrix",
@@ -55,28 +67,37 @@ class Rotation:
         return _signs(self.width, self.seed).clone()
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """x R over the last axis; computed in float64 if x is, otherwise in float32; same type as x.
-
-        Activations and weights take the same map: W (rows, width) becomes W R.
-        """
-        return _transform(self._checked(x) * _signs(self.width, self.seed), self.block, inverse=False).to(x.dtype)
+        """x R over the last axis; computed in float64 if x is, otherwise in float32; same type as x."""
+        x, dtype = self._checked(x), x.dtype
+        factors = self.signs / self._divisors  # float64
+        return _transform(x * factors.to(x.dtype), self.block, inverse=False).to(dtype)
 
     def apply_inverse(self, x: torch.Tensor) -> torch.Tensor:
-        """x R^T over the last axis: undoes `apply`."""
-        return (_transform(self._checked(x), self.block, inverse=True) * _signs(self.width, self.seed)).to(x.dtype)
+        """x R^-1 over the last axis: undoes `apply`."""
+        x, dtype = self._checked(x), x.dtype
+        return (_transform(x, self.block, inverse=True) * self._weight_factors(x.dtype)).to(dtype)
 
     def apply_to_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """W R, of W (rows, width)."""
-        return self.apply(weight)
+        """W R^-T, of W (rows, width)."""
+        x, dtype = self._checked(weight), weight.dtype
+        return _transform(x * self._weight_factors(x.dtype), self.block, inverse=False).to(dtype)
 
     def parameters(self) -> int:
-        """Bits of side data: none, the signs come from the seed."""
-        return 0
+        """Bits of side data: the divisors; signs come from the seed."""
+        return 0 if self.equalizer is None else EQUALIZER_BITS * self.width
 
     @property
     def flops_per_token(self) -> int:
-        """A multiplication and an addition per entry of both factors of H."""
-        return 2 * self.width * sum(len(factor) for factor in _matrices(self.block, torch.float32) if len(factor) > 1)
+        """A multiplication and an addition per entry of both factors of H, and what divides the channels."""
+        entries = sum(len(factor) for factor in _matrices(self.block, torch.float32) if len(factor) > 1)
+        return self.width * (2 * entries + (self.equalizer is not None))
+
+    @property
+    def _divisors(self) -> torch.Tensor:
+        return _divisors(self.width, self.equalizer)
+
+    def _weight_factors(self, dtype: torch.dtype) -> torch.Tensor:
+        return (self.signs * self._divisors).to(dtype)
 
     def _checked(self, x: torch.Tensor) -> torch.Tensor:
         """x in the type of the computation; UsageError if its last axis is not `width` long."""

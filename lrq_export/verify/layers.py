@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from lrq_export.evaluate import evaluate, rotation_of
-from lrq_export.quant.rotation import Rotation
-from lrq_export.quantized import FOLDED, LayerTensors
+from lrq_export.quantized import LayerTensors
 from lrq_export.saved_graphs import rewritten_graph
 from lrq_export.verify import ladder
 from lrq_export.verify.subject import Subject
@@ -41,7 +40,7 @@ def _output_errors(subject: Subject) -> dict[str, float]:
     def replacement(name: str):
         """The quantized layer in the floating-point model's basis: folded rotations are undone on both sides."""
         record = subject.quantized.records[name]
-        folded = Rotation(record.cols, record.block, record.signs_seed) if record.rotated_by == FOLDED else None
+        folded = record.folded_rotation()
 
         def run(x: torch.Tensor) -> torch.Tensor:
             module = subject.quantized.module(name)  # decoded for each call: all at once would be a second model

@@ -7,9 +7,9 @@ Two shorthands stand for what a trace writes in many lines; the layer is named a
     r = Rotate<block = 12, seed = 7>(x)      r = lrq.HadamardRotate<block = 12, ...>(x, signs)
 
 Linear also takes bits (4; 8 is Int8Dequant), codebook (0; 1 is CodebookDequant), act_bits (8), bias (1) and bias_first
-(0). A linear that reads a Rotate
-gets the rotated weight, so that rotations never change the function of a graph; Plain in place of Rotate is the same
-network without that rotation.
+(0); Rotate also takes equalized (0; another number draws divisors of the channels). A linear that reads a Rotate gets
+the rotated weight, so that rotations never change the function of a graph; Plain in place of Rotate is the same network
+without that rotation.
 """
 
 import zlib
@@ -24,11 +24,12 @@ import torch
 from onnx import helper, numpy_helper
 
 from graphs import names
+from graphs.equalizer import encode
 from graphs.expressions import Expression, RotateInput
 from graphs.float_model import float_model, weight_names
 from graphs.ops import OPS, packing, register
 from graphs.ops.hadamard_rotate import rotation_attributes
-from graphs.traced import LinearWeight, TracedGraph
+from graphs.traced import LinearWeight, Signs, TracedGraph
 from lrq_export.evaluate import evaluate
 from lrq_export.quant.rotation import hadamard_signs
 from lrq_export.verify.metrics import nmse
@@ -124,13 +125,15 @@ class _Expansion:
             return self._linear(node.input[0], node.output[0], **values)
         return [node]
 
-    def _rotate(self, x: str, y: str, block: int, width: int = 24, seed: int | None = None) -> onnx.NodeProto:
-        name = f"signs{width}" if seed is None else f"signs{width}_{seed}"
+    def _rotate(self, x, y, block, width=24, seed=None, equalized=0) -> onnx.NodeProto:
+        equalizer = encode(np.random.default_rng(equalized).uniform(0.2, 5, width)) if equalized else None
+        signs = Signs(seed, equalizer)
+        name = f"signs{width}" + (f"_{seed}" if seed is not None else "") + (f"_e{equalized}" if equalized else "")
         if name not in self.signs:
             values = np.ones(width, np.float32) if seed is None else hadamard_signs(width, seed).numpy()
-            self.model.graph.initializer.append(numpy_helper.from_array(values, name))
-            self.signs[name] = seed
-        self.rotations[y] = RotateInput(block, seed)
+            self.model.graph.initializer.append(numpy_helper.from_array(values * signs.magnitudes(width), name))
+            self.signs[name] = signs
+        self.rotations[y] = RotateInput(block, seed, equalizer)
         return OPS["HadamardRotate"].node([x, name], [y], name=f"rotate.{y}", **rotation_attributes(block))
 
     def _linear(self, x, y, rows, cols, bits=4, codebook=0, act_bits=8, bias=1, bias_first=0) -> list[onnx.NodeProto]:

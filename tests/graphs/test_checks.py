@@ -6,8 +6,10 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from graphs.checks import GraphError, check, check_preserved
+from graphs.equalizer import encode
 from graphs.expressions import Expression, RotateOutput
 from graphs.passes import make_linear
+from graphs.traced import Signs
 
 TEXT = """
 mlp (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
@@ -130,7 +132,11 @@ def signs_of_twos(traced):
 
 
 def signs_without_their_seed(traced):
-    traced.signs["signs24_3"] = None
+    traced.signs["signs24_3"] = Signs()
+
+
+def signs_without_their_divisors(traced):
+    traced.signs["signs24_3"] = Signs(3, encode(np.full(24, 2.0)))
 
 
 def signs_fed(traced):
@@ -189,7 +195,8 @@ BROKEN = {
     "lrq node in a subgraph": (rotated_in_a_branch, ["'hidden': sits in a subgraph of If 'choice'"]),
     "signs that are not signs": (signs_of_twos, ["its signs 'signs24_3' are in the table", "a constant of +-1"]),
     "signs that are fed": (signs_fed, ["its signs 'signs24_3' are in the table", "a constant of +-1"]),
-    "signs that lost their seed": (signs_without_their_seed, ["are not all one, needed ones where the table has no"]),
+    "signs that lost their seed": (signs_without_their_seed, ["are negative, needed none where the table has no"]),
+    "signs that lost divisors": (signs_without_their_divisors, ["are in the table", "a constant of +-1 / d"]),
     "types that do not fit": (wrong_type, ["the ONNX checker"]),
     "unknown standard op": (unknown_standard_op, ["the ONNX checker", "Rulu"]),
 }  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphs.equalizer import divisors, encode
 from graphs.expressions import MAPS, Expression, RotateInput, RotateOutput, StackRows
 from graphs.ops.hadamard import hadamard_matrix
 from lrq_export.errors import InputError
@@ -22,10 +23,14 @@ def read(name):
     return torch.randn(shape, generator=torch.Generator().manual_seed(ord(name[0])), dtype=torch.float64)
 
 
-def dense(width, block, seed):
-    """R = diag(signs)·H per block, as a matrix."""
+EQUALIZERS = {width: encode(np.exp2(np.linspace(-2, 3, width))) for width in BLOCKS}
+
+
+def dense(width, block, seed, equalizer=None):
+    """R = diag(signs / d)·H per block, as a matrix."""
     signs = np.ones(width) if seed is None else hadamard_signs(width, seed).numpy()
-    return np.diag(signs.astype(np.float64)) @ np.kron(np.eye(width // block), hadamard_matrix(block))
+    factors = signs.astype(np.float64) / (1 if equalizer is None else divisors(equalizer))
+    return np.diag(factors) @ np.kron(np.eye(width // block), hadamard_matrix(block))
 
 
 @st.composite
@@ -34,8 +39,9 @@ def weights(draw):
     expression = Expression(f"{name}", shape)
     for _ in range(draw(st.integers(0, 3))):
         kind = draw(st.sampled_from([RotateInput, RotateOutput]))
-        block = draw(st.sampled_from(BLOCKS[shape[0] if kind is RotateOutput else shape[1]]))
-        expression = expression.then(kind(block, draw(SEEDS)))
+        width = shape[0] if kind is RotateOutput else shape[1]
+        block, equalizer = draw(st.sampled_from(BLOCKS[width])), draw(st.sampled_from([None, EQUALIZERS[width]]))
+        expression = expression.then(kind(block, draw(SEEDS), equalizer))
     return expression
 
 
@@ -43,9 +49,9 @@ def by_matrices(expression):
     value = read(expression.source).numpy()
     for step in expression.maps:
         if isinstance(step, RotateInput):
-            value = value @ dense(value.shape[1], step.block, step.signs_seed)
+            value = value @ np.linalg.inv(dense(value.shape[1], step.block, step.signs_seed, step.equalizer)).T
         elif isinstance(step, RotateOutput):
-            value = dense(value.shape[0], step.block, step.signs_seed).T @ value
+            value = dense(value.shape[0], step.block, step.signs_seed, step.equalizer).T @ value
         else:
             value = np.concatenate([value, *map(by_matrices, step.others)])
     return value
@@ -54,9 +60,9 @@ def by_matrices(expression):
 @given(weights())
 @settings(max_examples=40, deadline=None)
 def test_evaluation_equals_dense_matrices(expression):
-    got = evaluate(expression, read, torch.float64).numpy()
+    got, expected = evaluate(expression, read, torch.float64).numpy(), by_matrices(expression)
     assert got.shape == expression.shape
-    assert np.abs(got - by_matrices(expression)).max() <= 1e-12
+    assert np.abs(got - expected).max() <= 1e-12 * max(1, np.abs(expected).max())
 
 
 @given(weights())
@@ -74,7 +80,7 @@ def test_equal_expressions_are_one_key():
 
 @pytest.mark.parametrize("block", [2, 12, 24])
 def test_rotating_both_sides_keeps_the_product(block):
-    """(x R)(W R)ᵀ = x Wᵀ."""
+    """(x R)(W R⁻ᵀ)ᵀ = x Wᵀ."""
     weight = evaluate(Expression("c", (24, 36)).then(RotateInput(36, 7)), read, torch.float64).numpy()
     x = np.random.default_rng(0).standard_normal((5, 36))
     assert np.allclose(x @ dense(36, 36, 7) @ weight.T, x @ read("c").numpy().T, atol=1e-12)
@@ -126,6 +132,7 @@ REFUSALS = {
     "output block": (RotateOutput(16), "RotateOutput: block 16 does not divide 24 channels"),
     "zero": (RotateOutput(0), "RotateOutput: block 0 does not divide 24 channels"),
     "negative": (RotateInput(-4), "RotateInput: block -4 does not divide 20 channels"),
+    "divisors": (RotateInput(20, None, EQUALIZERS[24]), "RotateInput: 24 divisors, needed one for each of 20 channels"),
     "columns": (StackRows((Expression("c", (24, 36)),)), "StackRows: c has columns (36,), needed (20,)"),
     "rank": (StackRows((Expression("a.bias", (24,)),)), "StackRows: a.bias has columns (), needed (20,)"),
 }

@@ -76,7 +76,7 @@ def test_records_say_what_became_of_each_rotation(package):
     records = QuantizedFile(package / "quantized.safetensors").records
     for name, each in records.items():
         assert each.rotated_by == ("value projection" if ".to_out." in name else "HadamardRotate")
-        folded = [{"block": 12, "signs_seed": None}] if name.endswith(".to_v") else []
+        folded = [{"block": 12, "signs_seed": None, "equalizer": None}] if name.endswith(".to_v") else []
         assert each.output_rotations == folded
         assert each.bias in (f"{name}.bias", None) or each.bias.startswith("folded")
 

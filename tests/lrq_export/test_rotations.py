@@ -1,8 +1,13 @@
 """`auto`: each input gets the rotation that loses least on its own tokens, and its layers agree on it."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from graphs.equalizer import divisors, encode
 from lrq_export.calibrate.observed import Observed
 from lrq_export.calibrate.run import observe
 from lrq_export.compiler import build
@@ -44,6 +49,17 @@ def test_candidates_are_what_a_package_can_hold():
     assert found["signed Hadamard"].transform.seed == 5
     assert [each.online for each in found.values()] == [False, False, True, True, True]
     assert [each.name for each in hadamard_candidates(7, None, 0)] == ["none"]
+
+
+def test_every_rotation_is_also_tried_on_equalized_channels():
+    equalizer = encode(np.full(1152, 2.0))
+    found = hadamard_candidates(1152, 72, 5, equalizer)[5:]
+    rotated = ["head Hadamard", "block Hadamard", "full Hadamard", "signed Hadamard"]
+    assert [each.name for each in found] == ["equalized", *(f"equalized {name}" for name in rotated)]
+    assert [each.transform.block for each in found] == [1, 72, 128, 1152, 1152]
+    assert all(each.transform.equalizer == equalizer for each in found)
+    assert [each.online for each in found] == [False, False, True, True, True]
+    assert [each.online for each in hadamard_candidates(7, None, 0, encode(np.ones(7)))] == [False, True]
 
 
 def test_outliers_are_spread_where_activations_are_rounded():
@@ -169,3 +185,43 @@ def test_a_killed_build_keeps_its_choices(tiny, tmp_path):
     build(tiny.source, tmp_path / "again", recipe=recipe, calibration=tiny.calibration, until="calibrate")
     again = build(tiny.source, tmp_path / "again", recipe=recipe, calibration=tiny.calibration).out
     assert (whole / "quantized.safetensors").read_bytes() == (again / "quantized.safetensors").read_bytes()
+
+
+@pytest.fixture
+def scaled(tiny, tmp_path):
+    """The tiny model with one channel of its text 64 times as large, one of its values 32 times, its output the same.
+
+    Powers of two: the weights are fp16, and stay exact.
+    """
+    folder = tmp_path / "scaled"
+    shutil.copytree(tiny.source, folder)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.startswith("caption_projection.linear_2."):
+            tensor[5] *= 64
+        elif name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")):
+            tensor[:, 5] /= 64
+        elif ".attn1.to_v." in name:
+            tensor[7] *= 32
+        elif name.endswith(".attn1.to_out.0.weight"):
+            tensor[:, 7] /= 32
+    save_file(tensors, path)
+    return folder
+
+
+def test_outliers_of_scale_are_equalized_away(tiny, scaled, tmp_path):
+    recipe = tiny.recipe(rotation__kind="auto", weights__bits="3")
+    plain = build(tiny.source, tmp_path / "plain", recipe=recipe, calibration=tiny.calibration)
+    result = build(scaled, tmp_path / "package", recipe=recipe, calibration=tiny.calibration)
+    assert result.passed, result.report["ladder"]
+    records = load_manifest(tmp_path / "package")["layers"]
+    text, value = (records[f"transformer_blocks.0.{name}"] for name in ("attn2.to_k", "attn1.to_out.0"))
+    assert text["rotated_by"] == "HadamardRotate"
+    assert value["rotated_by"] == "value projection"
+    for record, channel, factor in ((text, 5, 64), (value, 7, 32)):
+        assert record["reason"].startswith("equalized")
+        found = divisors(record["equalizer"])
+        assert found[channel] > factor / 4 * np.median(found)
+    errors = [each.report["ladder"][1]["value"] for each in (plain, result)]
+    assert errors[1] < 1.5 * errors[0]

@@ -91,8 +91,8 @@ class Chain:
 
 
 def in_basis(second_moments: torch.Tensor, transform: Transform) -> torch.Tensor:
-    """E[(x T)ᵀ (x T)] = Tᵀ E[xᵀ x] T, float64 (width, width), from E[xᵀ x] of any floating type."""
-    return transform.apply(transform.apply(second_moments.double()).T.contiguous()).T.contiguous()
+    """E[(x T)ᵀ (x T)] = Tᵀ E[xᵀ x] T (width, width), float64 if E[xᵀ x] is, otherwise float32."""
+    return transform.apply(transform.apply(second_moments).T.contiguous()).T.contiguous()
 
 
 def in_working_type(x: torch.Tensor, width: int) -> torch.Tensor:

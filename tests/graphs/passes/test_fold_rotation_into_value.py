@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from graphs.checks import check, check_preserved
+from graphs.equalizer import encode
 from graphs.expressions import RotateOutput
 from graphs.passes import fold_rotation_into_value
 
@@ -54,6 +55,8 @@ FIRES = {
     ),
     "no bias": edited(SELF, (V, "v = Linear<rows = 24, cols = 24, bias = 0>(x)")),
     "no signs": edited(SELF, (WHOLE_HEAD, "Rotate<block = 12>")),
+    "an equalized input": edited(SELF, (WHOLE_HEAD, "Rotate<block = 12, seed = 7, equalized = 1>")),
+    "equalizing alone": edited(SELF, (WHOLE_HEAD, "Rotate<block = 1, equalized = 1>")),
     "a divisor of the head width": edited(SELF, (WHOLE_HEAD, "Rotate<block = 4, seed = 7>")),
     "an 8-bit value": edited(SELF, (V, "v = Linear<rows = 24, cols = 24, bits = 8>(x)")),
     "a rotated input": edited(SELF, (V, "rx = Rotate<block = 24>(x) v = Linear<rows = 24, cols = 24>(rx)")),
@@ -184,8 +187,8 @@ def folded(parse):
 
 @pytest.mark.parametrize(
     "wrong",
-    [RotateOutput(4, 7), RotateOutput(12, None), RotateOutput(12, 8)],
-    ids=["another block", "lost signs", "another seed"],
+    [RotateOutput(4, 7), RotateOutput(12, None), RotateOutput(12, 8), RotateOutput(12, 7, encode(np.full(24, 1.5)))],
+    ids=["another block", "lost signs", "another seed", "equalized without a reader"],
 )
 def test_a_wrong_map_is_caught(wrong, folded, difference):
     before, after = folded

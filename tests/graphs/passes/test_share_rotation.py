@@ -32,6 +32,8 @@ FIRES = {
     "q, k and v": ([], 2, 1),
     "with equal signs": (
         [(RK, "rk = Rotate<block = 24, seed = 3>(x)"), (RV, "rv = Rotate<block = 24, seed = 3>(x)")], 1, 2),
+    "equalized alike": (
+        [(RK, "rk = Rotate<block = 24, equalized = 1>(x)"), (RV, "rv = Rotate<block = 24, equalized = 1>(x)")], 1, 2),
     "two pairs": ([(RK, "rk = Rotate<block = 12>(x)"), ("v = Linear", "rw = Rotate<block = 12>(x) v = Linear"),
                    ("(rv)", "(rw)"), ("qk = Mul(q, k)", "qv = Mul(q, rv) qk = Mul(qv, k)")], 2, 2),
     "a reader that reads a follower twice": ([("qk = Mul(q, k)", "kk = Mul(rk, rk) qk = Mul(q, kk)")], 2, 1),
@@ -69,6 +71,9 @@ OTHER = "the same input is also rotated with another block or other signs"
 REFUSALS = {
     "other input": ([(RK, "rk = Rotate<block = 24>(z)"), (RV, "w = Relu(x) rv = Rotate<block = 24>(w)")], []),
     "other block": ([(RK, "rk = Rotate<block = 12>(x)"), (RV, "rv = Rotate<block = 4>(x)")], [OTHER, OTHER]),
+    "other divisors": (
+        [(RK, "rk = Rotate<block = 24, equalized = 1>(x)"), (RV, "rv = Rotate<block = 24, equalized = 2>(x)")],
+        [OTHER] * 2),
     "other signs": ([(RK, "rk = Rotate<block = 24, seed = 1>(x)"), (RV, "rv = Rotate<block = 24, seed = 2>(x)")],
                     [OTHER, OTHER]),
     "computed signs": ([("24] z", "24] z, float[24] s"),

@@ -86,7 +86,7 @@ def test_any_inputs_give_finite_codes_within_the_codebook(seed, tokens):
 def test_the_factor_is_that_of_the_damped_inverse():
     moments = problem()[3].double()
     damped = moments + compensate.DAMPING * moments.diagonal().mean() * torch.eye(COLS, dtype=torch.float64)
-    factor = inverse_factor(compensate.damped(moments)).double()
+    factor = inverse_factor(compensate.damped(moments.double())).double()
     torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped), rtol=1e-4, atol=1e-6)
     assert torch.equal(factor, factor.triu())
 
@@ -109,7 +109,7 @@ def test_uncorrelated_columns_go_to_the_nearest_value_of_their_own_group(monkeyp
 def lost(weight, rounded, moments) -> torch.Tensor:
     """Output error of every row, (rows,), as the damped H has it."""
     error = (weight - rounded).double()
-    return ((error @ compensate.damped(moments)) * error).sum(1)
+    return ((error @ compensate.damped(moments.double())) * error).sum(1)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -131,7 +131,7 @@ def test_each_row_keeps_the_widening_with_the_least_output_error(groups):
 def test_importance_is_what_no_later_column_can_make_good():
     """The least error e H eᵀ with e_j = 1, e of earlier columns 0, over all errors of the later ones."""
     _, _, _, moments = problem()
-    matrix, found = compensate.damped(moments), Feedback(moments).importance
+    matrix, found = compensate.damped(moments.double()), Feedback(moments).importance
     order = moments.diagonal().argsort(descending=True, stable=True).tolist()
     for place in (0, 7, COLS - 1):
         column, later = order[place], order[place + 1 :]
@@ -139,7 +139,7 @@ def test_importance_is_what_no_later_column_can_make_good():
         least = matrix[column, column] - cross @ torch.linalg.solve(rest, cross) if later else matrix[column, column]
         torch.testing.assert_close(found[column], least, rtol=1e-4, atol=0)
     added = compensate.DAMPING * moments.diagonal().double().mean()
-    torch.testing.assert_close(conditional_variances(moments) + added, found, rtol=1e-4, atol=0)
+    torch.testing.assert_close(conditional_variances(moments).double() + added, found, rtol=1e-4, atol=0)
 
 
 def evenly_spaced(weight: torch.Tensor, importance: torch.Tensor):
