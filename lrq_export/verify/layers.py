@@ -23,7 +23,8 @@ def layer_table(subject: Subject) -> list[dict[str, Any]]:
             {
                 "layer": name, "rows": record.rows, "cols": record.cols, "bits": record.bits,
                 "act_bits": record.act_bits, "group_size": record.group_size, "block": record.block,
-                "rotated_by": record.rotated_by, "reason": record.reason, "weight_nmse": record.weight_nmse,
+                "equalized": record.equalizer is not None, "rotated_by": record.rotated_by,
+                "reason": record.reason, "weight_nmse": record.weight_nmse,
                 "weighted_nmse": record.weighted_nmse, "output_nmse": errors.get(name),
                 "bytes": layer.bytes(), "bytes_fp16": 2 * record.rows * record.cols,
             } | subject.reference.statistics[name]

@@ -32,7 +32,7 @@ LAYER_HEADS = (
 LAYER_TERMS = (
     ("Bits", "weight / activation; activation 16 stays in floating point"),
     ("Group", "columns that share a codebook; row = the whole row"),
-    ("Block", "channels per rotation"),
+    ("Block", "channels per rotation; eq.: every channel is divided first, so that all are of one size"),
     ("Weight NMSE", "error of the weights alone"),
     ("Weighted", "the same, columns weighted by the input's second moment"),
     ("Output NMSE", "error of the layer's output, bar relative to the worst layer"),
@@ -68,7 +68,7 @@ def _layer(number: int, layer: Mapping[str, Any], reasons: Sequence[str], larges
         Digits(f"{digits(layer.get('rows'), '')}×{digits(layer.get('cols'), '')}"),
         Digits(f"{digits(layer.get('bits'))}/{digits(layer.get('act_bits'))}"),
         Digits("row") if group in (0, layer.get("cols")) else digits(group),
-        digits(layer.get("block") or None, ""),
+        _block(layer),
         tag("span", layer.get("rotated_by"), " ", tag("b", why), class_="why"),
         scientific(layer.get("weight_nmse")),
         scientific(layer.get("weighted_nmse")),
@@ -80,6 +80,13 @@ def _layer(number: int, layer: Mapping[str, Any], reasons: Sequence[str], larges
         byte_size(size),
         quotient(size, layer.get("bytes_fp16")),
     ]
+
+
+def _block(layer: Mapping[str, Any]) -> Digits:
+    block = digits(layer.get("block") or None, "")
+    if not layer.get("equalized"):
+        return block
+    return Digits("eq." if layer["block"] == 1 else f"{block} eq.")
 
 
 def _worst(layers: Sequence[Mapping[str, Any]], rows: Sequence[int]) -> Html:

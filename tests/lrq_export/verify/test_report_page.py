@@ -29,7 +29,8 @@ def _rung(rung, value, bound=1e-6, passed=True, metric="NMSE"):
 def _layer(index):
     return {
         "layer": f"blocks.{index}.ff", "rows": 1152, "cols": 288 + index, "bits": 4, "act_bits": 8, "group_size": 0,
-        "block": 72, "rotated_by": "HadamardRotate", "reason": "shared reason" if index else "own reason",
+        "block": 72, "equalized": index == 2, "rotated_by": "HadamardRotate",
+        "reason": "shared reason" if index else "own reason",
         "weight_nmse": 5.1e-3, "weighted_nmse": 4.2e-3, "output_nmse": 1.3e-3 * (index + 1), "rms": 1.25,
         "kurtosis": 31.5, "peak_to_rms": 12.75, "bytes": 170_000 + index, "bytes_fp16": 663_552,
     }  # fmt: skip
@@ -79,8 +80,8 @@ SHOWN = {
     "warnings": ["no calibration was given"],
     "samples": ["34.56 dB", "36.78 dB", "35.44 dB", "digit 3", "digit 8", "worst"],
     "errors": ["4.6e-4", "1.8e-4", "975", "2.2e-5", "2.7e-5", "951"],
-    "layers": ["blocks.2.ff", "1152×290", "4/8", "72", "5.1e-3", "4.2e-3", "3.9e-3", "1.25", "31.5", "12.8", "170 kB",
-               "0.256", "own reason", "shared reason", "2 layers", "HadamardRotate", "row"],
+    "layers": ["blocks.2.ff", "1152×290", "4/8", "72 eq.", "5.1e-3", "4.2e-3", "3.9e-3", "1.25", "31.5", "12.8",
+               "170 kB", "0.256", "own reason", "shared reason", "2 layers", "HadamardRotate", "row"],
     "histograms": ["blocks.0.ff", "-90 -31 0 33 104", "5 levels", "100 weights", "21 %"],
     "passes": ["share_rotation", "56", "1.7e-14", "–", "two readers: /a/MatMul, /b/MatMul", "2 nodes, 1 reason"],
     "sizes": ["1.22 GB", "283,115,520", "60.2 MB", "0.282", "–", "0.252"],
