@@ -1,5 +1,7 @@
 """Time and memory of quantizing the linear layers of PixArt-XL/2, block by block, with and without error feedback.
 
+Also of choosing their rotations, with error feedback in mind, as `rotation.kind = "auto"` does.
+
     python tools/bench_quantize.py [--blocks 1] [--bits 4]
 
 Weights are random, as large as the true ones; E[x xᵀ] is that of inputs which live near a few hundred directions, as
@@ -10,25 +12,37 @@ what weights, E[x xᵀ] and results of the largest layer take.
 import argparse
 import resource
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
+from graphs.equalizer import encode
 from lrq_export.machine import describe_machine
 from lrq_export.quant import twin_log
 from lrq_export.quant.compensate import Feedback, quantize_compensated
+from lrq_export.quant.transforms.equalize import fit_equalizer
+from lrq_export.quant.weight import dequantize
+from lrq_export.rotations import choose, hadamard_candidates
 
 BLOCKS, WIDTH, MLP = 28, 1152, 4608
-# Of one block: self-attention and cross-attention (query, key, value, output), then the two of the MLP.
-SHAPES = [(WIDTH, WIDTH)] * 8 + [(MLP, WIDTH), (WIDTH, MLP)]
+HEAD = 72
+# The inputs of one block, as rows of the layers that read one, its columns, and heads if it is an attention's output:
+# self-attention and cross-attention (query, key, value; the output), then the two of the MLP.
+INPUTS = (
+    ([WIDTH] * 3, WIDTH, None), ([WIDTH], WIDTH, HEAD), ([WIDTH], WIDTH, None), ([WIDTH] * 2, WIDTH, None),
+    ([WIDTH], WIDTH, HEAD), ([MLP], WIDTH, None), ([WIDTH], MLP, None),
+)  # fmt: skip
+LAYERS = sum(len(rows) for rows, _, _ in INPUTS)
+TOKENS = 512  # that rotations are tried on
+WAYS = ("to the nearest level", "with error feedback", "choosing rotations")
 
 
-def correlation(cols: int, generator: torch.Generator) -> torch.Tensor:
-    """E[x xᵀ] (cols, cols) of inputs near cols / 4 directions."""
+def inputs_of(cols: int, generator: torch.Generator) -> torch.Tensor:
+    """Tokens (2 cols, cols) near cols / 4 directions."""
     mix = torch.randn(cols // 4, cols, generator=generator)
     tokens = torch.randn(2 * cols, cols // 4, generator=generator) @ mix
-    tokens += 0.2 * mix.square().mean().sqrt() * torch.randn(2 * cols, cols, generator=generator)
-    return tokens.T @ tokens / len(tokens)
+    return tokens + 0.2 * mix.square().mean().sqrt() * torch.randn(2 * cols, cols, generator=generator)
 
 
 def peak_bytes() -> int:
@@ -43,25 +57,33 @@ def main() -> None:
     print(describe_machine())
     generator = torch.Generator().manual_seed(0)
     fit = partial(twin_log.quantize, bits=args.bits)
-    before, sums = peak_bytes(), {"to the nearest level": 0.0, "with error feedback": 0.0}
+    before, sums = peak_bytes(), dict.fromkeys(WAYS, 0.0)
+
+    def timed(way: str, what: str, work: Callable[[], object]) -> None:
+        started = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - started
+        sums[way] += seconds
+        print(f"{what} {way}: {seconds:.2f} s", flush=True)
+
+    def rounded(weight: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+        return dequantize(fit(weight, importance))
+
     for block in range(args.blocks):
-        for rows, cols in SHAPES:
-            weight = 0.03 * torch.randn(rows, cols, generator=generator)
-            moments = correlation(cols, generator)
-            ways = {
-                "to the nearest level": lambda weight=weight, moments=moments: fit(weight, moments.diagonal()),
-                "with error feedback": lambda weight=weight, moments=moments: quantize_compensated(
-                    weight, Feedback(moments), fit
-                ),
-            }
-            for name, way in ways.items():
-                started = time.perf_counter()
-                way()
-                seconds = time.perf_counter() - started
-                sums[name] += seconds
-                print(f"block {block}: {rows} x {cols} {name}: {seconds:.2f} s", flush=True)
-    for name, seconds in sums.items():
-        print(f"all {BLOCKS * len(SHAPES)} layers {name}: {seconds / args.blocks * BLOCKS / 60:.1f} minutes")
+        for all_rows, cols, head in INPUTS:
+            weights = [0.03 * torch.randn(rows, cols, generator=generator) for rows in all_rows]
+            tokens = inputs_of(cols, generator)
+            moments, tokens = tokens.T @ tokens / len(tokens), tokens[:TOKENS].clone()
+            for weight in weights:
+                what = f"block {block}: {len(weight)} x {cols}"
+                timed(WAYS[0], what, partial(fit, weight, moments.diagonal()))
+                timed(WAYS[1], what, lambda w=weight, m=moments: quantize_compensated(w, Feedback(m), fit))
+            equalizer = encode(fit_equalizer(moments.diagonal(), weights).divisor.numpy())
+            candidates = hadamard_candidates(cols, head, 0, equalizer)
+            search = partial(choose, weights, tokens, moments, candidates, 8, rounded)
+            timed(WAYS[2], f"block {block}: input of {cols}", search)
+    for way, seconds in sums.items():
+        print(f"all {BLOCKS * LAYERS} layers {way}: {seconds / args.blocks * BLOCKS / 60:.1f} minutes")
     largest = 4 * (MLP * WIDTH * 2 + MLP**2)
     print(f"memory beyond the largest layer's: {(peak_bytes() - before - largest) / 2**30:.2f} GiB")
 

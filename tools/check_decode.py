@@ -1,9 +1,9 @@
-"""Decode every weight of a package four ways and require the same integers, bit for bit.
+"""Decode every weight of a package in all the ways there are and require the same integers, bit for bit.
 
     python tools/check_decode.py PACKAGE
 
-torch (`quant.twin_log`), numpy (`graphs.ops`), the function body of `TwinLogDequant` in stock ONNX Runtime, and the C++
-core of plugins/ compiled here with g++; in C++ by shifts and by table.
+torch (`lrq_export.quant`), numpy (`graphs.ops`), the function body of the op in stock ONNX Runtime and, of Twin-Log
+codes, the C++ core of plugins/ compiled here with g++; in C++ by shifts and by table. The core has no codebooks yet.
 """
 
 import argparse
@@ -24,8 +24,10 @@ from graphs import names
 from graphs.ops import OPS, attach_bodies, packing
 from lrq_export.package import QUANTIZED
 from lrq_export.quant import twin_log
+from lrq_export.quant.codebook_weight import CodebookWeight
 from lrq_export.quantized import LayerTensors, QuantizedFile
 
+DEQUANT = {names.TWIN_LOG: "TwinLogDequant", names.CODEBOOK: "CodebookDequant"}
 CORE = Path(__file__).resolve().parents[1] / "plugins" / "core" / "c_api.cpp"
 FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
 POINTER, INT64, INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -50,13 +52,15 @@ def compile_core(folder: Path) -> ctypes.CDLL:
 def in_torch(layer: LayerTensors) -> np.ndarray:
     record = layer.record
     codes = torch.from_numpy(packing.unpack(layer.packed()))
+    if record.method == names.CODEBOOK:
+        return CodebookWeight(codes, layer.table.float()).dequantize().numpy()
     weight = twin_log.TwinLogWeight(codes, layer.exponents, layer.scale, record.bits, record.group_size)
     return twin_log.integer_weight(weight).numpy()
 
 
 def in_onnxruntime(layer: LayerTensors) -> np.ndarray:
     """The op's body with a scale of ones, so that it returns the integers themselves."""
-    record, spec = layer.record, OPS["TwinLogDequant"]
+    record, spec = layer.record, OPS[DEQUANT[layer.record.method]]
     attributes = {"bits": record.bits, "group_size": record.group_size, "rows": record.rows, "cols": record.cols}
     weights = [each for each in layer.onnx_weights() if not each.name.endswith(".scale")]
     tensors = [
@@ -89,12 +93,10 @@ def in_core(core: ctypes.CDLL, layer: LayerTensors, function: str) -> np.ndarray
 def differences(layer: LayerTensors, core: ctypes.CDLL) -> dict[str, int]:
     """How many weights each decoder reads differently from numpy."""
     expected = layer.integer_weight().numpy()
-    decoded = {
-        "torch": in_torch(layer),
-        "ONNX body": in_onnxruntime(layer),
-        "C++ shifts": in_core(core, layer, "lrqDecodeByShifts"),
-        "C++ table": in_core(core, layer, "lrqDecodeByTable"),
-    }
+    decoded = {"torch": in_torch(layer), "ONNX body": in_onnxruntime(layer)}
+    if layer.record.method == names.TWIN_LOG:
+        decoded["C++ shifts"] = in_core(core, layer, "lrqDecodeByShifts")
+        decoded["C++ table"] = in_core(core, layer, "lrqDecodeByTable")
     return {name: int((values != expected).sum()) for name, values in decoded.items()}
 
 
