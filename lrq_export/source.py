@@ -28,7 +28,7 @@ from lrq_export.checkpoint import (
     open_checkpoint,
     read_json_object,
 )
-from lrq_export.models import family_of
+from lrq_export.models import current_config, family_of
 from lrq_export.models.base import SAMPLES, ModelFamily
 from lrq_export.package import sha256_file
 from lrq_export.recipe import Recipe
@@ -87,11 +87,12 @@ def open_source(path: Path) -> Source:
     """
     checkpoint = open_checkpoint(path)
     config_file = checkpoint.path / CONFIG
-    family = family_of(checkpoint.class_name, str(config_file))
-    model = trial.construct(config_file, family, checkpoint.config)
+    config = current_config(checkpoint.config)
+    family = family_of(config["_class_name"], str(config_file))
+    model = trial.construct(config_file, family, config)
     check_tensors(checkpoint, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-    trial.run(config_file, family, checkpoint.config)
-    return Source(checkpoint, family, {"_class_name": checkpoint.class_name} | dict(model.config))
+    trial.run(config_file, family, config)
+    return Source(checkpoint, family, {"_class_name": family.class_name} | dict(model.config))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """The model families, by the `_class_name` of their config."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from lrq_export.errors import InputError
 from lrq_export.models.base import ModelFamily
 from lrq_export.models.dit import DiT
@@ -7,6 +10,20 @@ from lrq_export.models.pixart import PixArt
 from lrq_export.recipe import nearest
 
 FAMILIES: dict[str, ModelFamily] = {family.class_name: family for family in (PixArt(), DiT())}
+
+
+# Checkpoints published before diffusers 0.29 say Transformer2DModel, and which model that is by their norm_type.
+LEGACY_CLASS = "Transformer2DModel"
+LEGACY_CLASSES = {"ada_norm_single": PixArt.class_name, "ada_norm_zero": DiT.class_name}
+LEGACY_KEYS = ("double_self_attention", "num_vector_embeds", "only_cross_attention", "use_linear_projection")
+
+
+def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the `_class_name` of today, as diffusers maps it, and without keys that this class never had."""
+    if config["_class_name"] != LEGACY_CLASS or config.get("norm_type") not in LEGACY_CLASSES:
+        return dict(config)
+    kept = {key: value for key, value in config.items() if key not in LEGACY_KEYS}
+    return kept | {"_class_name": LEGACY_CLASSES[config["norm_type"]]}
 
 
 def family_of(class_name: str, where: str = "config.json") -> ModelFamily:

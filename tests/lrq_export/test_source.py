@@ -42,6 +42,22 @@ def test_a_config_is_completed_by_the_defaults_of_diffusers(copy_of, tiny):
     assert open_source(folder).config["norm_eps"] == 1e-6
 
 
+def rewrite_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_config_from_before_the_family_had_a_class_of_its_own(copy_of, tiny, source):
+    """As published: PixArt-XL-2-512x512 says Transformer2DModel."""
+    folder = copy_of(tiny.source)
+    former = {"double_self_attention": False, "num_vector_embeds": None, "use_linear_projection": False}
+    rewrite_config(folder, _class_name="Transformer2DModel", norm_type="ada_norm_single", **former)
+    assert open_source(folder).config == source.config
+    rewrite_config(folder, norm_type="layer_norm")
+    with pytest.raises(InputError, match="got _class_name 'Transformer2DModel', needed one of PixArt"):
+        open_source(folder)
+
+
 def test_inputs_that_judge_are_none_that_calibrate(source, tiny):
     inputs = gather_inputs(source, tiny.recipe(), tiny.calibration, None)
     assert len(inputs.calibration["hidden_states"]) == 8
