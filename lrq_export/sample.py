@@ -72,19 +72,20 @@ def sample_prompts(
     progress: Progress | None = None,
 ) -> Path:
     """Run a whole diffusers pipeline with the package in place of its transformer; writes a PNG contact sheet."""
-    from lrq_export.calibrate.pipeline import open_pipeline, read_prompts
+    from lrq_export.calibrate.pipeline import open_pipeline, what_to_draw
 
     _check_request(out, (".png",), None, steps)
     settings = Recipe.model_validate(load_manifest(package)["recipe"]).sampling
-    steps, progress, texts = steps or settings.steps, progress or Silent(), read_prompts(prompts)
+    steps, progress = steps or settings.steps, progress or Silent()
     with stage(progress, "load", {}):
         whole = open_pipeline(pipeline)
+        subjects = what_to_draw(whole, prompts)
         whole.set_progress_bar_config(disable=True)
         whole.register_modules(transformer=None)
         whole.transformer = Counted(load(package), progress.advance)
     with stage(progress, "sample", {}, steps):
         drawn = whole(
-            texts, num_inference_steps=steps, output_type="np",
+            subjects, num_inference_steps=steps, output_type="np",
             generator=torch.Generator().manual_seed(settings.seed if seed is None else seed),
         ).images  # fmt: skip
     write_contact_sheet(out, np.transpose(drawn, (0, 3, 1, 2)) * 2 - 1)

@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib.util
+import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -41,6 +43,24 @@ def open_pipeline(path: Path):
         raise InputError(f"{path}: diffusers cannot load this pipeline: {reason}") from error
 
 
+def what_to_draw(pipeline: Any, prompts: Path) -> list[str] | list[int]:
+    """What a pipeline takes for the lines of a file: prompts as they are, classes by number or by a name it knows.
+
+    Raises InputError for a line that is no class.
+    """
+    lines = read_prompts(prompts)
+    if "class_labels" not in inspect.signature(pipeline.__call__).parameters:
+        return lines
+    numbers = getattr(pipeline, "labels", None) or {}
+    for line in lines:
+        if not line.isdecimal() and line not in numbers:
+            raise InputError(
+                f"{prompts}: got {line!r}, needed classes: the pipeline draws these and takes no prompts",
+                hint="one class a line, its number" + (f" or its name, e.g. {min(numbers)}" if numbers else ""),
+            )
+    return [int(line) if line.isdecimal() else numbers[line] for line in lines]
+
+
 def record_prompts(source: Path, prompts: Path, recipe: Recipe, beside: Path) -> Path:
     """Run the pipeline at `source` over the prompts and return the calibration file, which lies beside `beside`.
 
@@ -63,8 +83,8 @@ def record_prompts(source: Path, prompts: Path, recipe: Recipe, beside: Path) ->
         generator = torch.Generator().manual_seed(recipe.calibration.seed)
         try:
             record(
-                pipeline, texts, path, samples=samples, num_inference_steps=recipe.sampling.steps,
-                output_type="latent", generator=generator,
+                pipeline, what_to_draw(pipeline, prompts), path, samples=samples,
+                num_inference_steps=recipe.sampling.steps, output_type="latent", generator=generator,
             )  # fmt: skip
         except ValueError as error:  # what diffusers raises for inputs that a pipeline does not take
             reason = " ".join(str(error).split())

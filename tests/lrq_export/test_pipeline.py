@@ -1,5 +1,7 @@
 """A whole diffusers pipeline, tiny: recording from it, building from it, and running it on a package."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -206,6 +208,45 @@ def test_samples_of_prompts_come_out_of_the_whole_pipeline(pipeline_folder, prom
     with Image.open(written) as image:
         assert image.size == (2 * 256, 256)
         assert len(np.unique(np.asarray(image))) > 10
+
+
+@pytest.fixture(scope="module")
+def class_pipeline(pipeline_folder, tmp_path_factory):
+    """A pipeline that draws ImageNet's classes, on disk."""
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
+        patch_size=2,
+    )  # fmt: skip
+    parts = open_pipeline(pipeline_folder)
+    folder = tmp_path_factory.mktemp("classes") / "pipeline"
+    DiTPipeline(transformer, parts.vae, parts.scheduler).save_pretrained(folder)
+    index = folder / "model_index.json"  # where the published one has its names; diffusers does not save them
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": {"3": "tiger shark, tiger"}}))
+    return folder
+
+
+def test_a_pipeline_of_classes_takes_their_numbers_and_names(class_pipeline, prompts, tmp_path, monkeypatch):
+    from lrq_export import sample
+
+    prompts.write_text("7\ntiger shark\n")
+    recipe = load_recipe(overrides={"calibration.samples": "3", "sampling.steps": "2"})
+    recorded = TensorFile(record_prompts(class_pipeline, prompts, recipe, tmp_path / "package"))
+    assert set(recorded.read("class_labels").tolist()) == {7, 3, 1000}  # 1000 is guidance without a class
+    monkeypatch.setattr(sample, "load", lambda package: open_pipeline(class_pipeline).transformer)
+    monkeypatch.setattr(sample, "load_manifest", lambda package: {"recipe": recipe.model_dump(by_alias=True)})
+    written = sample.sample_prompts(tmp_path / "package", tmp_path / "s.png", class_pipeline, prompts, steps=1, seed=0)
+    with Image.open(written) as image:
+        assert image.size[0] == 2 * image.size[1]
+
+
+def test_what_is_no_class_is_refused(class_pipeline, prompts, tmp_path):
+    with pytest.raises(InputError, match=r"got 'a red cat', needed classes.*or its name, e\.g\. tiger") as caught:
+        record_prompts(class_pipeline, prompts, load_recipe(), tmp_path / "package")
+    assert str(prompts) in str(caught.value)
+    assert list(tmp_path.iterdir()) == [prompts]
 
 
 def test_prompts_and_calibration_exclude_each_other(pipeline_folder, prompts, cli, tmp_path):
