@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphs.equalizer import encode
 from lrq_export.calibrate.run import observe
 from lrq_export.comparison.activations import Clock, PerToken, PerTokenGroup, Static
 from lrq_export.comparison.inputs import LayerInput
@@ -14,6 +15,7 @@ from lrq_export.comparison.layer import treat
 from lrq_export.comparison.transforms import Fitted
 from lrq_export.comparison.treatments import TREATMENTS, treatment_of
 from lrq_export.errors import UsageError
+from lrq_export.quant.rotation import Rotation
 
 WIDTH, ROWS = 24, 16
 
@@ -113,17 +115,20 @@ def test_feedback_and_its_fit_lower_the_output_error(source):
     assert ours <= gptq * 1.05
 
 
-def test_side_data_is_counted(source):
+def test_side_data_is_counted(source, monkeypatch):
+    equalized = Rotation(WIDTH, 1, None, encode(np.ones(WIDTH)))
     with torch.no_grad():
         treated = {
             name: treat(source, treatment_of(name), 4, 8, Clock(), Fitted([source])).weight_bits
-            for name in ("rtn", "smoothquant", "q_dit", "codebook")
+            for name in ("rtn", "smoothquant", "q_dit")
         }
+        monkeypatch.setattr(Fitted, "transform", lambda *_: (equalized, "made up"))
+        treated["codebook"] = treat(source, treatment_of("codebook"), 4, 8, Clock(), Fitted([source])).weight_bits
     weights = 3 * ROWS * WIDTH
     assert treated["rtn"] == 4 * weights + 3 * ROWS * 32
     assert treated["smoothquant"] == treated["rtn"] + 16 * WIDTH
     assert treated["q_dit"] == treated["rtn"]  # one group: the width is below 128
-    assert treated["codebook"] == 4 * weights + 3 * ROWS * (32 + 8 * 16)
+    assert treated["codebook"] == 4 * weights + 3 * ROWS * (32 + 8 * 16) + 32 * WIDTH
 
 
 @pytest.mark.parametrize(("rms", "kind"), [(0.5, "Hadamard"), (1.5, "dual")])
