@@ -1,4 +1,4 @@
-"""The command line: parse, call one library function, print, exit with the code that DESIGN 5 gives each outcome."""
+"""The command line: parse, call one library function, print, exit with the code of the outcome."""
 
 import json
 import os
@@ -202,7 +202,7 @@ def compare(
     overrides = _overrides(set_ or []) | ({} if images is None else {"sampling.images": str(images)})
     settings = load_recipe(overrides=overrides)
     _check_compared(overrides)
-    _check_page(out)
+    _check_page(source, out)
     with _progress(as_json) as progress:
         report = run(
             source, chosen, bits=weight_bits, act_bits=act_bits, recipe=settings, calibration=calibration,
@@ -255,8 +255,16 @@ def _check_output(package: Path, out: Path) -> None:
         )
 
 
-def _check_page(out: Path) -> None:
+def _check_page(source: Path, out: Path) -> None:
     """Raise UsageError, before any work, for a page that cannot be written, or its figures beside it."""
+    from lrq_export.package import is_package
+
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{out}: lies in the source folder {source}", hint="write the page beside it")
+    if is_package(out.parent):
+        raise UsageError(
+            f"{out}: lies in a package, which an added file makes invalid", hint="write it beside the package"
+        )
     for path in (out, *([out.with_suffix(".json")] if out.name else [])):
         if path.is_dir():
             raise UsageError(f"{path}: is a folder, needed the name of a file", hint="choose another name")

@@ -94,7 +94,7 @@ class LayerTensors:
         return packing.Packed(record.bits, record.cols, shape, form.onnx_type, self.codes.numpy().tobytes())
 
     def integer_weight(self) -> torch.Tensor:
-        """INT8 (rows, cols), decoded as DESIGN 3 says: W = scale[row] * this."""
+        """INT8 (rows, cols), decoded as its op does (`graphs.ops`): W = scale[row] * this."""
         record = self.record
         if record.bits == names.INT8_BITS:
             return self.codes

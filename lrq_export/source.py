@@ -122,7 +122,7 @@ def gather_inputs(source: Source, recipe: Recipe, calibration: Path | None, cond
         everything = synthetic_inputs(specs, total, settings.timesteps, settings.seed, sizes=sizes)
     chosen, rest = _split(len(everything["hidden_states"]), recipe.calibration.samples)
     if not rest:
-        warnings.append("the calibration file holds too few samples to keep some apart: R1 is judged on seen inputs")
+        warnings.append("the calibration file holds too few samples to keep some apart: noise is judged on seen inputs")
         rest = chosen
     rest = [rest[i] for i in spread_rows(len(rest), EVALUATION_SAMPLES)]
     evaluation = _rows(everything, rest)

@@ -1,6 +1,6 @@
 """What the linear ops of all weight formats share: quantize each token, multiply integers, dequantize, add the bias.
 
-With a = act_bits and limit = 2^(a-1) - 1 (DESIGN.md 3), per token (the last axis of x), in float32:
+With a = act_bits and limit = 2^(a-1) - 1, per token (the last axis of x), in float32:
 
     s = max|x| / limit            an all-zero token uses s = 1: its result is the bias
     q = clamp(round_half_even(x / s), -limit, limit)

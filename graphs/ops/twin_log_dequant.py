@@ -1,7 +1,7 @@
 """TwinLogDequant: W (rows, cols) from packed twin-log codes, by shifts and adds only.
 
 A b-bit code is a sign bit (most significant) and a magnitude index q of b - 1 bits. For each (row, group, sign) three
-small integers base, step, offset are stored. With F = fraction_bits and I = integer_bits (DESIGN.md 3; equations
+small integers base, step, offset are stored. With F = fraction_bits and I = integer_bits (equations
 (7)-(10) of the LRQ-DiT paper with its log offset, made exactly representable):
 
     v = base + step q                                            exponent in units of 2^-F

@@ -51,14 +51,16 @@ def what_to_draw(pipeline: Any, prompts: Path) -> list[str] | list[int]:
     lines = read_prompts(prompts)
     if "class_labels" not in inspect.signature(pipeline.__call__).parameters:
         return lines
-    numbers = getattr(pipeline, "labels", None) or {}
-    for line in lines:
-        if not line.isdecimal() and line not in numbers:
+    number_of = getattr(pipeline, "labels", None) or {}
+    classes = range(pipeline.transformer.config.num_embeds_ada_norm)
+    chosen = [int(line) if line.isdecimal() else number_of.get(line, -1) for line in lines]
+    for line, number in zip(lines, chosen, strict=True):
+        if number not in classes:
             raise InputError(
-                f"{prompts}: got {line!r}, needed classes: the pipeline draws these and takes no prompts",
-                hint="one class a line, its number" + (f" or its name, e.g. {min(numbers)}" if numbers else ""),
+                f"{prompts}: got {line!r}, needed a class, 0 to {classes[-1]}: the pipeline takes no prompts",
+                hint="one class a line, its number" + (f" or its name, e.g. {min(number_of)}" if number_of else ""),
             )
-    return [int(line) if line.isdecimal() else numbers[line] for line in lines]
+    return chosen
 
 
 def record_prompts(source: Path, prompts: Path, recipe: Recipe, beside: Path) -> Path:

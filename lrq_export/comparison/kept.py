@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lrq_export.comparison.ranking import finite
+from lrq_export.errors import UsageError
 from lrq_export.package import write_json_atomic
 
 Setting = tuple[str, int, int]  # method, bits of weights, bits of activations
@@ -17,14 +18,24 @@ def setting_of_row(row: dict[str, Any]) -> Setting:
 
 
 def read_kept(path: Path | None, conditions: str) -> dict[str, Any] | None:
-    """The report at `path` if it was measured under `conditions`, a digest of all but methods and bits; else None."""
-    if path is None or not path.is_file():
+    """The report at `path`, if there is one, of `conditions`: a digest of all but methods and bits.
+
+    Raises UsageError for anything else at `path`: it would be lost.
+    """
+    if path is None or not path.exists():
         return None
     try:
         report = json.loads(path.read_bytes())
-    except ValueError:  # whatever it is, it is no report of ours
-        return None
-    return report if isinstance(report, dict) and report.get("conditions") == conditions else None
+    except (OSError, ValueError):
+        report = None
+    if not isinstance(report, dict) or not {"conditions", "rows"} <= report.keys():
+        raise UsageError(f"{path}: is no report of a comparison, and would be overwritten", hint="choose another name")
+    if report["conditions"] != conditions:
+        raise UsageError(
+            f"{path}: holds a comparison of another model, or of other inputs, seeds, settings, versions or machine",
+            hint="choose another name, or remove it",
+        )
+    return report
 
 
 def write_kept(path: Path | None, report: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ def compare(
     `seeds` draw `recipe.sampling.images` images each. `judge` is an ONNX classifier (see `comparison.judge`), the
     source's own `classifier.onnx` by default. `kept` is a JSON file that holds the report while it grows: what it has
     under the same conditions is not measured again, and stays in the report. Raises UsageError for unknown methods or
-    bits, InputError for bad files.
+    bits and for a `kept` that holds anything else, InputError for bad files.
     """
     recipe, progress, kept = recipe or Recipe(), progress or Silent(), Path(kept) if kept is not None else None
     treatments = [treatment_of(name) for name in dict.fromkeys(methods)]
@@ -80,7 +80,7 @@ def compare(
     judge = None if judge_file is None else Judge(judge_file)
     layers = target_layers(opened.model(), opened.family, recipe)
     files = [calibration_path(opened, files[0]), conditions_path(opened, files[1]), judge_file]
-    digest = fingerprint(opened, f"{recipe.model_dump_json()} {seeds} {describe_machine()}", files, versions())
+    digest = fingerprint(opened, f"{recipe.model_dump_json()} {list(seeds)} {describe_machine()}", files, versions())
     report = read_kept(kept, digest)
     known = {setting_of_row(row) for row in report["rows"]} if report else set()
     configurations = [(t, w, a) for w in bits for a in act_bits for t in treatments if (t.name, w, a) not in known]

@@ -1,5 +1,6 @@
 """The model families, by the `_class_name` of their config."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,15 +16,18 @@ FAMILIES: dict[str, ModelFamily] = {family.class_name: family for family in (Pix
 # Checkpoints published before diffusers 0.29 say Transformer2DModel, and which model that is by their norm_type.
 LEGACY_CLASS = "Transformer2DModel"
 LEGACY_CLASSES = {"ada_norm_single": PixArt.class_name, "ada_norm_zero": DiT.class_name}
-LEGACY_KEYS = ("double_self_attention", "num_vector_embeds", "only_cross_attention", "use_linear_projection")
 
 
 def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the `_class_name` of today, as diffusers maps it, and without keys that this class never had."""
-    if config["_class_name"] != LEGACY_CLASS or config.get("norm_type") not in LEGACY_CLASSES:
+    import diffusers
+
+    kind = config.get("norm_type")
+    if config["_class_name"] != LEGACY_CLASS or not isinstance(kind, str) or kind not in LEGACY_CLASSES:
         return dict(config)
-    kept = {key: value for key, value in config.items() if key not in LEGACY_KEYS}
-    return kept | {"_class_name": LEGACY_CLASSES[config["norm_type"]]}
+    known = inspect.signature(getattr(diffusers, LEGACY_CLASSES[kind])).parameters
+    kept = {key: value for key, value in config.items() if key in known or key.startswith("_")}
+    return kept | {"_class_name": LEGACY_CLASSES[kind]}
 
 
 def family_of(class_name: str, where: str = "config.json") -> ModelFamily:

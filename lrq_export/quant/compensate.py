@@ -131,10 +131,12 @@ def conditional_variances(second_moments: torch.Tensor) -> torch.Tensor:
 
     In the type of H: float32 is enough to tell rotations apart, and twice as fast.
     """
+    unit = float(second_moments.diagonal().mean()) or 1.0  # so that float32 holds the squares of small inputs, too
+    second_moments = second_moments / unit
     order = second_moments.diagonal().argsort(descending=True, stable=True).flip(0)
     matrix = damped(second_moments[order][:, order])
     added = float((matrix.diagonal() - second_moments.diagonal()[order]).mean())
-    return (torch.linalg.cholesky(matrix).diagonal().square() - added).clamp_min(0)[order.argsort()]
+    return (torch.linalg.cholesky(matrix).diagonal().square() - added).clamp_min(0)[order.argsort()] * unit
 
 
 def inverse_factor(matrix: torch.Tensor) -> torch.Tensor:

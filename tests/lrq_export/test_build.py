@@ -1,4 +1,4 @@
-"""A build ends with the package of DESIGN 2, and every kind of recipe goes through."""
+"""A build ends with a whole package, and every kind of recipe goes through."""
 
 import json
 

@@ -43,7 +43,7 @@ def test_lowering_leaves_the_rewritten_graph_as_it_was(package):
 
 
 def test_one_layer_is_bit_exact_against_integers_in_numpy(package, model, tmp_path):
-    """Cut the engine around one layer, feed it extreme tokens, and do DESIGN 3 by hand."""
+    """Cut the engine around one layer, feed it extreme tokens, and do the integer arithmetic by hand."""
     name = "transformer_blocks.0.ff.net.2"
     product = next(
         node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat" and node.input[1] == f"{name}.int8"

@@ -1,4 +1,4 @@
-"""What a user can get wrong with a build: one line, the right exit code, earlier results untouched (DESIGN 5)."""
+"""What a user can get wrong with a build: one line, the right exit code, earlier results untouched."""
 
 import json
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from lrq_export import record
+from lrq_export.calibrate import pipeline as pipeline_module
 from lrq_export.calibrate.inputs import load_inputs
 from lrq_export.calibrate.pipeline import open_pipeline, read_prompts, record_prompts
 from lrq_export.checkpoint import TensorFile
@@ -194,6 +195,18 @@ def test_prompts_record_a_calibration_beside_the_package_once(pipeline_folder, p
     assert len(list(tmp_path.glob("package.calibration-*.safetensors"))) == 2
 
 
+def test_other_settings_or_another_model_are_recorded_anew(pipeline_folder, class_pipeline, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("7")
+    monkeypatch.setattr(pipeline_module, "record", lambda pipeline, prompts, path, **_: path.touch())
+    recipe = load_recipe()
+    keys = ("sampling.steps", "calibration.samples", "calibration.seed")
+    recipes = [recipe, recipe, *(load_recipe(overrides={key: "3"}) for key in keys)]
+    calls = [(pipeline_folder, each) for each in recipes] + [(class_pipeline, recipe)]
+    paths = [record_prompts(folder, tmp_path / "prompts.txt", each, tmp_path / "package") for folder, each in calls]
+    assert paths[0] == paths[1]
+    assert len(set(paths)) == 5
+
+
 def test_a_pipeline_brings_its_scheduler(pipeline_folder):
     assert open_source(pipeline_folder).scheduler_config()["beta_schedule"] == "linear"
 
@@ -242,8 +255,10 @@ def test_a_pipeline_of_classes_takes_their_numbers_and_names(class_pipeline, pro
         assert image.size[0] == 2 * image.size[1]
 
 
-def test_what_is_no_class_is_refused(class_pipeline, prompts, tmp_path):
-    with pytest.raises(InputError, match=r"got 'a red cat', needed classes.*or its name, e\.g\. tiger") as caught:
+@pytest.mark.parametrize("line", ["a red cat", "1000", "99999999999999999999", "-1"])
+def test_what_is_no_class_is_refused(class_pipeline, prompts, tmp_path, line):
+    prompts.write_text(f"7\n{line}\n")
+    with pytest.raises(InputError, match=f"got '{line}', needed a class, 0 to 999.*or its name, e.g. tiger") as caught:
         record_prompts(class_pipeline, prompts, load_recipe(), tmp_path / "package")
     assert str(prompts) in str(caught.value)
     assert list(tmp_path.iterdir()) == [prompts]

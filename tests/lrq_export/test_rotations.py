@@ -170,6 +170,36 @@ def test_layers_of_one_input_are_rotated_alike(observed):
     assert done == ["query", "key", "out"]
 
 
+def test_plans_carry_the_seed_and_the_divisors_of_the_input(tmp_path):
+    """One channel 4096 times as large, its column as much smaller; an offset, and in each token one outlier."""
+
+    class Family:
+        def call(self, model, part):
+            return model(part["hidden_states"])
+
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query = torch.nn.Linear(WIDTH, ROWS)
+            self.query.weight.data[:, 7] /= 4096
+
+        def forward(self, x):
+            return self.query(x)
+
+    torch.manual_seed(0)
+    scaled, model = tokens() + 5.0, Scaled()
+    scaled[torch.arange(256), torch.randint(WIDTH, (256,))] += 100
+    scaled[:, 7] *= 4096
+    samples = {"hidden_states": scaled[:, None], "timestep": torch.zeros(256)}
+    seen = observe(Family(), model, ["query"], samples, 64, tmp_path)
+    plan = LayerPlan("query", ROWS, WIDTH, 4, WIDTH, 6, 0, None, "open")
+    (planned,) = choose_rotations([plan], seen, model.get_parameter, lambda layer: None, 3)
+    found = divisors(planned.equalizer)
+    assert planned.reason.startswith("equalized signed Hadamard: ")
+    assert planned.signs_seed == 3
+    assert np.log2(found[7] / np.median(found)) == pytest.approx(12, abs=0.5)
+
+
 ONE_BLOCK = '["adaln_single.*", "caption_projection.*", "proj_out", "transformer_blocks.1.*"]'  # is left to quantize
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from lrq_export.errors import InputError
+from lrq_export.models import current_config
 from lrq_export.package import json_bytes
 from lrq_export.source import EVALUATION_SAMPLES, fingerprint, gather_inputs, open_source
 
@@ -53,9 +54,21 @@ def test_a_config_from_before_the_family_had_a_class_of_its_own(copy_of, tiny, s
     former = {"double_self_attention": False, "num_vector_embeds": None, "use_linear_projection": False}
     rewrite_config(folder, _class_name="Transformer2DModel", norm_type="ada_norm_single", **former)
     assert open_source(folder).config == source.config
-    rewrite_config(folder, norm_type="layer_norm")
-    with pytest.raises(InputError, match="got _class_name 'Transformer2DModel', needed one of PixArt"):
-        open_source(folder)
+    for unknown in ("layer_norm", None, ["ada_norm_single"]):
+        rewrite_config(folder, norm_type=unknown)
+        with pytest.raises(InputError, match="got _class_name 'Transformer2DModel', needed one of PixArt"):
+            open_source(folder)
+
+
+def test_the_norm_tells_former_models_apart():
+    former = {"_class_name": "Transformer2DModel", "_diffusers_version": "0.12", "cross_attention_dim": None}
+    dit = current_config(former | {"norm_type": "ada_norm_zero", "num_layers": 28})
+    assert dit == {
+        "_class_name": "DiTTransformer2DModel", "_diffusers_version": "0.12", "norm_type": "ada_norm_zero",
+        "num_layers": 28,
+    }  # fmt: skip
+    assert current_config(former | {"norm_type": "ada_norm_single"})["_class_name"] == "PixArtTransformer2DModel"
+    assert current_config({"_class_name": "DiTTransformer2DModel", "extra": 1})["extra"] == 1
 
 
 def test_inputs_that_judge_are_none_that_calibrate(source, tiny):

@@ -6,6 +6,7 @@ import pytest
 
 from lrq_export.comparison.treatments import DEFAULT, TREATMENTS
 from lrq_export.errors import InputError, UsageError
+from lrq_export.package import FORMAT, MANIFEST
 from lrq_export.recipe import load_recipe
 from lrq_export.several_values import flag_before_each_value
 
@@ -122,6 +123,16 @@ def test_a_page_that_cannot_be_written_is_refused(cli, compared, tmp_path, name,
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "taken.json").mkdir()
     cli("compare", "SOURCE", "-o", tmp_path / name).refused(2, part)
+    assert compared == []
+
+
+def test_a_page_never_spoils_a_model_or_a_package(cli, compared, tiny, copy_of, tmp_path):
+    source = copy_of(tiny.source)
+    cli("compare", source, "-o", source / "config.html").refused(2, source, "lies in the source folder")
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / MANIFEST).write_text(json.dumps({"format": FORMAT}))
+    cli("compare", source, "-o", package / "report.html").refused(2, package, "lies in a package")
     assert compared == []
 
 

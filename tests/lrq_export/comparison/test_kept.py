@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lrq_export.comparison import run
+from lrq_export.errors import UsageError
 
 
 @pytest.fixture
@@ -20,11 +22,12 @@ def measure(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "_row", row)
 
-    def compare(methods, bits=(4,), seeds=(0,), **changes):
+    def compare(methods, bits=(4,), seeds=(0,), files=None, **changes):
         recipe = tiny.recipe(**{"sampling__images": "1", "sampling__steps": "2"} | changes)
+        files = {"calibration": tiny.calibration} | (files or {})
         return run.compare(
-            tiny.source, methods, bits=bits, act_bits=(8,), recipe=recipe, calibration=tiny.calibration, seeds=seeds,
-            kept=tmp_path / "kept.json",
+            tiny.source, methods, bits=bits, act_bits=(8,), recipe=recipe, seeds=seeds, kept=tmp_path / "kept.json",
+            **files,
         )  # fmt: skip
 
     return measured, compare
@@ -56,16 +59,39 @@ def test_an_interrupted_comparison_keeps_its_rows(measure, tmp_path):
     assert measured == [("tlq", 4), ("rtn", 4), ("quarot", 4)]
 
 
-@pytest.mark.parametrize("change", [{"seeds": (1,)}, {"calibration__samples": "4"}])
-def test_under_other_conditions_all_is_measured_again(measure, change):
+def other(name, tiny, tmp_path, write_calibration):
+    """What changes the conditions: settings, or a file of the same kind."""
+    if name == "calibration":
+        return {"files": {name: write_calibration(tmp_path / "other.safetensors", rows=12)}}
+    if name == "conditions":
+        rows = load_file(tiny.source / "conditions.safetensors")
+        save_file({key: tensor[:2] for key, tensor in rows.items()}, tmp_path / "other.safetensors")
+        return {"files": {name: tmp_path / "other.safetensors"}}
+    return {"seeds": {"seeds": (1,)}, "settings": {"calibration__samples": "4"}}[name]
+
+
+@pytest.mark.parametrize("name", ["seeds", "settings", "calibration", "conditions"])
+def test_what_was_measured_under_other_conditions_is_not_lost(measure, tiny, tmp_path, tiny_calibration, name):
     measured, compare = measure
     compare(["tlq"])
-    assert names(compare(["rtn", "tlq"], **change)) == [("rtn", 4), ("tlq", 4)]
-    assert measured == [("tlq", 4), ("rtn", 4), ("tlq", 4)]
+    before = (tmp_path / "kept.json").read_bytes()
+    with pytest.raises(UsageError, match="holds a comparison of another model, or of other inputs"):
+        compare(["rtn", "tlq"], **other(name, tiny, tmp_path, tiny_calibration))
+    assert measured == [("tlq", 4)]
+    assert (tmp_path / "kept.json").read_bytes() == before
+
+
+def test_a_list_of_seeds_is_as_good_as_a_tuple(measure):
+    measured, compare = measure
+    compare(["tlq"], seeds=(0,))
+    compare(["tlq"], seeds=[0])
+    assert measured == [("tlq", 4)]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"rows": []}', b"\xff"])
-def test_what_is_no_report_is_replaced(measure, tmp_path, content):
+def test_what_is_no_report_is_not_lost_either(measure, tmp_path, content):
     _, compare = measure
     (tmp_path / "kept.json").write_bytes(content)
-    assert names(compare(["tlq"])) == [("tlq", 4)]
+    with pytest.raises(UsageError, match="is no report of a comparison, and would be overwritten"):
+        compare(["tlq"])
+    assert (tmp_path / "kept.json").read_bytes() == content

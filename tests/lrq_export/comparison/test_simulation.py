@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from graphs.equalizer import encode
 from lrq_export.calibrate.run import observe
+from lrq_export.comparison import layer
 from lrq_export.comparison.activations import Clock, PerToken, PerTokenGroup, Static
 from lrq_export.comparison.inputs import LayerInput
 from lrq_export.comparison.judge import accuracy, frechet_distance
@@ -15,6 +16,7 @@ from lrq_export.comparison.layer import treat
 from lrq_export.comparison.transforms import Fitted
 from lrq_export.comparison.treatments import TREATMENTS, treatment_of
 from lrq_export.errors import UsageError
+from lrq_export.quant.compensate import DAMPING, GPTQ_DAMPING, Feedback, quantize_compensated
 from lrq_export.quant.rotation import Rotation
 
 WIDTH, ROWS = 24, 16
@@ -113,6 +115,28 @@ def test_feedback_and_its_fit_lower_the_output_error(source):
     nearest, gptq, ours = (loss(source, name, 3, 16) for name in ("tlq_nearest", "tlq_gptq", "tlq"))
     assert ours < nearest
     assert ours <= gptq * 1.05
+
+
+@pytest.mark.parametrize(
+    ("name", "dampings", "fitted"), [("rtn", [], 0), ("quarot", [GPTQ_DAMPING], 0), ("tlq", [DAMPING], 2)]
+)
+def test_published_methods_have_gptq_as_published_and_ours_is_fitted(source, monkeypatch, name, dampings, fitted):
+    made, calls = [], []
+
+    class Recorded(Feedback):
+        def __init__(self, moments, damping=DAMPING):
+            made.append(damping)
+            super().__init__(moments, damping)
+
+    def compensated(*args):
+        calls.append(args)
+        return quantize_compensated(*args)
+
+    monkeypatch.setattr(layer, "Feedback", Recorded)
+    monkeypatch.setattr(layer, "quantize_compensated", compensated)
+    with torch.no_grad():
+        treat(source, treatment_of(name), 4, 8, Clock(), Fitted([source]))
+    assert (made, len(calls)) == (dampings, fitted)
 
 
 def test_side_data_is_counted(source, monkeypatch):

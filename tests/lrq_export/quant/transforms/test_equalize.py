@@ -50,6 +50,14 @@ def test_for_weights_no_divisors_of_the_same_mean_give_less_energy(seed):
     assert energies(moment, weights, divisor)[1] <= energies(moment, weights, other)[1] * (1 + 1e-6)
 
 
+def test_both_is_the_geometric_mean_of_the_optima_and_the_default():
+    moment, weights = problem(0)
+    divisor = fit_equalizer(moment, weights).divisor.double()
+    wanted = moment.sqrt() ** 0.25 / torch.cat(weights).square().mean(0).sqrt() ** 0.75
+    torch.testing.assert_close(divisor / divisor[0], wanted / wanted[0], rtol=1e-5, atol=0)
+    assert torch.equal(fit_equalizer(moment, weights, "both").divisor, fit_equalizer(moment, weights).divisor)
+
+
 @pytest.mark.parametrize("favour", SHARES)
 def test_how_the_checkpoint_scales_its_channels_does_not_matter(favour):
     moment, weights = problem(0)
@@ -83,6 +91,15 @@ def test_the_function_stays(block, seed):
     assert (rotation.apply_inverse(rotation.apply(x)) - x).abs().max() < 1e-12 * x.abs().max()
     assert (rotation.apply(x) @ rotation.apply(weights[0]).T - exact).abs().max() > 1e-2 * exact.abs().max()
     assert rotation.parameters() == 32 * WIDTH
+    assert rotation.flops_per_token == Rotation(WIDTH, block, seed).flops_per_token + WIDTH
+
+
+def test_half_precision_is_divided_in_float32():
+    """2^-20 times 2^20: the factor or the product would be lost in float16."""
+    x = torch.full((1, 4), 2.0**-14, dtype=torch.float16)
+    rotation = Rotation(4, 1, None, encode(torch.full((4,), 2.0**-20).numpy()))
+    assert rotation.apply(x).tolist() == [[64.0] * 4]
+    assert rotation.apply(x).dtype == torch.float16
 
 
 def test_what_does_not_fit_is_refused():
