@@ -9,6 +9,7 @@ op of the dialect computes it; `lrq-export compare --methods tlq tlq_dual tlq_au
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -145,18 +146,25 @@ def choose(
     work = 2 * stacked.numel()
     sampled = stacked[torch.linspace(0, len(stacked) - 1, min(ROWS, len(stacked))).long()]
     power = float((tokens @ sampled.T).square().sum()) / len(tokens)
-    losses, scores = {}, []
-    for candidate in candidates:
+
+    def loss(candidate: Candidate) -> float:
         transform = candidate.transform
         x, weight = transform.apply(tokens), transform.apply_to_weight(sampled)
         importance = _importance(x, correlation, transform)
         lost = float((weight - quantize(weight, importance)).double().square().sum(0) @ importance)
         if act_bits != names.FLOATING_POINT:
             lost += float(((rounded_tokens(x, act_bits) - x) @ weight.T).square().sum()) / len(x)
-        losses[candidate.name] = lost / power if power else 0.0
-        share = transform.flops_per_token / work if candidate.online else 0.0
-        scores.append(losses[candidate.name] * (1 + share))
-    return Choice(candidates[scores.index(min(scores))], losses)
+        return lost / power if power else 0.0
+
+    # Most of it is many small operations, which torch's own threads do not share.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        losses = list(pool.map(loss, candidates))
+    scores = [
+        lost * (1 + (each.transform.flops_per_token / work if each.online else 0.0))
+        for each, lost in zip(candidates, losses, strict=True)
+    ]
+    best = candidates[scores.index(min(scores))]
+    return Choice(best, {each.name: lost for each, lost in zip(candidates, losses, strict=True)})
 
 
 def _importance(x: torch.Tensor, correlation: torch.Tensor | None, transform: Transform) -> torch.Tensor:
