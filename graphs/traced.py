@@ -43,9 +43,9 @@ class Signs:
 
     def magnitudes(self, width: int) -> np.ndarray:
         """Their absolute values, float32 (width,)."""
-        return (
-            np.ones(width, np.float32) if self.equalizer is None else (1 / divisors(self.equalizer)).astype(np.float32)
-        )
+        if self.equalizer is None:
+            return np.ones(width, np.float32)
+        return (1 / divisors(self.equalizer)).astype(np.float32)
 
 
 @dataclass

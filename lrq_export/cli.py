@@ -261,7 +261,7 @@ def _check_page(source: Path, out: Path) -> None:
 
     if out.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{out}: lies in the source folder {source}", hint="write the page beside it")
-    if is_package(out.parent):
+    if any(is_package(folder) for folder in out.resolve().parents):
         raise UsageError(
             f"{out}: lies in a package, which an added file makes invalid", hint="write it beside the package"
         )

@@ -191,8 +191,9 @@ def _calibrate(job: Job) -> None:
     recipe, source = job.recipe, job.source
     if (job.path / STATS).exists() and job.plans_file.exists() and Reference.exists(job.path):
         return
-    steps = recipe.sampling.steps
-    with stage(job.progress, "calibrate", job.timings, len(job.inputs.calibration["hidden_states"]) + steps):
+    work = len(job.inputs.calibration["hidden_states"]) + recipe.sampling.steps
+    work += len(job.plans) if recipe.rotation.kind == "auto" else 0
+    with stage(job.progress, "calibrate", job.timings, work):
         model = source.load(source.model())
         if not (job.path / STATS).exists():
             observe(

@@ -2,8 +2,10 @@
 
 The error is that of the layer's output, of rounded activations and of rounded weights, each with the other exact. A
 rotation that has to be computed while the model runs must earn its work: its error counts times 1 + (work of the
-rotation / work of the layers that read it). The dual transform of DuQuant is not among the candidates of a build, as no
-op of the dialect computes it; `lrq-export compare --methods tlq tlq_dual tlq_auto_dual` shows what it would be worth.
+rotation / work of the layers that read it).
+
+The dual transform of DuQuant is not among the candidates of a build: no op of the dialect computes it, and where
+`lrq-export compare --methods tlq_auto_dual` tried it, it was never the best (docs/methods.md).
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from typing import Any
 import torch
 
 from graphs import names
-from graphs.equalizer import encode
 from graphs.ops import hadamard
 from lrq_export.calibrate.observed import Observed
 from lrq_export.evaluate import ReadTensor
@@ -28,7 +29,7 @@ from lrq_export.quant.compensate import conditional_variances
 from lrq_export.quant.formats import QUANTIZERS
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.transforms.base import Identity, Transform, in_basis
-from lrq_export.quant.transforms.equalize import fit_equalizer
+from lrq_export.quant.transforms.equalize import equalizer
 from lrq_export.quant.weight import dequantize
 
 ROWS = 128  # of the weights that are tried; more change no choice
@@ -59,31 +60,30 @@ class Choice:
         return f"{self.chosen.name}: output error " + ", ".join(f"{loss:.2e} {name}" for name, loss in ranked)
 
 
-def hadamard_candidates(width: int, head_width: int | None, seed: int, equalizer: str | None = None) -> list[Candidate]:
+def hadamard_candidates(width: int, head_width: int | None, seed: int, divisors: str | None = None) -> list[Candidate]:
     """What a package can deploy: nothing, Hadamard by head (which folds), by block, full, and full with signs.
 
-    With an `equalizer`, also each of them with its channels equalized first, and equalizing alone.
+    With `divisors` (`graphs.equalizer`), also each of them with its channels equalized first, and equalizing alone.
     """
     found = [Candidate("none", Identity(width), online=False), *_rotations(width, head_width, seed, None)]
-    if equalizer is not None:
-        found.append(Candidate("equalized", Rotation(width, 1, None, equalizer), online=head_width is None))
-        found += [
-            replace(each, name=f"equalized {each.name}") for each in _rotations(width, head_width, seed, equalizer)
-        ]
+    if divisors is not None:
+        found.append(Candidate("equalized", Rotation(width, 1, None, divisors), online=head_width is None))
+        equalized = _rotations(width, head_width, seed, divisors)
+        found += [replace(each, name=f"equalized {each.name}") for each in equalized]
     return found
 
 
-def _rotations(width: int, head_width: int | None, seed: int, equalizer: str | None) -> list[Candidate]:
+def _rotations(width: int, head_width: int | None, seed: int, divisors: str | None) -> list[Candidate]:
     found = []
     if head_width is not None and width % head_width == 0 and hadamard.supported(head_width):
-        found.append(Candidate("head Hadamard", Rotation(width, head_width, None, equalizer), online=False))
+        found.append(Candidate("head Hadamard", Rotation(width, head_width, None, divisors), online=False))
     blocks = hadamard.blocks(width)[1:]
     small = [block for block in blocks[:-1] if block <= BLOCK]
     if small:
-        found.append(Candidate("block Hadamard", Rotation(width, small[-1], None, equalizer)))
+        found.append(Candidate("block Hadamard", Rotation(width, small[-1], None, divisors)))
     if blocks:
-        found.append(Candidate("full Hadamard", Rotation(width, blocks[-1], None, equalizer)))
-        found.append(Candidate("signed Hadamard", Rotation(width, blocks[-1], seed, equalizer)))
+        found.append(Candidate("full Hadamard", Rotation(width, blocks[-1], None, divisors)))
+        found.append(Candidate("signed Hadamard", Rotation(width, blocks[-1], seed, divisors)))
     return found
 
 
@@ -103,9 +103,8 @@ def choose_rotations(
     for layers in observed.siblings():
         first = plan_of[layers[0]]
         weights = [read(f"{layer}.weight") for layer in layers]
-        scaling = fit_equalizer(observed.statistics.layer(first.name).second_moment, weights)
-        equalizer = encode(scaling.divisor.numpy())
-        candidates = hadamard_candidates(first.cols, head_width(first.name), seed, equalizer)
+        divisors = equalizer(observed.statistics.layer(first.name).second_moment, weights)
+        candidates = hadamard_candidates(first.cols, head_width(first.name), seed, divisors)
         quantize = _quantizer(first)
         correlation = observed.correlation(first.name)
         choice = choose(weights, observed.tokens(first.name), correlation, candidates, first.act_bits, quantize)

@@ -13,7 +13,6 @@ import re
 import warnings
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import torch
@@ -26,7 +25,7 @@ from graphs.ops.hadamard_rotate import rotation_attributes
 from graphs.traced import LinearWeight, Signs, TracedGraph
 from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily
 from lrq_export.plan import LayerPlan
-from lrq_export.quant.rotation import hadamard_signs
+from lrq_export.quant.rotation import Rotation
 
 OUTPUT = "sample"
 # The exporter specializes a dimension whose example is 1, and merges dimensions whose examples are equal.
@@ -212,7 +211,8 @@ def _bind_signs(traced: TracedGraph, plans: list[LayerPlan]) -> None:
             signs = Signs(plan.signs_seed, plan.equalizer)
             if (plan.cols, signs) not in constants:
                 name = _signs_name(plan)
-                constants[plan.cols, signs] = gs.Constant(name, signs.magnitudes(plan.cols) * _signs_alone(plan))
+                factors = Rotation(plan.cols, plan.block, plan.signs_seed, plan.equalizer).factors
+                constants[plan.cols, signs] = gs.Constant(name, factors.float().numpy())
                 traced.signs[name] = signs
             by_layer[f"{plan.name}.signs"] = constants[plan.cols, signs]
     for node in traced.graph.nodes:
@@ -225,9 +225,3 @@ def _signs_name(plan: LayerPlan) -> str:
     if plan.equalizer is not None:
         return f"signs.{plan.name}"
     return f"signs.{plan.cols}" if plan.signs_seed is None else f"signs.{plan.cols}.{plan.signs_seed}"
-
-
-def _signs_alone(plan: LayerPlan) -> np.ndarray:
-    if plan.signs_seed is None:
-        return np.ones(plan.cols, np.float32)
-    return hadamard_signs(plan.cols, plan.signs_seed).numpy()

@@ -17,11 +17,10 @@ from functools import partial
 
 import torch
 
-from graphs.equalizer import encode
 from lrq_export.machine import describe_machine
 from lrq_export.quant import twin_log
 from lrq_export.quant.compensate import Feedback, quantize_compensated
-from lrq_export.quant.transforms.equalize import fit_equalizer
+from lrq_export.quant.transforms.equalize import equalizer
 from lrq_export.quant.weight import dequantize
 from lrq_export.rotations import choose, hadamard_candidates
 
@@ -78,8 +77,7 @@ def main() -> None:
                 what = f"block {block}: {len(weight)} x {cols}"
                 timed(WAYS[0], what, partial(fit, weight, moments.diagonal()))
                 timed(WAYS[1], what, lambda w=weight, m=moments: quantize_compensated(w, Feedback(m), fit))
-            equalizer = encode(fit_equalizer(moments.diagonal(), weights).divisor.numpy())
-            candidates = hadamard_candidates(cols, head, 0, equalizer)
+            candidates = hadamard_candidates(cols, head, 0, equalizer(moments.diagonal(), weights))
             search = partial(choose, weights, tokens, moments, candidates, 8, rounded)
             timed(WAYS[2], f"block {block}: input of {cols}", search)
     for way, seconds in sums.items():

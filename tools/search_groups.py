@@ -38,7 +38,7 @@ from lrq_export.search.evolution import (
 )
 from lrq_export.search.groups import LIMITS, OBJECTIVES, StandIns, Subject, search_space
 from lrq_export.search.state import Genome
-from lrq_export.source import CALIBRATION, calibration_path, conditions_path, fingerprint
+from lrq_export.source import CALIBRATION, conditions_path, fingerprint
 
 SCHEMA = 1
 FIXED_GROUP = 96  # what all is compared with, and what sets the budget
@@ -68,11 +68,7 @@ def name(subject: Subject, args: argparse.Namespace) -> str:
     """Says by a digest on which files the values depend."""
     source = subject.source
     judge = source.checkpoint.path / FILE
-    files = [
-        calibration_path(source, args.calibration),
-        conditions_path(source, None),
-        judge if judge.is_file() else None,
-    ]
+    files = [args.calibration, conditions_path(source, None), judge if judge.is_file() else None]
     digest = fingerprint(source, subject.recipe.model_dump_json(), files, {})
     return f"{args.objective} of {source.family.class_name} at W{args.bits}A{args.act_bits}, files {digest[:16]}"
 
@@ -184,6 +180,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None, recipe: Recipe | None = None) -> None:
     args = parser().parse_args(arguments)
+    args.calibration = args.calibration or args.source / CALIBRATION
     progress = Bar()
     try:
         check(args)

@@ -10,12 +10,6 @@ from lrq_export.comparison.ranking import finite
 from lrq_export.errors import UsageError
 from lrq_export.package import write_json_atomic
 
-Setting = tuple[str, int, int]  # method, bits of weights, bits of activations
-
-
-def setting_of_row(row: dict[str, Any]) -> Setting:
-    return row["method"], row["bits"], row["act_bits"]
-
 
 def read_kept(path: Path | None, conditions: str) -> dict[str, Any] | None:
     """The report at `path`, if there is one, of `conditions`: a digest of all but methods and bits.

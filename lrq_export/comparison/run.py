@@ -24,8 +24,9 @@ from lrq_export.calibrate.run import observe
 from lrq_export.comparison.activations import Clock
 from lrq_export.comparison.inputs import LayerInput
 from lrq_export.comparison.judge import FILE, Judge, accuracy, frechet_distance
-from lrq_export.comparison.kept import read_kept, setting_of_row, write_kept
+from lrq_export.comparison.kept import read_kept, write_kept
 from lrq_export.comparison.layer import Treated, treat
+from lrq_export.comparison.ranking import setting_of
 from lrq_export.comparison.transforms import Fitted
 from lrq_export.comparison.treatments import Treatment, treatment_of
 from lrq_export.errors import UsageError
@@ -82,7 +83,7 @@ def compare(
     files = [calibration_path(opened, files[0]), conditions_path(opened, files[1]), judge_file]
     digest = fingerprint(opened, f"{recipe.model_dump_json()} {list(seeds)} {describe_machine()}", files, versions())
     report = read_kept(kept, digest)
-    known = {setting_of_row(row) for row in report["rows"]} if report else set()
+    known = {(row["method"], *setting_of(row)) for row in report["rows"]} if report else set()
     configurations = [(t, w, a) for w in bits for a in act_bits for t in treatments if (t.name, w, a) not in known]
     if report is not None and not configurations:
         return report

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from graphs.equalizer import encode
 from graphs.ops import hadamard
 from lrq_export.comparison.inputs import LayerInput
 from lrq_export.comparison.treatments import Transforming, Treatment
@@ -15,7 +14,7 @@ from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.transforms.balance import fit_balance
 from lrq_export.quant.transforms.base import Chain, Identity, Transform
 from lrq_export.quant.transforms.dual import fit_dual
-from lrq_export.quant.transforms.equalize import fit_equalizer
+from lrq_export.quant.transforms.equalize import equalizer
 from lrq_export.quant.transforms.smooth import fit_smooth
 from lrq_export.rotations import Candidate, choose, hadamard_candidates
 
@@ -38,11 +37,8 @@ class Fitted:
         return self._once(source, treatment.smoothed, treatment.transform)
 
     def _candidates(self, source: LayerInput, kind: Transforming) -> list[Candidate]:
-        equalizer = None
-        if kind != "auto_unequalized":
-            scaling = fit_equalizer(source.correlation.diagonal(), source.weights)
-            equalizer = encode(scaling.divisor.numpy())
-        candidates = hadamard_candidates(source.width, source.head_width, SEED, equalizer)
+        divisors = None if kind == "auto_unequalized" else equalizer(source.correlation.diagonal(), source.weights)
+        candidates = hadamard_candidates(source.width, source.head_width, SEED, divisors)
         if kind == "auto_dual":
             candidates.append(Candidate("dual transform", self._once(source, False, "dual")[0]))
         return candidates

@@ -66,11 +66,15 @@ class Rotation:
         """float32 (width,) of +-1."""
         return _signs(self.width, self.seed).clone()
 
+    @property
+    def factors(self) -> torch.Tensor:
+        """signs / d float64 (width,): what `HadamardRotate` gets as its signs."""
+        return self.signs / self._divisors
+
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x R over the last axis; computed in float64 if x is, otherwise in float32; same type as x."""
         x, dtype = self._checked(x), x.dtype
-        factors = self.signs / self._divisors  # float64
-        return _transform(x * factors.to(x.dtype), self.block, inverse=False).to(dtype)
+        return _transform(x * self.factors.to(x.dtype), self.block, inverse=False).to(dtype)
 
     def apply_inverse(self, x: torch.Tensor) -> torch.Tensor:
         """x R^-1 over the last axis: undoes `apply`."""

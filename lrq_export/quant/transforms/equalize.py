@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import torch
 
+from graphs.equalizer import encode
 from lrq_export.errors import UsageError
 from lrq_export.quant.transforms.scaling import ChannelScaling
 
@@ -47,6 +48,11 @@ def fit_equalizer(second_moment: torch.Tensor, weights: Sequence[torch.Tensor], 
     of_x, of_w = SHARES[favour]
     logarithm = of_x * size_of_x.log() - of_w * size_of_w.log()
     return ChannelScaling((logarithm - logarithm.mean()).exp().float())
+
+
+def equalizer(second_moment: torch.Tensor, weights: Sequence[torch.Tensor]) -> str:
+    """The divisors of `fit_equalizer` as rotations, expressions and records hold them."""
+    return encode(fit_equalizer(second_moment, weights).divisor.numpy())
 
 
 def _bounded(sizes: torch.Tensor) -> torch.Tensor:

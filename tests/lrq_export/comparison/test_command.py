@@ -130,9 +130,10 @@ def test_a_page_never_spoils_a_model_or_a_package(cli, compared, tiny, copy_of, 
     source = copy_of(tiny.source)
     cli("compare", source, "-o", source / "config.html").refused(2, source, "lies in the source folder")
     package = tmp_path / "package"
-    package.mkdir()
+    (package / "engine").mkdir(parents=True)
     (package / MANIFEST).write_text(json.dumps({"format": FORMAT}))
-    cli("compare", source, "-o", package / "report.html").refused(2, package, "lies in a package")
+    for page in (package / "report.html", package / "engine" / "page.html"):
+        cli("compare", source, "-o", page).refused(2, page, "lies in a package")
     assert compared == []
 
 
