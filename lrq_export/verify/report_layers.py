@@ -32,7 +32,7 @@ LAYER_HEADS = (
 LAYER_TERMS = (
     ("Bits", "weight / activation; activation 16 stays in floating point"),
     ("Group", "columns that share a codebook; row = the whole row"),
-    ("Block", "channels per rotation; eq.: every channel is divided first, so that all are of one size"),
+    ("Block", "channels per rotation; eq.: channels are equalized first, divided here and multiplied in the weight"),
     ("Weight NMSE", "error of the weights alone"),
     ("Weighted", "the same, columns weighted by the input's second moment"),
     ("Output NMSE", "error of the layer's output, bar relative to the worst layer"),
