@@ -142,38 +142,55 @@ def _check_rotation(node: gs.Node, signs: gs.Tensor, traced: TracedGraph) -> Non
 
 
 def _check_weight(node: gs.Node, inputs: dict[str, gs.Tensor], traced: TracedGraph) -> None:
-    """The packed inputs and attributes of a node are those of one row of the weight table."""
+    """The packed inputs and attributes of a node are those of its rows of the weight table."""
     where, codes = _where(node), inputs["codes"].name
-    weight = traced.linears.get(codes)
-    if weight is None:
-        raise GraphError(where, f"its codes {codes!r} are in no row of the weight table", "a LinearWeight")
-    for role in names.WEIGHT_ROLES:
-        if role in inputs and inputs[role].name != weight.tensor(role):
-            raise GraphError(where, f"its {role} are {inputs[role].name!r}", repr(weight.tensor(role)))
-    for name, needed in _table_attributes(node, weight).items():
-        if node.attrs.get(name, needed) != needed:
-            raise GraphError(where, f"{name} is {node.attrs[name]}", f"{needed} as {weight.layer} in the weight table")
+    missing = [part for part in traced.parts(codes) if part not in traced.linears]
+    if missing:
+        raise GraphError(where, f"its codes {missing[0]!r} are in no row of the weight table", "a LinearWeight")
+    weights = traced.linear_parts(codes)
+    for role in [role for role in names.WEIGHT_ROLES if role in inputs]:
+        found, needed = traced.parts(inputs[role].name), tuple(weight.tensor(role) for weight in weights)
+        if found != needed:
+            raise GraphError(where, f"its {role} are {_listed(found)}", _listed(needed))
+    for weight in weights:
+        for name, needed in _table_attributes(node, weight).items():
+            if node.attrs.get(name, needed) != needed:
+                raise GraphError(
+                    where, f"{name} is {node.attrs[name]}", f"{needed} as {weight.layer} in the weight table"
+                )
+    rows = sum(weight.weight.shape[0] for weight in weights)
+    if node.attrs["rows"] != rows:
+        layers = ", ".join(weight.layer for weight in weights)
+        raise GraphError(where, f"rows is {node.attrs['rows']}", f"{rows} as {layers} in the weight table")
 
 
 def _table_attributes(node: gs.Node, weight: LinearWeight) -> dict[str, int]:
-    """What the weight table says of the attributes of a node that reads the weight."""
-    rows, cols = weight.weight.shape
-    attributes = {"rows": rows, "cols": cols, "bits": weight.bits, "group_size": weight.group_size}
+    """What the weight table says of the attributes of a node that reads the weight, but for its rows."""
+    attributes = {"cols": weight.weight.shape[1], "bits": weight.bits, "group_size": weight.group_size}
     return attributes | ({"act_bits": weight.act_bits} if is_lrq(node, *LINEAR_OPS) else {})
 
 
+def _listed(found: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, found))
+
+
 def _check_placeholders(traced: TracedGraph) -> None:
-    """Every row of the tables is a graph input that is read, of the shape that its expression has."""
+    """Every entry of the tables is a graph input that is read, or a part of one, of the shape of its expression."""
     inputs = {tensor.name: tensor for tensor in traced.graph.inputs}
-    for name in [*traced.linears, *traced.tensors]:
+    stacked = {part for parts in traced.stacks.values() for part in parts}
+    for name in [*traced.linears, *traced.tensors, *traced.stacks]:
+        if name in stacked and name in inputs:
+            raise GraphError(f"weight {name!r}", "it is a graph input and a part of another", "one of both")
+        if name in stacked:
+            continue
         if name not in inputs:
             raise GraphError(f"weight {name!r}", "the table has it but the graph does not", "a graph input")
         if not inputs[name].outputs:
             raise GraphError(f"weight {name!r}", "nobody reads it", "a reader, or the weight forgotten")
-    for name, expression in traced.tensors.items():
-        shape = _shape(inputs[name])
-        if shape != expression.shape:
-            raise GraphError(f"weight {name!r}", f"its graph input has shape {shape}", f"{expression.shape}")
+    for name in traced.float_inputs():
+        shape, needed = _shape(inputs[name]), traced.expression(name).shape
+        if shape != needed:
+            raise GraphError(f"weight {name!r}", f"its graph input has shape {shape}", f"{needed}")
 
 
 def _check_model(model: onnx.ModelProto) -> None:

@@ -25,7 +25,8 @@ def float_name(codes: str) -> str:
 
 def weight_names(traced: TracedGraph) -> dict[str, Expression]:
     """What the float model of `traced` is fed beside the model's own inputs: input name -> its weight, as float32."""
-    return {float_name(codes): weight.weight for codes, weight in traced.linears.items()} | traced.tensors
+    named = {float_name(codes): traced.expression(codes) for codes in traced.codes_inputs()}
+    return named | {name: traced.expression(name) for name in traced.float_inputs()}
 
 
 def float_model(traced: TracedGraph) -> onnx.ModelProto:
@@ -37,14 +38,14 @@ def float_model(traced: TracedGraph) -> onnx.ModelProto:
     floating = traced.copy()
     graph = floating.graph
     weights = {
-        codes: gs.Variable(float_name(codes), np.float32, weight.weight.shape)
-        for codes, weight in traced.linears.items()
+        codes: gs.Variable(float_name(codes), np.float32, traced.expression(codes).shape)
+        for codes in traced.codes_inputs()
     }
     for node in [node for node in graph.nodes if is_lrq(node, *DEQUANT_OPS)]:
         redirect_readers(node.outputs[0], weights[node.inputs[0].name])
     for node in [node for node in graph.nodes if is_lrq(node, *LINEAR_OPS)]:
         _open(graph, node, weights[node.inputs[1].name])
-    kept = [tensor for tensor in graph.inputs if tensor.name in traced.tensors]
+    kept = [tensor for tensor in graph.inputs if tensor.name in set(traced.float_inputs())]
     graph.inputs = [*floating.model_inputs(), *kept, *weights.values()]
     floating.forget_unused()
     model = gs.export_onnx(graph)

@@ -1,7 +1,7 @@
 """A graph whose weights are still expressions: what trace produces, passes rewrite and bind completes.
 
-Every weight tensor of the graph is a graph input without a value; `linears` and `tensors` say what each will be. On
-disk it is one small ONNX file, the tables as JSON in its metadata.
+Every weight tensor of the graph is a graph input without a value; `linears` and `tensors` say what each will be, and
+`stacks` which of them are the rows of one. On disk it is one small ONNX file, the tables as JSON in its metadata.
 """
 
 import copy
@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from graphs import names
 from graphs.equalizer import divisors
-from graphs.expressions import Expression, RotateOutput
+from graphs.expressions import Expression, RotateOutput, StackRows
 
 METADATA_KEY = "lrq.weights"
 
@@ -56,16 +56,41 @@ class TracedGraph:
     linears: dict[str, LinearWeight] = field(default_factory=dict)  # codes tensor -> quantized weight
     tensors: dict[str, Expression] = field(default_factory=dict)  # tensor -> weight kept in floating point
     signs: dict[str, Signs] = field(default_factory=dict)  # constant tensor that a rotation multiplies by -> its origin
+    # Graph input -> the entries of `linears` or `tensors`, or tensors of the former's roles, whose rows it stacks.
+    stacks: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def copy(self) -> "TracedGraph":
         """A copy that a pass may edit while this one stays as it is; expressions are immutable and shared."""
         graph = gs.import_onnx(gs.export_onnx(self.graph))
-        return TracedGraph(graph, dict(self.linears), dict(self.tensors), dict(self.signs))
+        return TracedGraph(graph, dict(self.linears), dict(self.tensors), dict(self.signs), dict(self.stacks))
 
     def placeholders(self) -> set[str]:
         """Names of the graph inputs that stand for weights."""
         of_linears = {weight.tensor(role) for weight in self.linears.values() for role in names.WEIGHT_ROLES}
-        return of_linears | set(self.tensors)
+        return of_linears | self.tensors.keys() | self.stacks.keys()
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The placeholders whose rows the graph input `name` stacks; itself alone if it is no stack."""
+        return self.stacks.get(name, (name,))
+
+    def codes_inputs(self) -> list[str]:
+        """The graph inputs that are codes of quantized weights, in the graph's order."""
+        return [tensor.name for tensor in self.graph.inputs if self.parts(tensor.name)[0] in self.linears]
+
+    def float_inputs(self) -> list[str]:
+        """The graph inputs that are weights kept in floating point, in the graph's order."""
+        return [tensor.name for tensor in self.graph.inputs if self.parts(tensor.name)[0] in self.tensors]
+
+    def linear_parts(self, codes: str) -> list[LinearWeight]:
+        """The weights, top rows first, of the node that reads `codes`."""
+        return [self.linears[part] for part in self.parts(codes)]
+
+    def expression(self, name: str) -> Expression:
+        """What a graph input stands for: the weight (rows, cols) of codes, or a tensor kept in floating point."""
+        first, *others = (
+            self.linears[part].weight if part in self.linears else self.tensors[part] for part in self.parts(name)
+        )
+        return first.then(StackRows(tuple(others))) if others else first
 
     def model_inputs(self) -> list[gs.Tensor]:
         """The graph inputs that the model itself has, in order: all but the placeholders."""
@@ -84,8 +109,10 @@ class TracedGraph:
         weights = self.placeholders()
         self.graph.cleanup(remove_unused_graph_inputs=False)
         sort_nodes(self.graph)
-        used = {tensor.name for node in self.graph.nodes for tensor in _read_by(node)}
-        self.graph.inputs = [t for t in self.graph.inputs if t.name in used or t.name not in weights]
+        read = {tensor.name for node in self.graph.nodes for tensor in _read_by(node)}
+        self.graph.inputs = [t for t in self.graph.inputs if t.name in read or t.name not in weights]
+        self.stacks = {name: parts for name, parts in self.stacks.items() if name in read}
+        used = read.union(*self.stacks.values())
         self.linears = {codes: weight for codes, weight in self.linears.items() if codes in used}
         self.tensors = {name: expression for name, expression in self.tensors.items() if name in used}
         self.signs = {name: signs for name, signs in self.signs.items() if name in used}
@@ -100,6 +127,7 @@ class TracedGraph:
             },
             "tensors": {name: expression.to_json() for name, expression in self.tensors.items()},
             "signs": {name: asdict(signs) for name, signs in self.signs.items()},
+            "stacks": self.stacks,
         }
         onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(tables, sort_keys=True)})
         return model
@@ -121,6 +149,7 @@ class TracedGraph:
             },
             {name: Expression.from_json(row) for name, row in tables["tensors"].items()},
             {name: Signs(**row) for name, row in tables["signs"].items()},
+            {name: tuple(parts) for name, parts in tables["stacks"].items()},
         )
 
 

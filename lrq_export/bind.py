@@ -137,10 +137,28 @@ def write_portable(traced: TracedGraph, quantized: QuantizedFile, path: Path, **
 
 
 def portable_weights(traced: TracedGraph, quantized: QuantizedFile) -> Iterator[WeightTensor]:
-    for weight in traced.linears.values():
-        yield from quantized.layer(weight.layer).onnx_weights()
-    for name in traced.tensors:
-        yield onnx_float(name, quantized.read(name))
+    """Every weight of the graph, by its name there."""
+    for codes in traced.codes_inputs():
+        yield from coded_weights(traced, quantized, codes)
+    for name in traced.float_inputs():
+        yield float_weight(traced, quantized, name)
+
+
+def coded_weights(traced: TracedGraph, quantized: QuantizedFile, codes: str) -> list[WeightTensor]:
+    """The packed tensors that a node reads with its `codes`: of one layer, or of several below each other."""
+    layers = [quantized.layer(weight.layer).onnx_weights() for weight in traced.linear_parts(codes)]
+    if codes not in traced.stacks:
+        return layers[0]
+    stack_of = {parts: name for name, parts in traced.stacks.items()}
+    return [
+        WeightTensor.stacked(stack_of[tuple(part.name for part in parts)], parts) for parts in zip(*layers, strict=True)
+    ]
+
+
+def float_weight(traced: TracedGraph, quantized: QuantizedFile, name: str) -> WeightTensor:
+    """A tensor kept in floating point, or several below each other."""
+    parts = [quantized.read(part) for part in traced.parts(name)]
+    return onnx_float(name, torch.cat(parts) if len(parts) > 1 else parts[0])
 
 
 def layer_file(folder: Path, layer: str) -> Path:
@@ -149,8 +167,7 @@ def layer_file(folder: Path, layer: str) -> Path:
 
 def _record(traced: TracedGraph, codes: str, weight: LinearWeight, plan: LayerPlan) -> LayerRecord:
     """What the rewritten graph made of a planned layer."""
-    reader = next(node for node in traced.graph.nodes if any(tensor.name == codes for tensor in node.inputs))
-    online, bias = _surroundings(reader, traced.graph)
+    online, bias = _surroundings(traced, codes)
     folded = [step for step in weight.weight.maps if isinstance(step, RotateOutput)]
     rotated_by = UNROTATED if not plan.block else ONLINE if online else FOLDED
     return LayerRecord(
@@ -158,19 +175,26 @@ def _record(traced: TracedGraph, codes: str, weight: LinearWeight, plan: LayerPl
         group_size=weight.group_size, act_bits=weight.act_bits, block=plan.block, signs_seed=plan.signs_seed,
         rotated_by=rotated_by, reason=plan.reason,
         output_rotations=[asdict(step) for step in folded],
-        bias=bias if bias in traced.tensors else None, method=plan.method, equalizer=plan.equalizer,
+        bias=bias, method=plan.method, equalizer=plan.equalizer,
     )  # fmt: skip
 
 
-def _surroundings(reader, graph) -> tuple[bool, str | None]:
-    """Whether the input of a quantized linear is rotated by a node, and the name of its bias tensor."""
+def _surroundings(traced: TracedGraph, codes: str) -> tuple[bool, str | None]:
+    """Whether the input of a quantized linear is rotated by a node, and the name of its bias, None without one."""
+    held = next(name for name in traced.codes_inputs() if codes in traced.parts(name))
+    reader = next(node for node in traced.graph.nodes if any(tensor.name == held for tensor in node.inputs))
     if is_lrq(reader, *LINEAR_OPS):
         x, bias = reader.inputs[0], reader.inputs[-1]
     else:  # activations in floating point: Dequant -> Transpose -> MatMul
-        linear = open_linear(reader.outputs[0].outputs[0].outputs[0].outputs[0], graph)
+        linear = open_linear(reader.outputs[0].outputs[0].outputs[0].outputs[0], traced.graph)
         x, bias = linear.input, linear.bias
     before = producer(x)
-    return before is not None and is_lrq(before, "HadamardRotate"), bias.name if bias is not None else None
+    online = before is not None and is_lrq(before, "HadamardRotate")
+    if bias is None:
+        return online, None
+    if bias.name in traced.stacks:
+        return online, traced.parts(bias.name)[traced.parts(held).index(codes)]
+    return online, bias.name if bias.name in traced.tensors else None
 
 
 def moments_of(observed: Observed, record: LayerRecord) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -1,6 +1,6 @@
 """Write an ONNX file whose weights arrive one at a time; past a limit they stream into external data."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,15 @@ class WeightTensor:
     def of(cls, name: str, array: np.ndarray) -> "WeightTensor":
         onnx_type = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
         return cls(name, onnx_type, array.shape, array.nbytes, lambda: np.ascontiguousarray(array).tobytes())
+
+    @classmethod
+    def stacked(cls, name: str, parts: "Sequence[WeightTensor]") -> "WeightTensor":
+        """The rows of all parts, one below the other; their bytes must be whole."""
+        first, rows = parts[0], sum(part.shape[0] for part in parts)
+        return cls(
+            name, first.onnx_type, (rows, *first.shape[1:]), sum(part.size for part in parts),
+            lambda: b"".join(part.read() for part in parts),
+        )  # fmt: skip
 
 
 def write_model(

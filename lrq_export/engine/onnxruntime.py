@@ -10,7 +10,7 @@ where a product of known sum comes out wrong.
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,11 @@ import onnx_graphsurgeon as gs
 
 from graphs.passes.patterns import LINEAR_OPS, is_lrq
 from graphs.traced import TracedGraph
+from lrq_export.bind import coded_weights, float_weight
 from lrq_export.engine.attention import CONTRIB, fuse_attention
 from lrq_export.onnx_file import WeightTensor, write_model
 from lrq_export.package import write_json_atomic
-from lrq_export.quantized import QuantizedFile, onnx_float
+from lrq_export.quantized import QuantizedFile
 
 MODEL = "model.onnx"
 SESSION = "session.json"
@@ -36,15 +37,15 @@ SMALLEST = np.finfo(np.float32).tiny  # stands in for the scale of an all-zero t
 def build_engine(traced: TracedGraph, quantized: QuantizedFile, folder: Path, **options) -> int:
     """Write engine/onnxruntime/model.onnx and session.json. Returns the bytes of its weights."""
     lowered = traced.copy()
-    layers = lower_linears(lowered)
+    products = lower_linears(lowered)
     fuse_attention(lowered.graph)
     lowered.forget_unused()
     model = lowered.to_onnx()
     if not any(entry.domain == CONTRIB for entry in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
-    total = write_model(folder / MODEL, model, engine_weights(lowered, quantized, layers), **options)
+    total = write_model(folder / MODEL, model, engine_weights(lowered, quantized, products), **options)
     # Without an integer product the option has nothing to do, and ONNX Runtime 1.31 fails to load 2-bit bodies with it.
-    config = EXACT_PRODUCTS if layers else {}
+    config = EXACT_PRODUCTS if products else {}
     write_json_atomic(folder / SESSION, {"config_where_products_saturate": config, "providers": PROVIDERS})
     return total
 
@@ -91,23 +92,23 @@ def products_saturate() -> bool:
     return bool((sums != 64 * 255 * 127).any())
 
 
-def lower_linears(traced: TracedGraph) -> list[str]:
-    """Replace every TwinLogLinear and its siblings by standard and contrib ops; returns the names of their layers.
+def lower_linears(traced: TracedGraph) -> dict[str, list[str]]:
+    """Replace every TwinLogLinear and its siblings by standard and contrib ops.
 
-    Siblings that read one input share its quantization.
+    Nodes that read one input share its quantization. Returns the names of the products, and for each the layers whose
+    rows its weight has.
     """
-    graph, quantized_inputs, layers = traced.graph, {}, []
+    graph, quantized_inputs, products = traced.graph, {}, {}
     for node in [node for node in graph.nodes if is_lrq(node, *LINEAR_OPS)]:
-        layer = traced.linears[node.inputs[1].name].layer
+        name, codes = node.inputs[1].name.removesuffix(".codes"), node.inputs[1].name
         x, act_bits = node.inputs[0], int(node.attrs["act_bits"])
         key = (id(x), act_bits)
         if key not in quantized_inputs:
-            quantized_inputs[key] = _quantize_tokens(graph, x, act_bits, f"{layer}.x")
-        codes, token_scale = quantized_inputs[key]
-        _integer_product(graph, node, layer, codes, token_scale)
-        layers.append(layer)
+            quantized_inputs[key] = _quantize_tokens(graph, x, act_bits, f"{name}.x")
+        _integer_product(graph, node, name, *quantized_inputs[key])
+        products[name] = [weight.layer for weight in traced.linear_parts(codes)]
     traced.forget_unused()
-    return layers
+    return products
 
 
 def _quantize_tokens(graph: gs.Graph, x: gs.Tensor, act_bits: int, prefix: str) -> tuple[gs.Variable, gs.Variable]:
@@ -136,41 +137,43 @@ def _quantize_tokens(graph: gs.Graph, x: gs.Tensor, act_bits: int, prefix: str) 
     return codes, token_scale
 
 
-def _integer_product(graph: gs.Graph, node: gs.Node, layer: str, codes: gs.Variable, token_scale: gs.Variable) -> None:
+def _integer_product(graph: gs.Graph, node: gs.Node, name: str, codes: gs.Variable, token_scale: gs.Variable) -> None:
     """y = (codes - 128) wᵀ · row_scale · token_scale + bias, into the output that `node` had."""
     rows, cols = int(node.attrs["rows"]), int(node.attrs["cols"])
-    weight = gs.Variable(f"{layer}.int8", np.int8, (cols, rows))
+    weight = gs.Variable(f"{name}.int8", np.int8, (cols, rows))
     graph.inputs.append(weight)
     scale, bias = node.inputs[-2], node.inputs[-1]
-    one = gs.Constant(f"{layer}.unit", np.array(1, np.float32))
-    zero_point = gs.Constant(f"{layer}.zero_point", np.array(ZERO_POINT, np.uint8))
-    in_rows, in_tokens = (gs.Variable(f"{layer}.{part}", np.float32) for part in ("in_rows", "in_tokens"))
+    one = gs.Constant(f"{name}.unit", np.array(1, np.float32))
+    zero_point = gs.Constant(f"{name}.zero_point", np.array(ZERO_POINT, np.uint8))
+    in_rows, in_tokens = (gs.Variable(f"{name}.{part}", np.float32) for part in ("in_rows", "in_tokens"))
     outputs = list(node.outputs)
     node.outputs.clear()
     graph.nodes += [
         gs.Node(
-            "MatMulIntegerToFloat", f"{layer}.product", {}, [codes, weight, one, scale, zero_point], [in_rows],
+            "MatMulIntegerToFloat", f"{name}.product", {}, [codes, weight, one, scale, zero_point], [in_rows],
             domain=CONTRIB,
         ),
-        gs.Node("Mul", f"{layer}.Tokens", {}, [in_rows, token_scale], [in_tokens]),
-        gs.Node("Add", f"{layer}.Bias", {}, [in_tokens, bias], outputs),
+        gs.Node("Mul", f"{name}.Tokens", {}, [in_rows, token_scale], [in_tokens]),
+        gs.Node("Add", f"{name}.Bias", {}, [in_tokens, bias], outputs),
     ]  # fmt: skip
 
 
-def engine_weights(traced: TracedGraph, quantized: QuantizedFile, layers: list[str]) -> Iterator[WeightTensor]:
-    """Every weight of a graph that `lower_linears` lowered, `layers` being what that returned."""
-    lowered = set(layers)
-    for name in layers:
-        record = quantized.records[name]
-        shape = (record.cols, record.rows)
+def engine_weights(
+    traced: TracedGraph, quantized: QuantizedFile, products: Mapping[str, Sequence[str]]
+) -> Iterator[WeightTensor]:
+    """Every weight of a graph that `lower_linears` lowered, `products` being what that returned."""
+    for name, layers in products.items():
+        records = [quantized.records[layer] for layer in layers]
+        rows, cols = sum(record.rows for record in records), records[0].cols
 
-        def read(name=name) -> bytes:
-            return np.ascontiguousarray(quantized.layer(name).integer_weight().numpy().T).tobytes()
+        def read(layers=layers) -> bytes:
+            weight = np.concatenate([quantized.layer(layer).integer_weight().numpy() for layer in layers])
+            return np.ascontiguousarray(weight.T).tobytes()
 
-        yield WeightTensor(f"{name}.int8", onnx.TensorProto.INT8, shape, record.rows * record.cols, read)
-        yield WeightTensor.of(f"{name}.scale", quantized.read(f"{name}.scale").numpy())
-    for weight in traced.linears.values():  # activations in floating point: these keep their codes and bodies
-        if weight.layer not in lowered:
-            yield from quantized.layer(weight.layer).onnx_weights()
-    for name in traced.tensors:
-        yield onnx_float(name, quantized.read(name))
+        yield WeightTensor(f"{name}.int8", onnx.TensorProto.INT8, (cols, rows), rows * cols, read)
+        scales = [quantized.read(f"{layer}.scale").numpy() for layer in layers]
+        yield WeightTensor.of(f"{name}.scale", np.concatenate(scales))
+    for codes in traced.codes_inputs():  # activations in floating point: these keep their codes and bodies
+        yield from coded_weights(traced, quantized, codes)
+    for name in traced.float_inputs():
+        yield float_weight(traced, quantized, name)

@@ -14,8 +14,8 @@ import onnx
 import torch
 from torch import nn
 
-from graphs import names
-from graphs.passes.patterns import LINEAR_OPS
+from graphs.passes.patterns import LINEAR_OPS, is_lrq
+from graphs.traced import TracedGraph
 from lrq_export.models.base import ModelFamily
 from lrq_export.quant.linear import QuantizedLinear
 from lrq_export.verify.array_file import ArrayFile
@@ -26,10 +26,14 @@ OUTPUT = "sample"
 FORCED = ".forced"  # suffix of the graph inputs that stand in for the inputs of quantized layers
 
 
-def layer_inputs(portable: onnx.ModelProto) -> dict[str, str]:
-    """For every quantized layer of model.onnx the name of the tensor it reads; the engine keeps these names."""
-    linears = [node for node in portable.graph.node if node.domain == names.DOMAIN and node.op_type in LINEAR_OPS]
-    return {node.input[1].removesuffix(".codes"): node.input[0] for node in linears}
+def layer_inputs(traced: TracedGraph) -> dict[str, str]:
+    """For every layer with an integer product the name of the tensor it reads; model.onnx and the engine keep these."""
+    return {
+        weight.layer: node.inputs[0].name
+        for node in traced.graph.nodes
+        if is_lrq(node, *LINEAR_OPS)
+        for weight in traced.linear_parts(node.inputs[1].name)
+    }
 
 
 @torch.no_grad()

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from torch import nn
 
 from lrq_export.models.base import InputSpec, ModelFamily
-from lrq_export.package import MODEL
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe
+from lrq_export.saved_graphs import rewritten_graph
 from lrq_export.source import Source
 from lrq_export.verify import forced, ladder
 from lrq_export.verify.reference import Reference
@@ -51,7 +50,7 @@ class Subject:
     @cached_property
     def tensor_of(self) -> dict[str, str]:
         """For every quantized layer the tensor of model.onnx that it reads; the engine keeps these names."""
-        return forced.layer_inputs(onnx.load(self.package / MODEL, load_external_data=False))
+        return forced.layer_inputs(rewritten_graph(self.package))
 
 
 def quantized_model(family: ModelFamily, config: dict[str, Any], quantized: QuantizedFile) -> nn.Module:

@@ -87,7 +87,8 @@ def _run(traced: TracedGraph, fed: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def _source(traced: TracedGraph) -> Callable[[str], torch.Tensor]:
-    shapes = {each.source: each.source_shape for each in weight_names(traced).values()}
+    tables = [weight.weight for weight in traced.linears.values()] + list(traced.tensors.values())
+    shapes = {each.source: each.source_shape for each in tables}
 
     def read(name: str) -> torch.Tensor:
         spread = shapes[name][-1] ** -0.5 if len(shapes[name]) > 1 else 0.5

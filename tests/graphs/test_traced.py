@@ -42,7 +42,7 @@ def test_the_table_of_a_codebook_is_a_placeholder(parse):
 def test_onnx_round_trip_keeps_everything(traced, difference):
     model = traced.to_onnx()
     again = TracedGraph.from_onnx(onnx.load_from_string(model.SerializeToString()))
-    assert (again.linears, again.tensors, again.signs) == (traced.linears, traced.tensors, traced.signs)
+    assert vars(again) | {"graph": None} == vars(traced) | {"graph": None}
     assert again.to_onnx() == model
     assert difference(traced, again) == 0
 

@@ -98,6 +98,8 @@ def test_keeps_the_function_of_a_network_without_rotations(parse, difference, ea
     fired = rewrite(traced)
     assert fired["fold_rotation_into_value"] == sum(block.folds for block in each)
     assert fired["make_linear"] == len(traced.linears)
+    attends = [block for block in each if block.kind != "mlp"]
+    assert fired["merge_projections"] == len(attends)
     assert difference(plain, traced) <= 1e-10
 
 
@@ -172,6 +174,7 @@ def structure(traced) -> tuple:
     """All of a graph but the names of nodes and inner tensors and the order of nodes: equal iff the graphs are."""
     weights = {codes: repr(weight) for codes, weight in traced.linears.items()}
     weights |= {name: repr(each) for name, each in traced.tensors.items()}
+    weights |= {name: repr(parts) for name, parts in traced.stacks.items()}
     number: dict[tuple, int] = {}
     seen: dict[int, int] = {}
 

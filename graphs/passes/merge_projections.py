@@ -1,0 +1,153 @@
+"""Rewrite the projections of one input that meet in one attention into a single linear layer and a Split.
+
+    q = TwinLogLinear(x, Wq), k = TwinLogLinear(x, Wk), v = TwinLogLinear(x, Wv)
+        ->  q, k, v = Split(TwinLogLinear(x, [Wq; Wk; Wv]), axis = -1)
+
+x is quantized once, and one wide product keeps more of the machine busy than three narrow ones. An attention is a
+product of a Softmax with values; its projections are the linear layers nearest above its queries, keys and values.
+Those of other attentions are left apart even where they read the same tensor (every block's text keys and values do):
+merged, all of them would be held from the first block to the last.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphs import names
+from graphs.ops import OPS, packing
+from graphs.passes.patterns import LINEAR_OPS, is_graph_output, is_lrq, producer
+from graphs.passes.result import PassResult
+from graphs.traced import TracedGraph
+
+
+def merge_projections(traced: TracedGraph) -> PassResult:
+    result, graph = PassResult(), traced.graph
+    taken: set[int] = set()
+    for softmax in [node for node in graph.nodes if node.op == "Softmax" and not node.domain]:
+        for siblings in _siblings(projections(softmax)):
+            obstacle = _obstacle(siblings, traced, taken)
+            if obstacle is not None:
+                result.skip(siblings[0], obstacle)
+                continue
+            taken |= {id(node) for node in siblings}
+            _merge(siblings, traced)
+            result.fired += 1
+    if result.fired:
+        traced.forget_unused()
+    return result
+
+
+def projections(softmax: gs.Node) -> list[gs.Node]:
+    """The linear layers nearest above queries, keys and values of the attention around `softmax`, in this order.
+
+    Empty unless the softmax is of a product, plus a mask perhaps, and multiplied with something.
+    """
+    scores = producer(softmax.inputs[0])
+    if scores is not None and scores.op == "Add":
+        scores = next((each for each in map(producer, scores.inputs) if each is not None and each.op == "MatMul"), None)
+    mixed = [reader for reader in softmax.outputs[0].outputs if reader.op == "MatMul"]
+    if scores is None or scores.op != "MatMul" or len(mixed) != 1 or mixed[0].inputs[0] is not softmax.outputs[0]:
+        return []
+    operands = (*scores.inputs, mixed[0].inputs[1])
+    return list({id(node): node for operand in operands for node in _nearest_linears(operand)}.values())
+
+
+def _nearest_linears(tensor: gs.Tensor) -> Iterator[gs.Node]:
+    """The linear nodes that `tensor` is computed from without another one between."""
+    seen, stack = set(), [tensor]
+    while stack:
+        node = producer(stack.pop())
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if is_lrq(node, *LINEAR_OPS):
+            yield node
+        else:
+            stack += node.inputs
+
+
+def _siblings(nodes: list[gs.Node]) -> list[list[gs.Node]]:
+    """Those that read one input in one way, two or more of them."""
+    groups: dict[tuple, list[gs.Node]] = {}
+    for node in nodes:
+        attributes = tuple(sorted((key, value) for key, value in node.attrs.items() if key != "rows"))
+        groups.setdefault((id(node.inputs[0]), node.op, attributes), []).append(node)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _obstacle(siblings: list[gs.Node], traced: TracedGraph, taken: set[int]) -> str | None:
+    """Why these may not become one; None if they may."""
+    if len({isinstance(node.inputs[-1], gs.Constant) for node in siblings}) > 1:
+        return "some of these projections have a bias and others have none"
+    for node in siblings:
+        if id(node) in taken or node.inputs[1].name in traced.stacks:
+            return f"{node.name} is merged with others already"
+        if any(len(tensor.outputs) != 1 for tensor in node.inputs[1:]):
+            return f"a weight of {node.name} is also read elsewhere"
+        if is_graph_output(node.outputs[0], traced.graph):
+            return f"{node.name} is an output of the graph"
+        if not isinstance(node.inputs[-1], gs.Constant) and node.inputs[-1].name not in traced.tensors:
+            return f"the bias of {node.name} is not a weight"
+        if not _fills_bytes(node):
+            return f"the codes of {node.name} do not fill whole bytes"
+    return None
+
+
+def _fills_bytes(node: gs.Node) -> bool:
+    """Whether the packed codes of a linear node end with a byte, so that others can follow."""
+    bits = node.attrs.get("bits", names.INT8_BITS)
+    if bits == names.INT8_BITS:
+        return True
+    form = packing.layout(bits)
+    return math.prod(form.shape(node.attrs["rows"], node.attrs["cols"])) * form.element_bits % 8 == 0
+
+
+def _merge(siblings: list[gs.Node], traced: TracedGraph) -> None:
+    graph, first = traced.graph, siblings[0]
+    name = _common_name([traced.linears[node.inputs[1].name].layer for node in siblings])
+    rows = [int(node.attrs["rows"]) for node in siblings]
+    packed = [
+        _stack(traced, f"{name}.{tensor.name}", [node.inputs[place] for node in siblings])
+        for place, tensor in enumerate(OPS[first.op].inputs)
+        if tensor.name in names.WEIGHT_ROLES
+    ]
+    bias = _stacked_bias(traced, name, siblings)
+    shape = first.outputs[0].shape
+    merged = gs.Variable(f"{name}.merged", first.outputs[0].dtype, None if shape is None else [*shape[:-1], sum(rows)])
+    outputs = [node.outputs[0] for node in siblings]
+    for node in siblings:
+        node.outputs.clear()
+    graph.nodes += [
+        gs.Node(
+            first.op, name, dict(first.attrs) | {"rows": sum(rows)}, [first.inputs[0], *packed, bias], [merged],
+            domain=names.DOMAIN,
+        ),
+        gs.Node(
+            "Split", f"{name}.split", {"axis": -1}, [merged, gs.Constant(f"{name}.rows", np.array(rows))], outputs
+        ),
+    ]  # fmt: skip
+
+
+def _stack(traced: TracedGraph, name: str, parts: list[gs.Tensor]) -> gs.Variable:
+    """A new graph input for the rows of `parts`."""
+    stacked = gs.Variable(name, parts[0].dtype, [sum(part.shape[0] for part in parts), *parts[0].shape[1:]])
+    traced.stacks[name] = tuple(part.name for part in parts)
+    traced.graph.inputs.append(stacked)
+    return stacked
+
+
+def _stacked_bias(traced: TracedGraph, name: str, siblings: list[gs.Node]) -> gs.Tensor:
+    biases = [node.inputs[-1] for node in siblings]
+    if isinstance(biases[0], gs.Constant):  # zeros: none of the layers has one
+        return gs.Constant(f"{name}.no_bias", np.concatenate([bias.values for bias in biases]))
+    return _stack(traced, f"{name}.bias", biases)
+
+
+def _common_name(layers: list[str]) -> str:
+    """`attn1.to_q, attn1.to_k` -> `attn1.to_q+to_k`."""
+    parent = layers[0].rpartition(".")[0]
+    if parent and all(layer.rpartition(".")[0] == parent for layer in layers):
+        return f"{parent}.{'+'.join(layer.rpartition('.')[2] for layer in layers)}"
+    return "+".join(layers)

@@ -1,0 +1,258 @@
+from dataclasses import replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from graphs.checks import GraphError, check, check_preserved
+from graphs.expressions import StackRows
+from graphs.passes import make_linear, merge_projections
+
+SELF = """
+attention (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
+<int64[4] split = {0, 0, 2, 12}, int64[3] merge = {0, 0, 24}>
+{
+    q = Linear<rows = 24, cols = 24>(x)
+    k = Linear<rows = 24, cols = 24>(x)
+    v = Linear<rows = 24, cols = 24>(x)
+    q4 = Reshape(q, split)
+    k4 = Reshape(k, split)
+    v4 = Reshape(v, split)
+    qh = Transpose<perm = [0, 2, 1, 3]>(q4)
+    kh = Transpose<perm = [0, 2, 3, 1]>(k4)
+    vh = Transpose<perm = [0, 2, 1, 3]>(v4)
+    scores = MatMul(qh, kh)
+    p = Softmax(scores)
+    mixed = MatMul(p, vh)
+    back = Transpose<perm = [0, 2, 1, 3]>(mixed)
+    merged = Reshape(back, merge)
+    y = Linear<rows = 24, cols = 24>(merged)
+}
+"""
+Q, K, V = (f"{name} = Linear<rows = 24, cols = 24>(x)" for name in "qkv")
+
+
+def edited(text, *edits):
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+CROSS = edited(
+    SELF,
+    ("24] x)", "24] x, float[batch, text, 20] caption)"),
+    (K, "k = Linear<rows = 24, cols = 20>(caption)"),
+    (V, "v = Linear<rows = 24, cols = 20>(caption)"),
+)
+# Text, the stacked codes of every layer that is merged.
+FIRES = {
+    "self-attention": (SELF, [("q", "k", "v")]),
+    "cross-attention": (CROSS, [("k", "v")]),
+    "no biases": (SELF.replace("rows = 24,", "bias = 0, rows = 24,"), [("q", "k", "v")]),
+    "8 bits": (SELF.replace("rows = 24,", "bits = 8, rows = 24,"), [("q", "k", "v")]),
+    "3 bits": (SELF.replace("rows = 24,", "bits = 3, rows = 24,"), [("q", "k", "v")]),
+    "a codebook": (SELF.replace("rows = 24,", "codebook = 1, rows = 24,"), [("q", "k", "v")]),
+    "masked": (
+        edited(
+            SELF,
+            ("24] x)", "24] x, float[batch, 1, 1, tokens] mask)"),
+            ("p = Softmax(scores)", "masked = Add(mask, scores) p = Softmax(masked)"),
+        ),
+        [("q", "k", "v")],
+    ),
+    "scaled and normalized queries": (
+        edited(
+            SELF,
+            ("merge = {0, 0, 24}", "merge = {0, 0, 24}, float[1] half = {0.5}"),
+            ("qh = Transpose<perm = [0, 2, 1, 3]>(q4)", "qr = Transpose<perm = [0, 2, 1, 3]>(q4) qs = Mul(qr, half) "
+             "squares = Mul(qs, qs) sums = Sqrt(squares) qh = Add(qs, sums)"),
+        ),
+        [("q", "k", "v")],
+    ),
+    "a query of another width of activations": (
+        edited(SELF, (Q, "q = Linear<rows = 24, act_bits = 6, cols = 24>(x)")), [("k", "v")]),
+    "a query in floating point": (
+        edited(SELF, (Q, "q = Linear<rows = 24, act_bits = 16, cols = 24>(x)")), [("k", "v")]),
+    "a value of 8 bits": (
+        edited(SELF, (V, "v = Linear<rows = 24, bits = 8, cols = 24>(x)")), [("q", "k")]),
+    "text and image in one attention": (
+        edited(
+            SELF,
+            ("24] x)", "24] x, float[batch, text, 20] caption)"),
+            ("k4 = Reshape(k, split)", "tk = Linear<rows = 24, cols = 20>(caption) ka = Concat<axis = 1>(tk, k) "
+             "k4 = Reshape(ka, split)"),
+            ("v4 = Reshape(v, split)", "tv = Linear<rows = 24, cols = 20>(caption) va = Concat<axis = 1>(tv, v) "
+             "v4 = Reshape(va, split)"),
+        ),
+        [("q", "k", "v"), ("tk", "tv")],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=FIRES.values(), ids=FIRES.keys())
+def case(request, parse):
+    text, stacks = request.param
+    traced = parse(text)
+    make_linear(traced)
+    return traced, stacks
+
+
+def stacked_layers(traced):
+    stacks = [parts for name, parts in traced.stacks.items() if name.endswith(".codes")]
+    return sorted(tuple(part.removesuffix(".codes") for part in parts) for parts in stacks)
+
+
+def test_merges_what_meets_in_an_attention_and_keeps_the_function(case, difference):
+    traced, stacks = case
+    before = traced.copy()
+    assert merge_projections(traced).fired == len(stacks)
+    assert stacked_layers(traced) == sorted(stacks)
+    assert sum(node.op == "Split" for node in traced.graph.nodes) == len(stacks)
+    check(traced)
+    check_preserved(before, traced)
+    assert traced.linears == before.linears  # each is still quantized by itself
+    assert difference(before, traced) <= 1e-12
+
+
+def test_merging_again_does_nothing(case):
+    traced, _ = case
+    merge_projections(traced)
+    before = traced.to_onnx()
+    assert merge_projections(traced).fired == 0
+    assert traced.to_onnx() == before
+
+
+def test_a_merged_graph_survives_a_round_trip(case, difference):
+    traced, _ = case
+    merge_projections(traced)
+    again = type(traced).from_onnx(traced.to_onnx())
+    assert again.stacks == traced.stacks
+    check(again)
+    assert difference(traced, again) == 0
+
+
+def test_two_attentions_on_one_text_keep_their_own(parse):
+    """Their keys and values would otherwise all be computed at the first."""
+    second = edited(
+        CROSS[CROSS.index("{\n    q =") + 1 :].replace("}", ""),
+        ("q = Linear<rows = 24, cols = 24>(x)", "q = Linear<rows = 24, cols = 24>(y)"),
+    )
+    for name in ("q", "k", "v", "q4", "k4", "v4", "qh", "kh", "vh", "scores", "p", "mixed", "back", "merged", "y"):
+        second = second.replace(f" {name} =", f" {name}_2 =").replace(f"({name},", f"({name}_2,")
+        second = second.replace(f"({name})", f"({name}_2)").replace(f", {name})", f", {name}_2)")
+    second = second.replace("(y_2)", "(y)")
+    text = CROSS.rstrip().removesuffix("}") + second + "}"
+    traced = parse(text.replace("=> (float[batch, tokens, 24] y)", "=> (float[batch, tokens, 24] y_2)"))
+    make_linear(traced)
+    assert merge_projections(traced).fired == 2
+    assert stacked_layers(traced) == [("k", "v"), ("k_2", "v_2")]
+
+
+def test_the_rows_are_those_of_query_key_and_value_in_this_order(parse):
+    traced = parse(SELF)
+    make_linear(traced)
+    merge_projections(traced)
+    (codes,) = [name for name in traced.codes_inputs() if name in traced.stacks]
+    expression = traced.expression(codes)
+    assert (expression.source, expression.shape) == ("q.weight", (72, 24))
+    assert [other.source for step in expression.maps for other in step.others] == ["k.weight", "v.weight"]
+    assert isinstance(expression.maps[0], StackRows)
+    assert codes == "q+k+v.codes"
+
+
+A_BIAS_MISSING = "some of these projections have a bias and others have none"
+NOT = {
+    "one input each": (
+        [(K, "ax = Abs(x) k = Linear<rows = 24, cols = 24>(ax)"),
+         (V, "rx = Relu(x) v = Linear<rows = 24, cols = 24>(rx)")],
+        None,
+    ),
+    "no attention": ([("p = Softmax(scores)", "p = Relu(scores)")], None),
+    "the softmax is of one projection": (
+        [("scores = MatMul(qh, kh)", "scores = Abs(qh)"), ("MatMul(p, vh)", "Mul(p, vh)")], None),
+    "the probabilities are the right operand": ([("MatMul(p, vh)", "MatMul(kh, p)"), ("(mixed)", "(qh)")], None),
+    "a bias beside none": ([(K, "k = Linear<rows = 24, bias = 0, cols = 24>(x)")], A_BIAS_MISSING),
+    "an output of the graph": ([("24] y)", "24] y, float[batch, tokens, 24] k)")], "k is an output of the graph"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("edits", "reason"), NOT.values(), ids=NOT.keys())
+def test_does_not_fire_and_says_why(parse, edits, reason):
+    traced = parse(edited(SELF, *edits))
+    make_linear(traced)
+    before = traced.to_onnx()
+    result = merge_projections(traced)
+    assert result.fired == 0
+    assert list(result.reasons()) == ([] if reason is None else [reason])
+    assert traced.to_onnx() == before
+
+
+def test_half_filled_bytes_are_not_stacked(parse):
+    """15 x 15 codes of 4 bits end in the middle of a byte."""
+    odd = SELF.replace("24", "15").replace("2, 12}", "3, 5}")
+    traced = parse(odd)
+    make_linear(traced)
+    result = merge_projections(traced)
+    assert list(result.reasons()) == ["the codes of q do not fill whole bytes"]
+
+
+def test_a_weight_that_another_layer_reads_is_left_alone(parse):
+    traced = parse(SELF)
+    make_linear(traced)
+    key = next(node for node in traced.graph.nodes if node.name == "k")
+    copy = gs.Variable("copy", np.float32, ["batch", "tokens", 24])
+    traced.graph.nodes.append(gs.Node(key.op, "twin", dict(key.attrs), list(key.inputs), [copy], domain="lrq"))
+    assert list(merge_projections(traced).reasons()) == ["a weight of k is also read elsewhere"]
+
+
+# What a wrong merge would do: each must show in the function or be refused.
+def swapped(traced):
+    name = "q+k+v.codes"
+    for stack in list(traced.stacks):
+        first, second, third = traced.stacks[stack]
+        traced.stacks[stack] = (second, first, third)
+    assert name in traced.stacks
+
+
+def biases_swapped(traced):
+    first, second, third = traced.stacks["q+k+v.bias"]
+    traced.stacks["q+k+v.bias"] = (first, third, second)
+
+
+def outputs_swapped(traced):
+    split = next(node for node in traced.graph.nodes if node.op == "Split")
+    split.outputs = [split.outputs[1], split.outputs[0], split.outputs[2]]
+
+
+@pytest.mark.parametrize("wrong", [swapped, biases_swapped, outputs_swapped])
+def test_a_wrong_merge_changes_the_function(parse, difference, wrong):
+    traced = parse(SELF)
+    make_linear(traced)
+    before = traced.copy()
+    merge_projections(traced)
+    wrong(traced)
+    check(traced)
+    assert difference(before, traced) > 1e-3
+
+
+def test_check_refuses_stacks_that_do_not_belong_together(parse):
+    traced = parse(SELF)
+    make_linear(traced)
+    merge_projections(traced)
+    scale = traced.stacks["q+k+v.scale"]
+    traced.stacks["q+k+v.scale"] = scale[::-1]
+    with pytest.raises(GraphError, match=r"its scale are 'v\.scale', 'k\.scale', 'q\.scale', needed 'q\.scale'"):
+        check(traced)
+    traced.stacks["q+k+v.scale"] = scale
+    traced.linears["k.codes"] = replace(traced.linears["k.codes"], bits=3)
+    with pytest.raises(GraphError, match="bits is 4, needed 3 as k in the weight table"):
+        check(traced)
+    traced.linears["k.codes"] = replace(traced.linears["k.codes"], bits=4)
+    traced.stacks["q+k+v.bias"] += ("y_bias",)
+    with pytest.raises(GraphError, match="'y_bias': it is a graph input and a part of another, needed one of both"):
+        check(traced)
+    traced.stacks["q+k+v.bias"] = traced.stacks["q+k+v.bias"][:2]
+    del traced.tensors["v_bias"]
+    with pytest.raises(GraphError, match=r"its graph input has shape \(72,\), needed \(48,\)"):
+        check(traced)
