@@ -25,6 +25,7 @@ app = typer.Typer(
 Stage = Enum(
     "Stage", {name: name for name in ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")}
 )
+Validation = Enum("Validation", {name: name for name in ("full", "fast")})
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines instead of tables and bars.")]
 CTRL_C = 130  # what typer makes of a KeyboardInterrupt
 Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.")]
@@ -47,6 +48,12 @@ def build(
     calibration: Annotated[Path | None, typer.Option(help="Recorded denoiser inputs (safetensors).")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line, to record calibration from.")] = None,
     conditions: Annotated[Path | None, typer.Option(help="Embeddings to sample with (safetensors).")] = None,
+    validate: Annotated[
+        Validation | None, typer.Option(help="Weights that prove each graph rewrite; default: the recipe's.")
+    ] = None,
+    keep_going: Annotated[
+        bool | None, typer.Option("--keep-going", help="Leave out a rewrite that fails its proof; default: stop.")
+    ] = None,
     until: Annotated[Stage, typer.Option(help="Stop after this stage.")] = Stage.verify,
     as_json: Json = False,
 ) -> None:
@@ -55,7 +62,12 @@ def build(
     from lrq_export.compiler import build as run
     from lrq_export.recipe import load_recipe
 
-    settings = load_recipe(preset, recipe, _overrides(set_ or []))
+    overrides = _overrides(set_ or [])
+    if validate is not None:
+        overrides["rewrite.validation"] = validate.value
+    if keep_going:
+        overrides["rewrite.keep_going"] = "true"
+    settings = load_recipe(preset, recipe, overrides)
     if prompts is not None:
         if calibration is not None:
             raise UsageError("--prompts and --calibration exclude each other", hint="pass one of them")
@@ -134,11 +146,19 @@ def inspect(
         bool, typer.Option("--passes", help="What each rewrite did, and near misses with reasons.")
     ] = False,
     layers: Annotated[bool, typer.Option("--layers", help="One line a quantized layer.")] = False,
+    dump_after: Annotated[
+        str | None, typer.Option(metavar="PASS", help="Only the graph after this pass, or trace, as ONNX text.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a package holds."""
-    from lrq_export.inspect import describe, describe_layers, describe_passes
+    from lrq_export.inspect import describe, describe_layers, describe_passes, graph_text
 
+    if dump_after is not None:
+        if passes or layers or as_json:
+            raise UsageError("--dump-after excludes --passes, --layers and --json", hint="ask for one of them")
+        print(graph_text(package, dump_after))
+        return
     sections = [describe(package)]
     if passes:
         sections.append(describe_passes(package))

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from graphs import names
-from graphs.checks import check, check_preserved
+from graphs.checks import check
 from graphs.passes import PIPELINE
+from graphs.traced import TracedGraph
 from lrq_export import __version__
 from lrq_export.bind import assemble, quantize_layers, write_portable
 from lrq_export.calibrate.observed import Observed
@@ -40,8 +41,10 @@ from lrq_export.package import (
 )
 from lrq_export.plan import LayerPlan, plan_layers
 from lrq_export.progress import Progress, Silent, stage
+from lrq_export.proof import Proof
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe, to_toml
+from lrq_export.rewrite import Outcome, rewrite
 from lrq_export.rotations import choose_rotations
 from lrq_export.sampling import check_steps, scheduler_from
 from lrq_export.saved_graphs import TRACE, load_graph, pass_file, rewritten_graph, save_graph
@@ -233,21 +236,24 @@ def _trace(job: Job) -> None:
 
 def _rewrite(job: Job) -> None:
     """Run the pass pipeline; the graph after each pass is kept, for inspection and for parity rung R3."""
-    missing = [i for i, step in enumerate(PIPELINE) if not pass_file(job.path, i, step.__name__).exists()]
-    if not missing:
+    files = {step.__name__: pass_file(job.path, index, step.__name__) for index, step in enumerate(PIPELINE)}
+    if all(file.exists() for file in files.values()):
         return
+    settings, read = job.recipe.rewrite, job.source.checkpoint.read
+
+    def keep(traced: TracedGraph, outcome: Outcome) -> None:
+        save_graph(files[outcome.name], traced, outcome.to_json())
+        job.progress.advance(outcome.name)
+
     with stage(job.progress, "rewrite", job.timings, len(PIPELINE)):
-        before = load_graph(job.path / TRACE)
-        for index, step in enumerate(PIPELINE):
-            after = before.copy()
-            result = step(after)
-            check(after)
-            check_preserved(before, after)
-            skipped = [{"node": each.node, "reason": each.reason} for each in result.skipped]
-            outcome = {"name": step.__name__, "fired": result.fired, "skipped": skipped}
-            save_graph(pass_file(job.path, index, step.__name__), after, outcome)
-            job.progress.advance(step.__name__)
-            before = after
+        proof = Proof(
+            job.source.family.inputs(job.source.config), job.inputs.evaluation,
+            read if settings.validation == "full" else None,
+        )  # fmt: skip
+        rewrite(
+            load_graph(job.path / TRACE), PIPELINE, proof, job.recipe.gates.parity_nmse,
+            keep_going=settings.keep_going, done=keep,
+        )  # fmt: skip
 
 
 def _quantize(job: Job) -> None:

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.printer
 
+from graphs.passes import PIPELINE
+from lrq_export.errors import UsageError
 from lrq_export.package import MODEL, QUANTIZED, load_manifest
 from lrq_export.quantized import QuantizedFile
+from lrq_export.recipe import nearest
 from lrq_export.saved_graphs import saved_graphs
 
 
@@ -57,9 +61,25 @@ def describe_passes(package: Path) -> Section:
     _, passes = saved_graphs(package)
     lines = []
     for row in passes:
-        lines.append(f"{row['name']}: fired {row['fired']} times, {len(row['skipped'])} near misses")
+        proved = "" if row["nmse"] is None else f", answers moved by NMSE {row['nmse']:.1e}"
+        lines.append(f"{row['name']}: fired {row['fired']} times, {len(row['skipped'])} near misses{proved}")
+        lines += [f"    left out: {row['refused']}"] * (row["refused"] is not None)
         lines += [f"    {skip['node']}: {skip['reason']}" for skip in row["skipped"]]
     return Section({"passes": passes}, lines)
+
+
+def graph_text(package: Path, stage: str) -> str:
+    """The graph after `trace` or a pass, as ONNX text. Raises UsageError for another name, with the nearest."""
+    names = ["trace", *(step.__name__ for step in PIPELINE)]
+    if stage not in names:
+        near = nearest(stage, names)
+        raise UsageError(
+            f"--dump-after: got {stage!r}, needed one of {', '.join(names)}",
+            hint=f"did you mean {near}?" if near else None,
+        )
+    load_manifest(package)  # says what is wrong with anything that is no package
+    stages, _ = saved_graphs(package)
+    return onnx.printer.to_text(stages[names.index(stage)].to_onnx())
 
 
 def describe_layers(package: Path) -> Section:

@@ -72,6 +72,15 @@ class Rotation(Table):
     seed: Seed = Field(0, description="seed of the signs")
 
 
+class Rewrite(Table):
+    """How the graph's rewrites are proved."""
+
+    validation: Literal["full", "fast"] = Field(
+        "full", description="weights that prove each rewrite: full = the model's own; fast = random, of the same shapes"
+    )
+    keep_going: bool = Field(False, description="leave out a rewrite that fails its proof; otherwise the build stops")
+
+
 class Calibration(Table):
     """What the floating-point model is watched on."""
 
@@ -114,6 +123,7 @@ class Recipe(Table):
     weights: Weights = Weights()
     activations: Activations = Activations()
     rotation: Rotation = Rotation()
+    rewrite: Rewrite = Rewrite()
     calibration: Calibration = Calibration()
     sampling: Sampling = Sampling()
     gates: Gates = Gates()

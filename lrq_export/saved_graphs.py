@@ -35,13 +35,12 @@ def save_graph(path: Path, traced: TracedGraph, outcome: dict[str, Any] | None =
     write_bytes_atomic(path, model.SerializeToString(deterministic=True))
 
 
-def saved_graphs(package: Path) -> tuple[list[tuple[str, TracedGraph]], list[dict[str, Any]]]:
-    """The graphs after trace and after each pass, and what each pass reported."""
-    stages = [("trace", load_graph(package / TRACE))]
-    passes = []
+def saved_graphs(package: Path) -> tuple[list[TracedGraph], list[dict[str, Any]]]:
+    """The graph after trace and after each pass, and what became of each pass."""
+    stages, outcomes = [load_graph(package / TRACE)], []
     for index, step in enumerate(PIPELINE):
         model = onnx.load(pass_file(package, index, step.__name__))
-        stages.append((step.__name__, TracedGraph.from_onnx(model)))
+        stages.append(TracedGraph.from_onnx(model))
         properties = {entry.key: entry.value for entry in model.metadata_props}
-        passes.append(json.loads(properties[OUTCOME_KEY]))
-    return stages, passes
+        outcomes.append(json.loads(properties[OUTCOME_KEY]))
+    return stages, outcomes

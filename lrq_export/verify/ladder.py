@@ -8,9 +8,7 @@ R4  model.onnx                  engine                       blames lowering and
 R5  floating-point trajectory   trajectory of the engine     what a user sees: same-seed images
 """
 
-import functools
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -18,14 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from graphs.float_model import float_model, weight_names
-from graphs.traced import TracedGraph
-from lrq_export.evaluate import ReadTensor, evaluate
 from lrq_export.models.base import InputSpec, ModelFamily
 from lrq_export.runtime import feeds
 from lrq_export.sampling import ConditionalSampler, condition_rows
 from lrq_export.verify.metrics import nmse, psnr
-from lrq_export.verify.sliced import SlicedModel
 
 Inputs = dict[str, torch.Tensor]
 
@@ -73,75 +67,6 @@ def run_session(session, specs: dict[str, InputSpec], inputs: Inputs, batch: int
         part = {name: tensor[start : start + batch] for name, tensor in inputs.items()}
         parts.append(session.run(None, feeds(specs, part))[0])
     return np.concatenate(parts)
-
-
-def other_shapes(specs: dict[str, InputSpec], inputs: Inputs, seed: int) -> Inputs:
-    """Random inputs of another batch, height, width and text length than the given ones, one timestep each."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = {"samples": 3}
-    made = {}
-    for name, spec in specs.items():
-        given = inputs.get(name)
-        if given is None:
-            continue
-        for axis, extent in enumerate(spec.shape):
-            if isinstance(extent, str) and extent not in sizes:
-                # About half, one unit more with every free axis: cheap, never square, never the given size.
-                units = given.shape[axis] // spec.multiple_of
-                sizes[extent] = max(2, units // 2 + len(sizes)) * spec.multiple_of
-        shape = [sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape]
-        if spec.shape == ("samples",):
-            made[name] = given[torch.randint(len(given), (sizes["samples"],), generator=generator)]
-        elif spec.optional:
-            made[name] = torch.ones(shape)
-        else:
-            made[name] = torch.randn(shape, generator=generator) * given.float().std()
-    return made
-
-
-def rewrites(
-    stages: list[tuple[str, TracedGraph]], read: ReadTensor | None, specs: dict[str, InputSpec], inputs: Inputs
-) -> dict[str, float]:
-    """R3: NMSE of each pass's graph against the one before it, by pass name; the first stage is the trace itself.
-
-    Weight expressions are evaluated in float32: from source tensors, or from random ones when `read` is None.
-    """
-    read = read or random_source(stages[0][1])
-    cases = [{name: tensor[:1] for name, tensor in inputs.items()}, other_shapes(specs, inputs, seed=3)]
-    measured, before = {}, None
-    for name, traced in stages:
-        outputs = _run_in_floating_point(traced, read, [feeds(specs, case) for case in cases])
-        if before is not None:
-            measured[name] = max(nmse(after, was) for after, was in zip(outputs, before, strict=True))
-        before = outputs
-    return measured
-
-
-def random_source(traced: TracedGraph) -> ReadTensor:
-    """Random tensors in place of the source's, the same for the same name."""
-    shapes = {}
-    for expression in [weight.weight for weight in traced.linears.values()] + list(traced.tensors.values()):
-        shapes[expression.source] = expression.source_shape
-
-    def read(name: str) -> torch.Tensor:
-        seed, shape = zlib.crc32(name.encode()), shapes[name]
-        spread = 1 / math.sqrt(shape[-1]) if len(shape) > 1 else 0.1
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread
-
-    return read
-
-
-def _run_in_floating_point(
-    traced: TracedGraph, read: ReadTensor, cases: list[dict[str, np.ndarray]]
-) -> list[np.ndarray]:
-    """The output for every case; each weight is evaluated when the slice that reads it runs."""
-    weights = {
-        name: functools.partial(lambda expression: evaluate(expression, read).numpy(), expression)
-        for name, expression in weight_names(traced).items()
-    }
-    sliced = SlicedModel(float_model(traced), weights=weights)
-    outputs = {case: array for case, _, array in sliced.run([case.__getitem__ for case in cases])}
-    return [outputs[index] for index in range(len(cases))]
 
 
 def layer_output_errors(

@@ -189,7 +189,7 @@ def _passes(report: Report, _: Samples | None) -> Html | None:
         return None
     named = [(tag("code", one.get("name")), one) for one in passes]
     rows = [
-        (name, digits(one.get("fired")), scientific(one.get("nmse")), _misses(one.get("skipped")))
+        (name, one.get("refused") or digits(one.get("fired")), scientific(one.get("nmse")), _misses(one.get("skipped")))
         for name, one in named
     ]
     return table(("Pass", "Fired", "NMSE against before", "Near misses"), rows)

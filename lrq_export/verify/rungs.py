@@ -14,6 +14,7 @@ from lrq_export.engine.onnxruntime import MODEL as ENGINE_MODEL
 from lrq_export.engine.onnxruntime import engine_weights, lower_linears, session_config
 from lrq_export.onnx_file import WeightTensor
 from lrq_export.package import MODEL, ONNXRUNTIME_ENGINE, QUANTIZED
+from lrq_export.proof import Proof, difference
 from lrq_export.runtime import PackagedTransformer, feeds
 from lrq_export.sampling import scheduler_from
 from lrq_export.saved_graphs import rewritten_graph, saved_graphs
@@ -86,15 +87,19 @@ def forced_model(subject: Subject, path: Path, config: dict[str, str] | None = N
 
 
 def r3(subject: Subject) -> tuple[ladder.Rung, list[dict[str, Any]]]:
+    """Every pass that fired, proved again."""
     stages, passes = saved_graphs(subject.package)
     read = None if subject.source is None else subject.source.checkpoint.read
-    errors = ladder.rewrites(stages, read, subject.specs, subject.few)
-    for row in passes:
-        row["nmse"] = errors[row["name"]]
+    proof = Proof(subject.specs, subject.few, read)
+    before = proof.answers(stages[0])
+    for traced, row in zip(stages[1:], passes, strict=True):
+        if row["fired"]:
+            after = proof.answers(traced)
+            row["nmse"], before = difference(after, before), after
+    worst = max(passes, key=lambda row: row["nmse"] or 0.0)
     weights = "the real weights" if read is not None else "random weights of the same shapes"
-    worst = max(errors, key=lambda name: errors[name])
     rung = ladder.at_most(
-        "R3", "graph after each pass vs before it", f"the rewrites (worst: {worst})", errors[worst],
+        "R3", "graph after each pass vs before it", f"the rewrites (worst: {worst['name']})", worst["nmse"] or 0.0,
         subject.recipe.gates.parity_nmse, f"in floating point, {weights}, two sets of shapes",
     )  # fmt: skip
     return rung, passes

@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from lrq_export.models.base import InputSpec, ModelFamily
+from lrq_export.proof import other_shapes
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe
 from lrq_export.saved_graphs import rewritten_graph
@@ -45,7 +46,7 @@ class Subject:
     @property
     def cases(self) -> list[ladder.Inputs]:
         """The recorded inputs, and random ones of another batch, size and text length."""
-        return [self.few, ladder.other_shapes(self.specs, self.reference.inputs, seed=2)]
+        return [self.few, other_shapes(self.specs, self.reference.inputs, seed=2)]
 
     @cached_property
     def tensor_of(self) -> dict[str, str]:

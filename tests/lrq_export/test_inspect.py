@@ -2,6 +2,7 @@
 
 import json
 
+import onnx.parser
 import pytest
 
 from lrq_export import __version__
@@ -12,7 +13,7 @@ def test_inspect_shows_what_a_package_holds(package, cli):
     outcome = cli("inspect", package)
     assert (outcome.code, outcome.err) == (0, "")
     for part in ("PixArtTransformer2DModel", "4-bit weights", "8-bit activations", "20 quantized layers", "timestep",
-                 "sample", "20 lrq.TwinLogLinear", "9 lrq.HadamardRotate", "report.html"):  # fmt: skip
+                 "sample", "14 lrq.TwinLogLinear", "9 lrq.HadamardRotate", "report.html"):  # fmt: skip
         assert part in outcome.out
     size = (package / "model.onnx").stat().st_size
     assert f"{size:,} bytes  model.onnx" in outcome.out
@@ -31,11 +32,26 @@ def test_inspect_lists_passes_with_near_misses_and_layers_with_reasons(package, 
 def test_inspect_prints_json_lines(package, cli):
     outcome = cli("inspect", package, "--passes", "--layers", "--json")
     overview, passes, layers = (json.loads(line) for line in outcome.out.splitlines())
-    assert overview["ops"]["lrq.TwinLogLinear"] == 20
+    assert overview["ops"]["lrq.TwinLogLinear"] == 14
     assert overview["weights"]["bits"] == 4
     assert passes["passes"][0]["name"] == "share_rotation"
     assert all(skip["node"] and skip["reason"] for row in passes["passes"] for skip in row["skipped"])
     assert len(layers["layers"]) == 20
+
+
+@pytest.mark.parametrize(("stage", "has"), [("trace", "lrq.TwinLogDequant"), ("make_linear", "lrq.TwinLogLinear")])
+def test_inspect_prints_the_graph_after_a_pass_as_text(package, cli, stage, has):
+    outcome = cli("inspect", package, "--dump-after", stage)
+    assert outcome.code == 0
+    model = onnx.parser.parse_model(outcome.out)
+    assert has in outcome.out
+    assert len(model.graph.node) > 100
+    assert [value.name for value in model.graph.output] == ["sample"]
+
+
+def test_inspect_refuses_to_dump_what_is_no_pass(package, cli):
+    cli("inspect", package, "--dump-after", "make_linaer").refused(2, "did you mean make_linear?")
+    cli("inspect", package, "--dump-after", "trace", "--passes").refused(2, "excludes")
 
 
 def test_an_edited_manifest_is_refused(package, cli, copy_of):

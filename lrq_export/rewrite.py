@@ -1,0 +1,73 @@
+"""Run the passes over a traced graph, each one proved before the next begins."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graphs.checks import GraphError, check, check_preserved
+from graphs.passes import Pass
+from graphs.passes.result import PassResult
+from graphs.traced import TracedGraph
+from lrq_export.errors import CheckFailed
+from lrq_export.proof import Answers, Proof, difference
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one pass. `nmse` None: it fired nowhere, so there was nothing to prove."""
+
+    name: str
+    result: PassResult
+    nmse: float | None
+    refused: str | None = None  # why the pass was left out
+
+    def to_json(self) -> dict[str, Any]:
+        skipped = [{"node": each.node, "reason": each.reason} for each in self.result.skipped]
+        return {
+            "name": self.name, "fired": self.result.fired, "skipped": skipped, "nmse": self.nmse,
+            "refused": self.refused,
+        }  # fmt: skip
+
+
+def rewrite(
+    traced: TracedGraph,
+    passes: Sequence[Pass],
+    proof: Proof,
+    bound: float,
+    *,
+    keep_going: bool = False,
+    done: Callable[[TracedGraph, Outcome], None] = lambda graph, outcome: None,
+) -> TracedGraph:
+    """The graph after all passes; `traced` stays as it is. `done` gets the graph after each, and what became of it.
+
+    A pass must leave a graph that holds to `graphs.checks` and answers as before to an NMSE of `bound`. One that does
+    not raises CheckFailed, or with `keep_going` counts as if it had not run.
+    """
+    answers: Answers | None = None
+    for step in passes:
+        after = traced.copy()
+        try:
+            result = step(after)
+            check(after)
+            check_preserved(traced, after)
+            measured = None
+            if result.fired:
+                answers = proof.answers(traced) if answers is None else answers
+                now = proof.answers(after)
+                measured = difference(now, answers)
+                if not measured <= bound:
+                    raise GraphError(
+                        "its answers", f"NMSE {measured:.1e} against those before it", f"at most {bound:g}"
+                    )
+                answers = now
+            outcome = Outcome(step.__name__, result, measured)
+            traced = after
+        except ValueError as error:  # a check that failed, or a map that does not fit its weight
+            if not keep_going:
+                raise CheckFailed(
+                    f"rewrite: pass {step.__name__}: {error}",
+                    hint="report this fault of lrq-export; --keep-going builds without the pass",
+                ) from error
+            outcome = Outcome(step.__name__, PassResult(), None, str(error))
+        done(traced, outcome)
+    return traced
