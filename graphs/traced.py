@@ -97,12 +97,19 @@ class TracedGraph:
         weights = self.placeholders()
         return [tensor for tensor in self.graph.inputs if tensor.name not in weights]
 
-    def rotate_output(self, codes: str, bias: str | None, step: RotateOutput) -> None:
-        """Append `step` to a linear's weight and bias; if it does not fit, raises ValueError and changes neither."""
-        rotated = replace(self.linears[codes], weight=self.linears[codes].weight.then(step))
+    def rotate_output(self, weight: str, bias: str | None, step: RotateOutput) -> None:
+        """Append `step` to a linear's weight, by its codes or its own name, and to its bias.
+
+        If it does not fit, raises ValueError and changes neither.
+        """
+        coded = self.linears.get(weight)
+        rotated = (self.tensors[weight] if coded is None else coded.weight).then(step)
         if bias is not None:
             self.tensors[bias] = self.tensors[bias].then(step)
-        self.linears[codes] = rotated
+        if coded is None:
+            self.tensors[weight] = rotated
+        else:
+            self.linears[weight] = replace(coded, weight=rotated)
 
     def forget_unused(self) -> None:
         """Drop nodes, weights and signs that no output needs, and restore topological order; model inputs all stay."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from graphs.passes.bind_plugins import bind_plugins
+from graphs.passes.fold_rotation_into_producer import fold_rotation_into_producer
 from graphs.passes.fold_rotation_into_value import fold_rotation_into_value
 from graphs.passes.make_linear import make_linear
 from graphs.passes.merge_projections import merge_projections
@@ -12,4 +13,11 @@ from graphs.traced import TracedGraph
 
 Pass = Callable[[TracedGraph], PassResult]
 
-PIPELINE: tuple[Pass, ...] = (share_rotation, fold_rotation_into_value, make_linear, merge_projections, bind_plugins)
+PIPELINE: tuple[Pass, ...] = (
+    share_rotation,
+    fold_rotation_into_producer,
+    fold_rotation_into_value,
+    make_linear,
+    merge_projections,
+    bind_plugins,
+)

@@ -15,7 +15,7 @@ from graphs.passes.patterns import (
     OpenLinear,
     is_graph_output,
     is_lrq,
-    open_linear,
+    open_linear_ending_in,
     producer,
     redirect_readers,
     sole_consumer,
@@ -63,7 +63,9 @@ def value_projection(rotation: gs.Node, traced: TracedGraph) -> OpenLinear:
     for transpose in (swap, swap_back):
         if transpose.attrs.get("perm") != SWAP_HEADS_AND_TOKENS:
             raise NoMatch(f"a transpose permutes by {transpose.attrs.get('perm')}, needed {SWAP_HEADS_AND_TOKENS}")
-    linear = _linear_ending_in(split.inputs[0], graph)
+    linear = open_linear_ending_in(split.inputs[0], graph)
+    if linear is None:
+        raise NoMatch("the value operand is not a quantized linear layer")
     _check_heads(linear, split.outputs[0], merge.outputs[0], int(rotation.attrs["block"]))
     if sole_consumer(linear.output, graph) is not split:
         raise NoMatch("the value projection is also read elsewhere")
@@ -98,14 +100,3 @@ def _check_heads(linear: OpenLinear, split: gs.Tensor, merged: gs.Tensor, block:
         raise NoMatch(f"the value projection has {linear.dequant.attrs['rows']} rows, needed {heads} x {width}")
     if width % block:
         raise NoMatch(f"blocks of {block} channels straddle heads of width {width}")
-
-
-def _linear_ending_in(tensor: gs.Tensor, graph: gs.Graph) -> OpenLinear:
-    node = producer(tensor)
-    if node is not None and node.op == "Add":
-        candidates = [producer(operand) for operand in node.inputs]
-        node = next((each for each in candidates if each is not None and each.op == "MatMul"), None)
-    linear = open_linear(node, graph) if node is not None else None
-    if linear is None or linear.output is not tensor:
-        raise NoMatch("the value operand is not a quantized linear layer")
-    return linear

@@ -1,5 +1,6 @@
 """Shapes of subgraph that more than one pass looks for. All look at structure only, never at node names."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
@@ -80,6 +81,48 @@ def open_linear(matmul: gs.Node, graph: gs.Graph) -> OpenLinear | None:
         if len(others) == 1 and not others[0].inputs and list(others[0].shape or ()) == [dequant.attrs["rows"]]:
             return OpenLinear(dequant, matmul, following, others[0])
     return OpenLinear(dequant, matmul, None, None)
+
+
+@dataclass(frozen=True)
+class FloatLinear:
+    """y = x · Transpose(weight) [+ bias (rows,)], a linear layer that stays in floating point; weight (rows, cols)."""
+
+    weight: gs.Tensor
+    bias: gs.Tensor | None
+    output: gs.Tensor
+
+
+def float_linear(output: gs.Tensor, graph: gs.Graph, weights: Container[str]) -> FloatLinear | None:
+    """Match a `FloatLinear` at its output; its weight and bias are among `weights` and read by nobody else."""
+    node, bias = producer(output), None
+    if node is not None and node.op == "Add":
+        products = [tensor for tensor in node.inputs if (made := producer(tensor)) is not None and made.op == "MatMul"]
+        others = [tensor for tensor in node.inputs if tensor not in products]
+        if len(products) != 1 or len(others) != 1 or sole_consumer(products[0], graph) is not node:
+            return None
+        (bias,), node = others, producer(products[0])
+    if node is None or node.op != "MatMul":
+        return None
+    transpose = producer(node.inputs[1])
+    if transpose is None or transpose.op != "Transpose" or transpose.attrs.get("perm") != [1, 0]:
+        return None
+    weight = transpose.inputs[0]
+    owned = [weight, *([] if bias is None else [bias])]
+    if any(each.name not in weights or sole_consumer(each, graph) is None for each in owned):
+        return None
+    if sole_consumer(transpose.outputs[0], graph) is None or (bias is not None and bias.shape != weight.shape[:1]):
+        return None
+    return FloatLinear(weight, bias, output)
+
+
+def open_linear_ending_in(output: gs.Tensor, graph: gs.Graph) -> OpenLinear | None:
+    """The `OpenLinear` whose output this is."""
+    node = producer(output)
+    if node is not None and node.op == "Add":
+        candidates = [producer(operand) for operand in node.inputs]
+        node = next((each for each in candidates if each is not None and each.op == "MatMul"), None)
+    linear = open_linear(node, graph) if node is not None else None
+    return linear if linear is not None and linear.output is output else None
 
 
 def rotation_key(node: gs.Node) -> tuple | None:

@@ -1,15 +1,16 @@
 """Traced graphs written as ONNX text, and their function in floating point.
 
-Two shorthands stand for what a trace writes in many lines; the layer is named after its output:
+Three shorthands stand for what a trace writes in many lines; the layer is named after its output:
 
     y = Linear<rows = 24, cols = 24>(x)      y_w = lrq.TwinLogDequant(...)  y_wt = Transpose(y_w)
                                              y_open = MatMul(x, y_wt)       y = Add(y_open, y_bias)
+    y = Kept<rows = 24, cols = 24>(x)        the same, with a weight y_weight in floating point
     r = Rotate<block = 12, seed = 7>(x)      r = lrq.HadamardRotate<block = 12, ...>(x, signs)
 
 Linear also takes bits (4; 8 is Int8Dequant), codebook (0; 1 is CodebookDequant), act_bits (8), bias (1) and bias_first
-(0); Rotate also takes equalized (0; another number draws divisors of the channels). A linear that reads a Rotate gets
-the rotated weight, so that rotations never change the function of a graph; Plain in place of Rotate is the same network
-without that rotation.
+(0); Kept also takes bias; Rotate also takes equalized (0; another number draws divisors of the channels). A linear that
+reads a Rotate gets the rotated weight, so that rotations never change the function of a graph; Plain in place of Rotate
+is the same network without that rotation.
 """
 
 import zlib
@@ -122,6 +123,8 @@ class _Expansion:
             return [self._rotate(node.input[0], node.output[0], **values)]
         if node.op_type == "Plain":
             return [helper.make_node("Identity", node.input, node.output)]
+        if node.op_type == "Kept":
+            return self._kept(node.input[0], node.output[0], **values)
         if node.op_type == "Linear":
             return self._linear(node.input[0], node.output[0], **values)
         return [node]
@@ -136,6 +139,16 @@ class _Expansion:
             self.signs[name] = signs
         self.rotations[y] = RotateInput(block, seed, equalizer)
         return OPS["HadamardRotate"].node([x, name], [y], name=f"rotate.{y}", **rotation_attributes(block))
+
+    def _kept(self, x, y, rows, cols, bias=1) -> list[onnx.NodeProto]:
+        for part, shape in (("weight", (rows, cols)), ("bias", (rows,)))[: 1 + bias]:
+            self.model.graph.input.append(helper.make_tensor_value_info(f"{y}_{part}", FLOAT, shape))
+            self.tensors[f"{y}_{part}"] = Expression(f"{y}.{part}", shape)
+        return [
+            helper.make_node("Transpose", [f"{y}_weight"], [f"{y}_wt"], perm=[1, 0]),
+            helper.make_node("MatMul", [x, f"{y}_wt"], [f"{y}_open" if bias else y]),
+            *([helper.make_node("Add", [f"{y}_open", f"{y}_bias"], [y])] if bias else []),
+        ]
 
     def _linear(self, x, y, rows, cols, bits=4, codebook=0, act_bits=8, bias=1, bias_first=0) -> list[onnx.NodeProto]:
         op = "Int8Dequant" if bits == 8 else "CodebookDequant" if codebook else "TwinLogDequant"
