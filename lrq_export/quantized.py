@@ -26,7 +26,7 @@ from lrq_export.quant.linear import QuantizedLinear
 from lrq_export.quant.rotation import Rotation
 
 # How a layer's input comes to be rotated.
-ONLINE, FOLDED, UNROTATED = "HadamardRotate", "value projection", "nothing"
+ONLINE, FOLDED, UNROTATED = "HadamardRotate", "the layer before it", "nothing"
 # What is stored to give codes their meaning, by method: a role of `names.WEIGHT_ROLES`.
 LEVELS = {names.TWIN_LOG: "exponents", names.CODEBOOK: "table"}
 

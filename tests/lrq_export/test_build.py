@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 
+from graphs.passes import PIPELINE
 from lrq_export.compiler import STAGES, build
 from lrq_export.engine.onnxruntime import open_session
 from lrq_export.errors import UsageError
@@ -23,8 +24,7 @@ from lrq_export.verify.subject import quantized_model
 FILES = {
     "manifest.json", "recipe.toml", "stats.safetensors", "quantized.safetensors", "reference.safetensors", "model.onnx",
     "engine/onnxruntime/model.onnx", "engine/onnxruntime/session.json", "report.json", "report.html",
-    "graphs/0-trace.onnx", "graphs/1-share_rotation.onnx", "graphs/2-fold_rotation_into_value.onnx",
-    "graphs/3-make_linear.onnx", "graphs/4-bind_plugins.onnx",
+    "graphs/0-trace.onnx", *(f"graphs/{index + 1}-{step.__name__}.onnx" for index, step in enumerate(PIPELINE)),
 }  # fmt: skip
 LAYERS = 2 * 10  # per block: q, k, v and output of two attentions, two of the feed-forward
 

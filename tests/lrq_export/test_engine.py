@@ -26,8 +26,8 @@ def test_every_layer_is_one_integer_product_and_siblings_share_their_codes(model
     assert (
         ops["MatMulIntegerToFloat"] == 14
     )  # of 20 layers: q, k, v of a self-attention are one, k and v of a cross-attention
-    # One rotation per input of q, k, v, feed-forward and one for all texts; four attention outputs are not rotated.
-    assert ops["ReduceMax"] == ops["QuantizeLinear"] == ops["HadamardRotate"] + 4 == 13
+    # One rotation per input of q, k, v and feed-forward; four attention outputs and the text are rotated in weights.
+    assert ops["ReduceMax"] == ops["QuantizeLinear"] == ops["HadamardRotate"] + 5 == 13
     assert {node.op_type for node in model.graph.node if node.domain == "lrq"} == {"HadamardRotate"}
 
 

@@ -11,7 +11,8 @@ from lrq_export.bind import quantize_layer
 from lrq_export.checkpoint import TensorFile
 from lrq_export.errors import InputError
 from lrq_export.package import save_tensors_atomic
-from lrq_export.quantized import LayerRecord, QuantizedFile, write_quantized
+from lrq_export.quantized import FOLDED, ONLINE, LayerRecord, QuantizedFile, write_quantized
+from lrq_export.saved_graphs import rewritten_graph
 
 
 def record(rows, cols, bits, group_size=0, **changes):
@@ -64,20 +65,25 @@ def test_onnx_and_safetensors_hold_the_same_codes(package):
     graph = onnx.load(package / "model.onnx").graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     engine = {tensor.name: tensor for tensor in onnx.load(package / "engine/onnxruntime/model.onnx").graph.initializer}
-    for name in file.records:
-        layer = file.layer(name)
-        assert stored[f"{name}.codes"].raw_data == layer.codes.numpy().tobytes()
-        assert stored[f"{name}.exponents"].raw_data == layer.exponents.numpy().tobytes()
+    traced = rewritten_graph(package)
+    codes = traced.codes_inputs()
+    assert sum(len(traced.parts(each)) for each in codes) == len(file.records) > len(codes)  # some are merged
+    for each in codes:
+        name, layers = each.removesuffix(".codes"), [file.layer(part.layer) for part in traced.linear_parts(each)]
+        for role in ("codes", "exponents", "scale"):
+            parts = [getattr(layer, role).numpy().tobytes() for layer in layers]
+            assert stored[f"{name}.{role}"].raw_data == b"".join(parts)
         decoded = onnx.numpy_helper.to_array(engine[f"{name}.int8"]).T
-        np.testing.assert_array_equal(decoded, layer.integer_weight().numpy())
+        np.testing.assert_array_equal(decoded, np.concatenate([layer.integer_weight().numpy() for layer in layers]))
 
 
 def test_records_say_what_became_of_each_rotation(package):
     records = QuantizedFile(package / "quantized.safetensors").records
+    folded = (".to_out.", "attn2.to_k", "attn2.to_v")  # into the value projection, and the caption projection
     for name, each in records.items():
-        assert each.rotated_by == ("value projection" if ".to_out." in name else "HadamardRotate")
-        folded = [{"block": 12, "signs_seed": None, "equalizer": None}] if name.endswith(".to_v") else []
-        assert each.output_rotations == folded
+        assert each.rotated_by == (FOLDED if any(part in name for part in folded) else ONLINE)
+        values = [{"block": 12, "signs_seed": None, "equalizer": None}] if name.endswith(".to_v") else []
+        assert each.output_rotations == values
         assert each.bias in (f"{name}.bias", None) or each.bias.startswith("folded")
 
 

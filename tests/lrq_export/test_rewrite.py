@@ -142,7 +142,7 @@ def test_what_fired_is_proved_and_what_did_not_is_not(trace, proof):
 
 def test_a_bound_of_nothing_refuses_even_rounding(trace, proof):
     """The twin of the test above: the proof does measure."""
-    with pytest.raises(CheckFailed, match="pass fold_rotation_into_value"):
+    with pytest.raises(CheckFailed, match="pass fold_rotation_into"):
         rewrite(trace, PIPELINE, proof, 1e-30)
 
 

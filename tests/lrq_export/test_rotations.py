@@ -266,7 +266,7 @@ def test_outliers_of_scale_are_equalized_away(tiny, chosen_by_build, scaled, tmp
     records = load_manifest(tmp_path / "package")["layers"]
     text, value = (records[f"transformer_blocks.0.{name}"] for name in ("attn2.to_k", "attn1.to_out.0"))
     assert text["rotated_by"] == "HadamardRotate"
-    assert value["rotated_by"] == "value projection"
+    assert value["rotated_by"] == "the layer before it"
     for record, channel, factor in ((text, 5, 64), (value, 7, 32)):
         assert record["reason"].startswith("equalized")
         found = divisors(record["equalizer"])
