@@ -45,8 +45,8 @@ FIXED_GROUP = 96  # what all is compared with, and what sets the budget
 IMAGE_SEEDS = (1, 2)  # of the images that are judged; the objective `frechet` draws with another
 METHODS = {"evolution": evolve, "random": random_search}
 COLUMNS = {
-    "objective": "objective", "held-out ε-NMSE": "noise_nmse", "PSNR dB": "psnr_db", "mean group": "mean_group",
-    "bits a weight": "bits_per_weight",
+    "objective": "objective", "held-out ε-NMSE": "noise_nmse", "Fréchet": "frechet", "PSNR dB": "psnr_db",
+    "mean group": "mean_group", "bits a weight": "bits_per_weight",
 }  # fmt: skip
 
 
@@ -148,13 +148,14 @@ def evolution_won(report: dict[str, Any]) -> bool:
 
 
 def table(report: dict[str, Any]) -> str:
-    """In Markdown: every row, and the means of the methods that have seeds."""
-    lines = [["search", "seed", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
+    """In Markdown: every row, and the means of the methods that have seeds. Without a judge there is no distance."""
+    columns = {title: key for title, key in COLUMNS.items() if report["rows"][0][key] is not None}
+    lines = [["search", "seed", *columns], ["---"] * (2 + len(columns))]
     for row in report["rows"]:
         seed = "–" if row["seed"] is None else str(row["seed"])
-        lines.append([row["method"], seed, *(figure(row[key]) for key in COLUMNS.values())])
+        lines.append([row["method"], seed, *(figure(row[key]) for key in columns.values())])
     for method in METHODS:
-        lines.append([method, "mean", *(figure(mean_of(report, method, key)) for key in COLUMNS.values())])
+        lines.append([method, "mean", *(figure(mean_of(report, method, key)) for key in columns.values())])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

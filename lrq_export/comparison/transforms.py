@@ -18,7 +18,6 @@ from lrq_export.quant.transforms.equalize import equalizer
 from lrq_export.quant.transforms.smooth import fit_smooth
 from lrq_export.rotations import Candidate, choose, hadamard_candidates
 
-SEED = 0
 ARS_THRESHOLD = 1.0  # of J: below it a Hadamard rotation, from it on the dual transform (LRQ-DiT)
 
 
@@ -27,6 +26,7 @@ class Fitted:
     """The inputs of a model and the transforms that were fitted to them: those that no number of bits changes, once."""
 
     inputs: list[LayerInput]
+    seed: int = 0  # of what transforms draw: signs, and the dual transform's rotations
     _known: dict[tuple[str, bool, str], tuple[Transform, str]] = field(default_factory=dict)
 
     def transform(self, source: LayerInput, treatment: Treatment, bits: int, act_bits: int) -> tuple[Transform, str]:
@@ -38,7 +38,7 @@ class Fitted:
 
     def _candidates(self, source: LayerInput, kind: Transforming) -> list[Candidate]:
         divisors = None if kind == "auto_unequalized" else equalizer(source.correlation.diagonal(), source.weights)
-        candidates = hadamard_candidates(source.width, source.head_width, SEED, divisors)
+        candidates = hadamard_candidates(source.width, source.head_width, self.seed, divisors)
         if kind == "auto_dual":
             candidates.append(Candidate("dual transform", self._once(source, False, "dual")[0]))
         return candidates
@@ -46,33 +46,35 @@ class Fitted:
     def _once(self, source: LayerInput, smoothed: bool, kind: Transforming) -> tuple[Transform, str]:
         key = source.layers[0], smoothed, kind
         if key not in self._known:
-            self._known[key] = _smoothed(source, kind) if smoothed else _fit(source, kind, source.tokens)
+            self._known[key] = _fit(source, kind, smoothed, self.seed)
         return self._known[key]
 
 
-def _smoothed(source: LayerInput, kind: Transforming) -> tuple[Transform, str]:
-    """Smoothing, and then the transform of what is smoothed; J of `ars` stays that of the input itself."""
+def _fit(source: LayerInput, kind: Transforming, smoothed: bool, seed: int) -> tuple[Transform, str]:
+    if not smoothed:
+        return _fit_to(source.tokens, source, kind, seed)
     smooth = fit_smooth(source.absmax_by_timestep.amax(0), source.weights)
-    transform, reason = _fit(source, kind, smooth.apply(source.tokens))
+    transform, reason = _fit_to(smooth.apply(source.tokens), source, kind, seed)
     return Chain((smooth, transform)), f"smoothed, {reason}"
 
 
-def _fit(source: LayerInput, kind: Transforming, tokens: torch.Tensor) -> tuple[Transform, str]:
+def _fit_to(tokens: torch.Tensor, source: LayerInput, kind: Transforming, seed: int) -> tuple[Transform, str]:
+    """The transform of tokens, smoothed or not; J of `ars` stays that of the input itself."""
     width = source.width
     if kind == "none":
         return Identity(width), "none"
     if kind == "hadamard":
         return _full(width, None), "full Hadamard"
     if kind == "signed_hadamard":
-        return _full(width, SEED), "full Hadamard with signs"
+        return _full(width, seed), "full Hadamard with signs"
     if kind == "dual":
-        return fit_dual(tokens, seed=SEED), "dual transform"
+        return fit_dual(tokens, seed=seed), "dual transform"
     if kind == "balance":
         return fit_balance(source.absmax_by_timestep, source.weights), "balanced channels"
     assert kind == "ars", kind
     if source.rms < ARS_THRESHOLD:
-        return _full(width, SEED), f"J = {source.rms:.2f} < {ARS_THRESHOLD:g}: full Hadamard with signs"
-    return fit_dual(tokens, seed=SEED), f"J = {source.rms:.2f}: dual transform"
+        return _full(width, seed), f"J = {source.rms:.2f} < {ARS_THRESHOLD:g}: full Hadamard with signs"
+    return fit_dual(tokens, seed=seed), f"J = {source.rms:.2f}: dual transform"
 
 
 def _full(width: int, seed: int | None) -> Transform:

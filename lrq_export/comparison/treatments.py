@@ -84,6 +84,7 @@ _ABLATIONS = (
     replace(_TLQ, name="tlq_dual", title="twin-log, dual transform", transform="dual"),
     replace(_TLQ, name="tlq_not_equalized", title="twin-log, not equalized", transform="auto_unequalized"),
     replace(_TLQ, name="tlq_auto_dual", title="twin-log, auto with dual", transform="auto_dual"),
+    replace(_TLQ, name="tlq_groups", title="twin-log, groups of up to 128", group=128),
     replace(_TLQ, name="tlq_tensor", title="twin-log, static scale", activations="tensor"),
     replace(_TLQ, name="tlq_ranges", title="twin-log, static scales by time", activations="timestep_range"),
 )

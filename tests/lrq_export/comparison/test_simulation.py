@@ -1,5 +1,7 @@
 """What `compare` simulates: activations by every granularity, treated layers, and the judge's figures."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -171,6 +173,22 @@ def test_accuracy_and_distance():
     assert frechet_distance(features + 2.0, features) == pytest.approx(16.0, rel=1e-6)
     assert frechet_distance(3 * features, features) == pytest.approx(4 * np.trace(np.cov(features.T)), rel=0.02)
     assert np.isnan(frechet_distance(features[:1], features))
+
+
+@pytest.mark.parametrize(("name", "drawn"), [("quarot", True), ("duquant", True), ("tlq_hadamard", False)])
+def test_another_seed_changes_what_is_drawn_and_nothing_else(source, name, drawn):
+    def turned(seed: int) -> torch.Tensor:
+        return Fitted([source], seed).transform(source, treatment_of(name), 4, 8)[0].apply(source.tokens)
+
+    assert torch.equal(turned(0), turned(0))
+    assert torch.equal(turned(0), turned(1)) != drawn
+
+
+def test_groups_are_of_the_largest_divisor_and_their_side_data_is_counted(source):
+    grouped = replace(treatment_of("tlq_not_rotated"), group=10)  # of 24 columns: three groups of 8
+    with torch.no_grad():
+        bits = treat(source, grouped, 4, 8, Clock(), Fitted([source])).weight_bits
+    assert bits == 4 * 3 * ROWS * WIDTH + 3 * ROWS * (32 + 3 * 48)
 
 
 def test_an_unknown_method_is_named_with_the_nearest():
