@@ -127,6 +127,22 @@ def test_groups_of_a_codebook_are_fitted_each_by_its_own_columns():
     assert got <= 1.02 * wanted  # tables are rounded to the largest value of the row, not the group
 
 
+def test_values_of_a_codebook_are_weighted_means_of_what_is_rounded_to_them():
+    """Lloyd's condition, up to the rounding of the table to 127ths of the row's largest value."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 400, generator=generator)
+    importance = torch.rand(400, generator=generator).pow(4) + 1e-3
+    held = codebook.quantize(weight, importance, bits=3)
+    off = []
+    for row, codes, values, scale in zip(weight, held.codes, held.codebooks()[:, 0], held.scale, strict=True):
+        for code in codes.unique().tolist():
+            members = codes == code
+            mean = (importance * row)[members].sum() / importance[members].sum()
+            off.append(float((mean - values[code]).abs() / scale))
+    assert np.mean(off) < 0.5
+    assert max(off) < 3
+
+
 # Bits beside the codes of a row, at 4 bits and one group; and at 3.
 SIDE_DATA = {
     "tlq": (32 + 48, 32 + 48), "codebook": (32 + 128, 32 + 64), "tlq_paper": (64, 64), "tlq_released": (64, 64),
