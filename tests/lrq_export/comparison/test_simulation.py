@@ -1,6 +1,7 @@
 """What `compare` simulates: activations by every granularity, treated layers, and the judge's figures."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from graphs.equalizer import encode
 from lrq_export.calibrate.run import observe
-from lrq_export.comparison import layer
+from lrq_export.comparison import layer, run, transforms
 from lrq_export.comparison.activations import Clock, PerToken, PerTokenGroup, Static
 from lrq_export.comparison.inputs import LayerInput
 from lrq_export.comparison.judge import accuracy, frechet_distance
@@ -20,6 +21,7 @@ from lrq_export.comparison.treatments import TREATMENTS, treatment_of
 from lrq_export.errors import UsageError
 from lrq_export.quant.compensate import DAMPING, GPTQ_DAMPING, Feedback, quantize_compensated
 from lrq_export.quant.rotation import Rotation
+from lrq_export.quant.transforms.smooth import fit_smooth
 
 WIDTH, ROWS = 24, 16
 
@@ -157,7 +159,7 @@ def test_side_data_is_counted(source, monkeypatch):
     assert treated["codebook"] == 4 * weights + 3 * ROWS * (32 + 8 * 16) + 32 * WIDTH
 
 
-@pytest.mark.parametrize(("rms", "kind"), [(0.5, "Hadamard"), (1.5, "dual")])
+@pytest.mark.parametrize(("rms", "kind"), [(0.999, "Hadamard"), (1.0, "dual")])
 def test_j_decides_between_hadamard_and_dual(source, monkeypatch, rms, kind):
     monkeypatch.setattr(LayerInput, "rms", property(lambda self: rms))
     _, reason = Fitted([source]).transform(source, treatment_of("lrq_dit_text"), 4, 8)
@@ -173,6 +175,85 @@ def test_accuracy_and_distance():
     assert frechet_distance(features + 2.0, features) == pytest.approx(16.0, rel=1e-6)
     assert frechet_distance(3 * features, features) == pytest.approx(4 * np.trace(np.cov(features.T)), rel=0.02)
     assert np.isnan(frechet_distance(features[:1], features))
+
+
+def test_the_distance_of_covariances_that_do_not_commute():
+    """tr (S1 S2)^(1/2) = tr (S1^(1/2) S2 S1^(1/2))^(1/2), the root of a symmetric matrix."""
+    rng = np.random.default_rng(1)
+    first, second = (rng.standard_normal((300, 5)) @ rng.standard_normal((5, 5)) + shift for shift in (0.0, 1.0))
+
+    def root(matrix):
+        values, vectors = np.linalg.eigh(matrix)
+        return vectors * np.sqrt(values.clip(0)) @ vectors.T
+
+    covariances = [np.cov(each.T) for each in (first, second)]
+    assert np.abs(covariances[0] @ covariances[1] - covariances[1] @ covariances[0]).max() > 1
+    mixed = root(root(covariances[0]) @ covariances[1] @ root(covariances[0]))
+    gap = first.mean(0) - second.mean(0)
+    wanted = gap @ gap + np.trace(covariances[0] + covariances[1] - 2 * mixed)
+    assert frechet_distance(first, second) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_static_scale_clips_what_is_worth_clipping():
+    tokens = normal(7, 400, 8)
+    tokens[0, 0] = 40.0
+    fitted = Static.fit(tokens, torch.zeros(400), 4, 1, Clock())
+    tried = [40.0 / 7 * part for part in np.arange(20, 101, 2) / 100]
+    errors = [float(((tokens / each).round().clamp(-7, 7) * each - tokens).square().sum()) for each in tried]
+    assert fitted.scales == (pytest.approx(tried[int(np.argmin(errors))], rel=1e-6),)
+    assert fitted.scales[0] < 0.9 * 40.0 / 7
+
+
+@pytest.mark.parametrize("name", ["quarot", "tlq_hadamard", "duquant"])
+def test_everything_is_fitted_to_the_transformed_input(source, monkeypatch, name):
+    """Feedback to the second moments of what the layer really reads, static scales to its tokens."""
+    seen = {}
+    moments, tokens = layer._feedback, layer._activation
+    monkeypatch.setattr(layer, "_feedback", lambda h, *rest: seen.update(h=h) or moments(h, *rest))
+    monkeypatch.setattr(layer, "_activation", lambda how, x, *rest: seen.update(x=x) or tokens(how, x, *rest))
+    fitted = Fitted([source])
+    with torch.no_grad():
+        treat(source, treatment_of(name), 4, 8, Clock(), fitted)
+    transform, _ = fitted.transform(source, treatment_of(name), 4, 8)
+    assert torch.equal(seen["x"], transform.apply(source.tokens))
+    assert not torch.allclose(seen["x"], source.tokens, atol=0.1)
+    turned = transform.apply(torch.eye(WIDTH, dtype=torch.float64))
+    wanted = turned.T @ source.correlation.double() @ turned
+    assert (seen["h"] - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_a_transform_behind_smoothing_is_fitted_to_smoothed_tokens(source, monkeypatch):
+    seen, real = [], transforms.fit_dual
+    monkeypatch.setattr(transforms, "fit_dual", lambda tokens, **rest: seen.append(tokens) or real(tokens, **rest))
+    Fitted([source]).transform(source, treatment_of("duquant"), 4, 8)
+    smooth = fit_smooth(source.absmax_by_timestep.amax(0), source.weights)
+    assert torch.equal(seen[0], smooth.apply(source.tokens))
+    assert not torch.allclose(seen[0], source.tokens, atol=0.1)
+
+
+def test_image_k_of_a_seed_is_judged_by_row_k_of_the_conditions(monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "accuracy", lambda logits, labels: seen.append(labels.tolist()))
+    drawn = run.Scores(None, [torch.zeros(3, 1, 2, 2)] * 2)
+    bench = SimpleNamespace(
+        judge=SimpleNamespace(run=lambda images: (np.eye(len(images), 2), np.zeros((len(images), 2)))),
+        exact=drawn, seeds=[4, 9], inputs=SimpleNamespace(conditions={"class_labels": torch.arange(2)}),
+        recipe=SimpleNamespace(sampling=SimpleNamespace(images=3)),
+    )  # fmt: skip
+    run.Bench._judged(bench, drawn)
+    assert seen == [[0, 1, 0, 0, 1, 0]]
+
+
+def test_simulated_layers_are_told_the_timestep(monkeypatch):
+    class Model(torch.nn.Module):
+        def forward(self, timestep):
+            return timestep
+
+    clock = Clock()
+    monkeypatch.setattr(run, "Clock", lambda: clock)
+    stand_in, _ = run.quantized(Model(), [], treatment_of("tlq_ranges"), 4, 8, Fitted([]))
+    stand_in(timestep=torch.tensor([731.0, 731.0]))
+    assert clock.timestep == 731.0
 
 
 @pytest.mark.parametrize(("name", "drawn"), [("quarot", True), ("duquant", True), ("tlq_hadamard", False)])

@@ -97,7 +97,8 @@ def test_important_columns_are_rounded_better(name):
     moment[: COLS // 8] = 1.0
     plain, weighed = (METHODS[name].quantize(weight, h, bits=3).dequantize() for h in (None, moment))
     plain, weighed = (weighted_error(weight, each, moment).sum() for each in (plain, weighed))
-    assert weighed <= plain
+    # The released code's percentiles of such small weights are all one: there is nothing to choose.
+    assert weighed <= plain if name.startswith("tlq_released") else weighed < plain
 
 
 def test_uniform_minmax_ignores_importance():
