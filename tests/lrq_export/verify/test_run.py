@@ -13,7 +13,7 @@ from lrq_export.package import save_tensors_atomic
 from lrq_export.verify.run import verify
 
 LAYER = "transformer_blocks.0.attn1.to_q"
-PRODUCT = f"{LAYER}+to_k+to_v"  # what the graph made of it and its siblings
+PRODUCT = f"{LAYER}+to_k+to_v"  # what model.onnx makes of it and its siblings
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def flip_code(path):
     save_tensors_atomic(path, tensors, file.metadata)
 
 
-def flip_initializer(suffix, mask):
+def flip_initializer(name, mask):
     def spoil(path):
         model = onnx.load(path)
-        (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == f"{PRODUCT}.{suffix}")
+        (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
         tensor.raw_data = bytes([tensor.raw_data[0] ^ mask]) + tensor.raw_data[1:]
         onnx.save(model, path)
 
@@ -80,7 +80,7 @@ def test_one_changed_code_of_the_torch_model_breaks_r2_alone(edited):
 
 
 def test_one_changed_code_of_the_portable_graph_breaks_r2_and_r4(edited, cli):
-    outcome = cli("verify", edited("model.onnx", flip_initializer("codes", 0x0F)))
+    outcome = cli("verify", edited("model.onnx", flip_initializer(f"{PRODUCT}.codes", 0x0F)))
     assert outcome.code == 1
     assert outcome.err == ""
     assert outcome.out.count("FAILED") == 2
@@ -88,9 +88,9 @@ def test_one_changed_code_of_the_portable_graph_breaks_r2_and_r4(edited, cli):
 
 
 def test_one_changed_weight_of_the_engine_breaks_r4_alone(edited):
-    report, _ = verify(edited("engine/onnxruntime/model.onnx", flip_initializer("int8", 0x7F)))
+    report, _ = verify(edited("engine/onnxruntime/model.onnx", flip_initializer(f"{LAYER}.int8", 0x7F)))
     assert broken(report) == ["R4"]
-    assert f"{PRODUCT}.int8" in next(rung["blames"] for rung in report["ladder"] if rung["rung"] == "R4")
+    assert f"{LAYER}.int8" in next(rung["blames"] for rung in report["ladder"] if rung["rung"] == "R4")
 
 
 def test_a_fault_between_layers_is_blamed_on_the_layer_behind_it(edited):
