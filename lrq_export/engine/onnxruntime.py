@@ -97,7 +97,7 @@ def lower_linears(traced: TracedGraph) -> list[str]:
     """Replace every TwinLogLinear and its siblings by standard and contrib ops; returns the names of their layers.
 
     Layers that read one input share its quantization. Those that were merged become products of their own again: on a
-    CPU a wider product gains nothing, and the Split behind it copies all it made (3 % of a block of PixArt-XL/2).
+    CPU a wider product gains nothing, and the Split behind it copies all that it made.
     """
     graph, quantized_inputs, layers = traced.graph, {}, []
     for node in [node for node in graph.nodes if is_lrq(node, *LINEAR_OPS)]:
