@@ -17,15 +17,17 @@ from lrq_export.models.pixart import PixArt
 from lrq_export.package import load_manifest, save_tensors_atomic
 from lrq_export.quant.weight import QuantizedWeight
 from lrq_export.quantized import LayerRecord, QuantizedFile, write_quantized
+from lrq_export.saved_graphs import rewritten_graph
 from lrq_export.source import open_source
 from lrq_export.verify.ladder import run_session, run_torch
 from lrq_export.verify.metrics import nmse
 from lrq_export.verify.run import verify
 from lrq_export.verify.subject import quantized_model
 
-LAYER = "transformer_blocks.0.attn1.to_q"
+PRODUCT = "transformer_blocks.0.attn1.to_q+to_k+to_v"
 GROUP_SIZE = 12
 LAYERS = 10
+PRODUCTS = 7  # q, k, v of the self-attention are one, and k and v of the cross-attention
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +64,24 @@ def test_the_manifest_and_the_records_name_the_method(package):
 def test_the_graph_holds_tables_and_no_exponents(package):
     model = onnx.load(package / "model.onnx")
     nodes = [node for node in model.graph.node if node.domain == "lrq" and node.op_type != "HadamardRotate"]
-    assert [node.op_type for node in nodes] == ["CodebookLinear"] * LAYERS
+    assert [node.op_type for node in nodes] == ["CodebookLinear"] * PRODUCTS
     assert {function.name for function in model.functions} == {"CodebookLinear", "HadamardRotate"}
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     file = QuantizedFile(package / "quantized.safetensors")
     assert set(file.file.entries) - set(file.float_names()) == {
         f"{name}.{role}" for name in file.records for role in ("codes", "table", "scale")
     }
+    traced = rewritten_graph(package)
     for node in nodes:
         codes, table, scale, _ = (tensors[name] for name in node.input[1:])
-        layer = file.layer(codes.name.removesuffix(".codes"))
+        layers = [file.layer(weight.layer) for weight in traced.linear_parts(codes.name)]
         assert (codes.data_type, table.data_type, scale.data_type) == (
             TensorProto.INT8, TensorProto.INT8, TensorProto.FLOAT)  # fmt: skip
-        assert codes.raw_data == layer.codes.numpy().tobytes()
-        np.testing.assert_array_equal(onnx.numpy_helper.to_array(table), layer.table.numpy())
-        assert list(table.dims) == [layer.record.rows, layer.record.cols // GROUP_SIZE, 8]
+        assert codes.raw_data == b"".join(layer.codes.numpy().tobytes() for layer in layers)
+        tables = np.concatenate([layer.table.numpy() for layer in layers])
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(table), tables)
+        rows = sum(layer.record.rows for layer in layers)
+        assert list(table.dims) == [rows, layers[0].record.cols // GROUP_SIZE, 8]
 
 
 def test_the_engine_multiplies_with_the_weights_that_tables_give(package):
@@ -103,7 +108,7 @@ def edited(package, copy_of, reseal):
         folder = copy_of(package)
         path = folder / "model.onnx"
         model = onnx.load(path)
-        (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == f"{LAYER}.{role}")
+        (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == f"{PRODUCT}.{role}")
         array = onnx.numpy_helper.to_array(tensor).copy()
         change(array)
         tensor.raw_data = array.tobytes()

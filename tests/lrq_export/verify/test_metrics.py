@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrq_export.models.base import InputSpec
+from lrq_export.proof import other_shapes
 from lrq_export.verify import ladder
 from lrq_export.verify.metrics import nmse, psnr
 
@@ -69,13 +70,13 @@ def test_other_shapes_fit_the_model_and_are_its_own_timesteps(height, width, len
         "hidden_states": torch.randn(4, 1, 2 * height, 2 * width), "text": torch.randn(4, length, 3),
         "timestep": torch.tensor([5.0, 5.0, 900.0, 7.0]), "mask": torch.ones(4, length),
     }  # fmt: skip
-    made = ladder.other_shapes(SPECS, inputs, seed)
+    made = other_shapes(SPECS, inputs, seed)
     samples, _, rows, columns = made["hidden_states"].shape
     assert samples == 3
     assert rows % 2 == columns % 2 == 0
     assert made["text"].shape[1] == made["mask"].shape[1]
     assert set(made["timestep"].tolist()) <= {5.0, 900.0, 7.0}
-    again = ladder.other_shapes(SPECS, inputs, seed)
+    again = other_shapes(SPECS, inputs, seed)
     assert all(torch.equal(made[name], again[name]) for name in made)
 
 
