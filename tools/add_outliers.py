@@ -13,6 +13,7 @@ ff.net.2, behind a GELU.
 """
 
 import argparse
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -247,6 +248,13 @@ def convert(source_folder: Path, out: Path, calibration: Path, wanted: Wanted) -
     """Write the checkpoint with outliers to `out`. Raises LrqError for what is wrong with the source."""
     if out.resolve() == source_folder.resolve():
         raise UsageError(f"{out}: got the source as output folder, needed another", hint="name a new folder")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: got a file, needed a folder or a name that is free", hint="name a new folder")
+    for name, peak in (("--peak", wanted.peak), ("--mild-peak", wanted.mild_peak)):
+        if not (math.isfinite(peak) and peak > 0):
+            raise UsageError(f"{name}: got {peak}, needed a finite positive number")
+    if not source_folder.is_dir():
+        raise InputError(f"{source_folder}: no such folder", hint="name a folder in diffusers layout")
     if not calibration.is_file():
         raise InputError(f"{calibration}: not found", hint="name recorded inputs with --calibration")
     source = open_source(source_folder)

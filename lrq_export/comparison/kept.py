@@ -22,7 +22,7 @@ def read_kept(path: Path | None, conditions: str) -> dict[str, Any] | None:
         report = json.loads(path.read_bytes())
     except (OSError, ValueError):
         report = None
-    if not isinstance(report, dict) or not {"conditions", "rows"} <= report.keys():
+    if not _is_report(report):
         raise UsageError(f"{path}: is no report of a comparison, and would be overwritten", hint="choose another name")
     if report["conditions"] != conditions:
         raise UsageError(
@@ -30,6 +30,15 @@ def read_kept(path: Path | None, conditions: str) -> dict[str, Any] | None:
             hint="choose another name, or remove it",
         )
     return report
+
+
+def _is_report(report: Any) -> bool:
+    """Whether all is there that more rows can be added to."""
+    if not isinstance(report, dict) or not {"conditions", "rows", "reference", "seeds", "source"} <= report.keys():
+        return False
+    return all(
+        isinstance(row, dict) and {"method", "bits", "act_bits", "psnr_db"} <= row.keys() for row in report["rows"]
+    )
 
 
 def write_kept(path: Path | None, report: dict[str, Any]) -> None:

@@ -58,7 +58,9 @@ def _ours(weights: str) -> Treatment:
 _PUBLISHED = (
     Treatment("rtn", "round to nearest", "uniform_minmax", "none"),
     Treatment("smoothquant", "SmoothQuant", "uniform_minmax", "none", smoothed=True),
-    Treatment("quarot", "QuaRot", "uniform_minmax", "signed_hadamard", feedback="gptq", note="with GPTQ"),
+    Treatment(
+        "quarot", "QuaRot", "uniform_minmax", "signed_hadamard", feedback="gptq", note="with GPTQ, on min-max grids"
+    ),
     Treatment("duquant", "DuQuant", "uniform_clip", "dual", smoothed=True, note="the paper's dual transform"),
     Treatment(
         "q_dit", "Q-DiT", "uniform_minmax", "none", "token_group", feedback="gptq", group=128,
@@ -70,7 +72,7 @@ _PUBLISHED = (
     ),
     Treatment(
         "lrq_dit", "LRQ-DiT, as released", "tlq_released", "ars", smoothed=True,
-        note="J against 1 decides, where the release lists layers by hand",
+        note="J against 1 decides, where the release lists layers by hand; 2^b codes, columns weighted in the search",
     ),
     Treatment("lrq_dit_text", "LRQ-DiT, as written", "tlq_paper", "ars"),
 )  # fmt: skip

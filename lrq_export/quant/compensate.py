@@ -8,7 +8,7 @@ add up to the output error.
 So what a column's error costs in the end is 1 / U_jj², the part of its input that the later ones cannot make good, and
 what is rounded is not W but W with the errors carried into it. Codebooks are fitted to that: weighted by 1 / U_jj², a
 second time to the carried weights, and wider than fits best, since carried errors reach out of the range. Each row
-keeps what ends with the least output error; docs/methods.md shows what each of the three is worth.
+keeps what ends with the least output error.
 """
 
 from __future__ import annotations

@@ -47,6 +47,13 @@ def checked_weight(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def checked_bits(bits: int) -> int:
+    """The bits of a code. Raises UsageError unless a byte holds them, sign included."""
+    if not 2 <= bits <= 8:
+        raise UsageError(f"weight bits: got {bits}, needed 2 to 8")
+    return bits
+
+
 def checked_group_size(cols: int, group_size: int | None) -> int:
     """The group size, or all columns for None. Raises UsageError for one that does not divide them."""
     if group_size is None:

@@ -195,3 +195,20 @@ def test_the_source_is_never_overwritten_and_inputs_must_be_there(checkpoint, tm
     monkeypatch.setattr("sys.argv", ["add_outliers.py", str(checkpoint), str(checkpoint)])
     with pytest.raises(SystemExit, match="got the source as output folder"):
         main()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"peak": float("inf")}, "--peak: got inf"), ({"mild_peak": 0.0}, "--mild-peak: got 0.0")]
+)
+def test_peaks_that_no_channel_can_have_are_refused(tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        convert(tmp_path, tmp_path / "out", tmp_path / "none", replace(WANTED, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_as_output_and_a_missing_source_are_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UsageError, match="got a file, needed a folder"):
+        convert(tmp_path, tmp_path / "file", tmp_path / "none", WANTED)
+    with pytest.raises(InputError, match="no such folder"):
+        convert(tmp_path / "missing", tmp_path / "out", tmp_path / "none", WANTED)

@@ -11,7 +11,7 @@ import torch
 
 from lrq_export.quant.codebook_weight import CodebookWeight
 from lrq_export.quant.methods.log_grid import LogGrid, sides
-from lrq_export.quant.weight import checked_moment, checked_weight
+from lrq_export.quant.weight import checked_bits, checked_moment, checked_weight
 
 QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.999, 0.9999, 1.0)
 
@@ -22,7 +22,7 @@ def quantize(
     """Round W (rows, cols) to 2^(bits-1) levels a sign, `per_octave` (m) of them an octave."""
     weight = checked_weight(weight)
     moment = checked_moment(second_moment, weight.shape[1]).double()
-    count, mask = 2 ** (bits - 1), sides(weight)
+    count, mask = 2 ** (checked_bits(bits) - 1), sides(weight)
     magnitudes = weight.abs()[:, None].expand_as(mask).masked_fill(~mask, torch.nan)
     tops = torch.nanquantile(magnitudes, torch.tensor(QUANTILES), dim=2).nan_to_num(0.0).clamp_min(1e-30)
     errors = []

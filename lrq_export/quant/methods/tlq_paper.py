@@ -14,7 +14,7 @@ import torch
 
 from lrq_export.quant.codebook_weight import CodebookWeight
 from lrq_export.quant.methods.log_grid import NOTHING, LogGrid, extremes, logarithm, sides
-from lrq_export.quant.weight import checked_moment, checked_weight
+from lrq_export.quant.weight import checked_bits, checked_moment, checked_weight
 
 CLIPS = tuple((torch.arange(6, 21) / 20).tolist())  # α and β: 0.3 to 1
 INTEGER_BITS = 6
@@ -24,7 +24,7 @@ def quantize(weight: torch.Tensor, second_moment: torch.Tensor | None = None, *,
     """Round W (rows, cols) to 2^(bits-1) levels a sign, with the α and β of each row of least Σ_j h_j (w_j - ŵ_j)²."""
     weight = checked_weight(weight)
     moment = checked_moment(second_moment, weight.shape[1]).double()
-    count, mask, logs = 2 ** (bits - 1), sides(weight), logarithm(weight, 0.0)
+    count, mask, logs = 2 ** (checked_bits(bits) - 1), sides(weight), logarithm(weight, 0.0)
     low, high = extremes(logs, mask, NOTHING)
     errors = []
     for clip in CLIPS:

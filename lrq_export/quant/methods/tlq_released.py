@@ -11,7 +11,7 @@ import torch
 
 from lrq_export.quant.codebook_weight import CodebookWeight
 from lrq_export.quant.methods.log_grid import LogGrid, logarithm, sides
-from lrq_export.quant.weight import checked_moment, checked_weight
+from lrq_export.quant.weight import checked_bits, checked_moment, checked_weight
 
 OFFSETS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 PERCENTILES = (0.98, 0.99, 0.999, 0.9999, 0.99999)
@@ -28,7 +28,7 @@ def quantize(
     """
     weight = checked_weight(weight)
     moment = checked_moment(second_moment, weight.shape[1]).double()
-    count, mask = 2 ** (bits - 1), sides(weight)
+    count, mask = 2 ** (checked_bits(bits) - 1), sides(weight)
     extra = 0 if exact_codes else 1
     best: tuple[float, LogGrid] | None = None
     for offset in OFFSETS:

@@ -10,7 +10,7 @@ import torch
 
 from lrq_export.quant.codebook_weight import CodebookWeight
 from lrq_export.quant.methods.log_grid import extremes, sides
-from lrq_export.quant.weight import checked_moment, checked_weight
+from lrq_export.quant.weight import checked_bits, checked_moment, checked_weight
 
 CLIPS = tuple((torch.arange(8, 41) / 40).tolist())  # parts of the side's largest magnitude: 0.2 to 1
 
@@ -19,7 +19,7 @@ def quantize(weight: torch.Tensor, second_moment: torch.Tensor | None = None, *,
     """Round W (rows, cols) to ±k s, k = 0 .. 2^(bits-1) - 1, with the s of each sign of least Σ_j h_j (w_j - ŵ_j)²."""
     weight = checked_weight(weight)
     moment = checked_moment(second_moment, weight.shape[1]).double()
-    count, mask = 2 ** (bits - 1), sides(weight)
+    count, mask = 2 ** (checked_bits(bits) - 1), sides(weight)
     _, peak = extremes(weight.abs(), mask)
     steps = peak.clamp_min(1e-30) / (count - 1)
     errors = []

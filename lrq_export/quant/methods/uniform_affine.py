@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lrq_export.quant.codebook_weight import CodebookWeight, weighted_error
-from lrq_export.quant.weight import checked_group_size, checked_moment, checked_weight
+from lrq_export.quant.weight import checked_bits, checked_group_size, checked_moment, checked_weight
 
 CLIPS = tuple(torch.arange(20, 101, 2).div(100).tolist())  # parts of the row's range that are searched
 
@@ -25,7 +25,7 @@ def quantize(
     """
     weight = checked_weight(weight)
     rows, cols = weight.shape
-    size = checked_group_size(cols, group_size)
+    size, bits = checked_group_size(cols, group_size), checked_bits(bits)
     moment = checked_moment(second_moment, cols)
     parts, importance = weight.reshape(-1, size), moment.view(-1, size).repeat(rows, 1)
     tried = [_round(parts, clip, bits) for clip in (CLIPS if search else (1.0,))]

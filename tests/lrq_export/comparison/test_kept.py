@@ -88,7 +88,10 @@ def test_a_list_of_seeds_is_as_good_as_a_tuple(measure):
     assert measured == [("tlq", 4)]
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"rows": []}', b"\xff"])
+ROWLESS = b'{"conditions": "", "reference": {}, "seeds": [], "source": {}, "rows": [{"method": "tlq", "bits": 4}]}'
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"rows": []}', b"\xff", ROWLESS])
 def test_what_is_no_report_is_not_lost_either(measure, tmp_path, content):
     _, compare = measure
     (tmp_path / "kept.json").write_bytes(content)

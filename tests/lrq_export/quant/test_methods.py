@@ -76,6 +76,13 @@ def test_rows_of_zeros_one_sign_and_one_value_are_kept_finite(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("bits", [0, 9])
+def test_bits_that_no_byte_holds_are_refused(name, bits):
+    with pytest.raises(UsageError, match=f"bits: got {bits}, needed"):
+        METHODS[name].quantize(sample("gauss", rows=2), bits=bits)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_bad_weights_are_refused(name):
     weight = sample("gauss", rows=2)
     weight[1, 5] = torch.nan
