@@ -389,7 +389,7 @@ def _numbers(flag: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"{flag}: got {text!r}, needed whole numbers separated by commas") from None
+        raise UsageError(f"{flag}: got {text!r}, needed whole numbers, e.g. 4 3") from None
 
 
 def _values(flag: str, given: list[str]) -> list[str]:

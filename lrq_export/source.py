@@ -39,7 +39,7 @@ SCHEDULER = "scheduler_config.json"
 EVALUATION_SAMPLES = 64  # inputs that judge R1, none of them seen by calibration where the file holds enough
 SYNTHETIC_WARNING = (
     "no calibration was given: statistics come from Gaussian latents, not from real trajectories; "
-    "pass --calibration FILE, or a pipeline folder with --prompts"
+    "pass --calibration FILE, or build from a pipeline folder with --prompts"
 )
 
 

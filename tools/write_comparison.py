@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=ROOT / "docs" / "methods.md")
     args = parser.parse_args()
     try:
+        if not args.into.is_file():
+            raise InputError(f"{args.into}: no such file", hint="name a page that has the two markers")
         sections = [section(read_report(path)) for path in args.reports]
         page = rewritten(args.into.read_text(encoding="utf-8"), sections, str(args.into))
         write_bytes_atomic(args.into, page.encode("utf-8"))

@@ -24,6 +24,8 @@ class Judge:
         """Raises InputError for a file that is no such classifier."""
         import onnxruntime
 
+        if not path.is_file():
+            raise InputError(f"{path}: no such file", hint="name an ONNX classifier of this model's images")
         self._path = path
         try:
             self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -15,6 +15,7 @@ from lrq_export.package import load_manifest
 from lrq_export.plan import LayerPlan
 from lrq_export.quant import twin_log
 from lrq_export.quant.compensate import conditional_variances
+from lrq_export.quant.activation import rounded_tokens
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.transforms.base import Identity
 from lrq_export.quant.weight import dequantize
@@ -85,7 +86,10 @@ def test_losses_are_those_of_rounded_activations_and_of_rounded_weights():
     found = chosen(x, act_bits=16)
     rounded = quantize(matrix, x.double().square().mean(0))
     error = ((matrix - rounded).double().square() @ x.double().square().mean(0)).sum()
-    assert found.losses["none"] == pytest.approx(float(error / ((x @ matrix.T).square().sum() / len(x))), rel=1e-5)
+    power = (x @ matrix.T).square().sum() / len(x)
+    assert found.losses["none"] == pytest.approx(float(error / power), rel=1e-5)
+    error += ((rounded_tokens(x, 4) - x) @ matrix.T).double().square().sum() / len(x)
+    assert chosen(x, act_bits=4).losses["none"] == pytest.approx(float(error / power), rel=1e-5)
 
 
 def test_work_must_be_earned():

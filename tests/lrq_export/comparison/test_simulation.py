@@ -14,11 +14,11 @@ from lrq_export.calibrate.run import observe
 from lrq_export.comparison import layer, run, transforms
 from lrq_export.comparison.activations import Clock, PerToken, PerTokenGroup, Static
 from lrq_export.comparison.inputs import LayerInput
-from lrq_export.comparison.judge import accuracy, frechet_distance
+from lrq_export.comparison.judge import Judge, accuracy, frechet_distance
 from lrq_export.comparison.layer import treat
 from lrq_export.comparison.transforms import Fitted
 from lrq_export.comparison.treatments import TREATMENTS, treatment_of
-from lrq_export.errors import UsageError
+from lrq_export.errors import InputError, UsageError
 from lrq_export.quant.compensate import DAMPING, GPTQ_DAMPING, Feedback, quantize_compensated
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.transforms.smooth import fit_smooth
@@ -229,6 +229,14 @@ def test_a_transform_behind_smoothing_is_fitted_to_smoothed_tokens(source, monke
     smooth = fit_smooth(source.absmax_by_timestep.amax(0), source.weights)
     assert torch.equal(seen[0], smooth.apply(source.tokens))
     assert not torch.allclose(seen[0], source.tokens, atol=0.1)
+
+
+def test_a_judge_that_is_not_there_or_no_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="none.onnx: no such file"):
+        Judge(tmp_path / "none.onnx")
+    (tmp_path / "text.onnx").write_text("text")
+    with pytest.raises(InputError, match="ONNX Runtime cannot load it"):
+        Judge(tmp_path / "text.onnx")
 
 
 def test_image_k_of_a_seed_is_judged_by_row_k_of_the_conditions(monkeypatch):
