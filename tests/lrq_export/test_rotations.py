@@ -14,8 +14,8 @@ from lrq_export.compiler import build
 from lrq_export.package import load_manifest
 from lrq_export.plan import LayerPlan
 from lrq_export.quant import twin_log
-from lrq_export.quant.compensate import conditional_variances
 from lrq_export.quant.activation import rounded_tokens
+from lrq_export.quant.compensate import conditional_variances
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.transforms.base import Identity
 from lrq_export.quant.weight import dequantize

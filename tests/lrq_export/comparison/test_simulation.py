@@ -232,7 +232,7 @@ def test_a_transform_behind_smoothing_is_fitted_to_smoothed_tokens(source, monke
 
 
 def test_a_judge_that_is_not_there_or_no_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match="none.onnx: no such file"):
+    with pytest.raises(InputError, match=r"none\.onnx: no such file"):
         Judge(tmp_path / "none.onnx")
     (tmp_path / "text.onnx").write_text("text")
     with pytest.raises(InputError, match="ONNX Runtime cannot load it"):

@@ -101,5 +101,5 @@ def test_what_is_no_report_is_refused(write, tmp_path, data):
 
 def test_a_page_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["write_comparison.py", "report.json", "--into", str(tmp_path / "none.md")])
-    with pytest.raises(SystemExit, match="none.md: no such file"):
+    with pytest.raises(SystemExit, match=r"none\.md: no such file"):
         main()
