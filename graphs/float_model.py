@@ -45,7 +45,8 @@ def float_model(traced: TracedGraph) -> onnx.ModelProto:
         redirect_readers(node.outputs[0], weights[node.inputs[0].name])
     for node in [node for node in graph.nodes if is_lrq(node, *LINEAR_OPS)]:
         _open(graph, node, weights[node.inputs[1].name])
-    kept = [tensor for tensor in graph.inputs if tensor.name in set(traced.float_inputs())]
+    floats = set(traced.float_inputs())
+    kept = [tensor for tensor in graph.inputs if tensor.name in floats]
     graph.inputs = [*floating.model_inputs(), *kept, *weights.values()]
     floating.forget_unused()
     model = gs.export_onnx(graph)

@@ -60,8 +60,8 @@ def rewrite(
                         "its answers", f"NMSE {measured:.1e} against those before it", f"at most {bound:g}"
                     )
                 answers = now
+                traced = after  # a pass that did not fire has changed nothing, whatever it left behind
             outcome = Outcome(step.__name__, result, measured)
-            traced = after
         except ValueError as error:  # a check that failed, or a map that does not fit its weight
             if not keep_going:
                 raise CheckFailed(

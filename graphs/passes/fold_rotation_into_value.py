@@ -10,51 +10,21 @@ Everything on the path must have one reader: whoever else read it would find it 
 
 import onnx_graphsurgeon as gs
 
-from graphs.expressions import RotateOutput
-from graphs.passes.patterns import (
-    OpenLinear,
-    is_graph_output,
-    is_lrq,
-    open_linear_ending_in,
-    producer,
-    redirect_readers,
-    sole_consumer,
-)
+from graphs.passes.folding import NoMatch, fold_rotations
+from graphs.passes.patterns import OpenLinear, open_linear_ending_in, producer, sole_consumer
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
 SWAP_HEADS_AND_TOKENS = [0, 2, 1, 3]
 
 
-class NoMatch(Exception):
-    """The path from the rotation up to the value projection broke; the text says where."""
-
-
 def fold_rotation_into_value(traced: TracedGraph) -> PassResult:
-    result = PassResult()
-    for node in [node for node in traced.graph.nodes if is_lrq(node, "HadamardRotate")]:
-        try:
-            value = value_projection(node, traced)
-        except NoMatch as reason:
-            result.skip(node, str(reason))
-            continue
-        signs = traced.signs[node.inputs[1].name]
-        step = RotateOutput(int(node.attrs["block"]), signs.seed, signs.equalizer)
-        traced.rotate_output(value.codes.name, value.bias.name if value.bias is not None else None, step)
-        redirect_readers(node.outputs[0], node.inputs[0])
-        result.fired += 1
-    if result.fired:
-        traced.forget_unused()
-    return result
+    return fold_rotations(traced, value_projection)
 
 
 def value_projection(rotation: gs.Node, traced: TracedGraph) -> OpenLinear:
     """Walk from a rotation up to the value projection that can absorb it; raises NoMatch with the reason."""
     graph = traced.graph
-    if rotation.inputs[1].name not in traced.signs:
-        raise NoMatch("its signs are not in the table of signs")
-    if is_graph_output(rotation.outputs[0], graph):
-        raise NoMatch("the rotated tensor is an output of the graph")
     merge = _step_up(rotation.inputs[0], "Reshape", graph)
     swap_back = _step_up(merge.inputs[0], "Transpose", graph)
     mix = _step_up(swap_back.inputs[0], "MatMul", graph)
@@ -71,8 +41,6 @@ def value_projection(rotation: gs.Node, traced: TracedGraph) -> OpenLinear:
         raise NoMatch("the value projection is also read elsewhere")
     if not linear.owns_its_weight(graph):
         raise NoMatch("the value projection's weight is also read elsewhere")
-    if linear.bias is not None and (linear.bias.name not in traced.tensors or len(linear.bias.outputs) != 1):
-        raise NoMatch("the value projection's bias is not a weight of its own")
     return linear
 
 

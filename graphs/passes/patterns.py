@@ -1,6 +1,5 @@
 """Shapes of subgraph that more than one pass looks for. All look at structure only, never at node names."""
 
-from collections.abc import Container
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
@@ -55,12 +54,13 @@ class OpenLinear:
         return (self.bias_add or self.matmul).outputs[0]
 
     @property
-    def codes(self) -> gs.Tensor:
+    def weight(self) -> gs.Tensor:
+        """Its codes, which stand for it."""
         return self.dequant.inputs[0]
 
     def owns_its_weight(self, graph: gs.Graph) -> bool:
         """Whether nothing else reads the codes, the dequantized weight or its transpose."""
-        path = (self.codes, self.dequant.outputs[0], self.matmul.inputs[1])
+        path = (self.weight, self.dequant.outputs[0], self.matmul.inputs[1])
         return all(sole_consumer(tensor, graph) is not None for tensor in path)
 
 
@@ -88,31 +88,30 @@ class FloatLinear:
     """y = x · Transpose(weight) [+ bias (rows,)], a linear layer that stays in floating point; weight (rows, cols)."""
 
     weight: gs.Tensor
+    transposed: gs.Tensor
     bias: gs.Tensor | None
-    output: gs.Tensor
+
+    def owns_its_weight(self, graph: gs.Graph) -> bool:
+        """Whether nothing else reads the weight or its transpose."""
+        return all(sole_consumer(tensor, graph) is not None for tensor in (self.weight, self.transposed))
 
 
-def float_linear(output: gs.Tensor, graph: gs.Graph, weights: Container[str]) -> FloatLinear | None:
-    """Match a `FloatLinear` at its output; its weight and bias are among `weights` and read by nobody else."""
+def float_linear(output: gs.Tensor, graph: gs.Graph) -> FloatLinear | None:
+    """The `FloatLinear` whose output this is."""
     node, bias = producer(output), None
     if node is not None and node.op == "Add":
         products = [tensor for tensor in node.inputs if (made := producer(tensor)) is not None and made.op == "MatMul"]
-        others = [tensor for tensor in node.inputs if tensor not in products]
+        others = [tensor for tensor in node.inputs if not tensor.inputs]
         if len(products) != 1 or len(others) != 1 or sole_consumer(products[0], graph) is not node:
             return None
         (bias,), node = others, producer(products[0])
-    if node is None or node.op != "MatMul":
-        return None
-    transpose = producer(node.inputs[1])
+    transpose = producer(node.inputs[1]) if node is not None and node.op == "MatMul" else None
     if transpose is None or transpose.op != "Transpose" or transpose.attrs.get("perm") != [1, 0]:
         return None
     weight = transpose.inputs[0]
-    owned = [weight, *([] if bias is None else [bias])]
-    if any(each.name not in weights or sole_consumer(each, graph) is None for each in owned):
+    if weight.inputs or (bias is not None and list(bias.shape or ()) != list(weight.shape or ())[:1]):
         return None
-    if sole_consumer(transpose.outputs[0], graph) is None or (bias is not None and bias.shape != weight.shape[:1]):
-        return None
-    return FloatLinear(weight, bias, output)
+    return FloatLinear(weight, node.inputs[1], bias)
 
 
 def open_linear_ending_in(output: gs.Tensor, graph: gs.Graph) -> OpenLinear | None:

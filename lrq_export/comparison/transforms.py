@@ -23,17 +23,19 @@ ARS_THRESHOLD = 1.0  # of J: below it a Hadamard rotation, from it on the dual t
 
 @dataclass
 class Fitted:
-    """The inputs of a model and the transforms that were fitted to them: those that no number of bits changes, once."""
+    """The inputs of a model and the transforms that were fitted to them, each once for all methods that share it."""
 
     inputs: list[LayerInput]
     seed: int = 0  # of what transforms draw: signs, and the dual transform's rotations
-    _known: dict[tuple[str, bool, str], tuple[Transform, str]] = field(default_factory=dict)
+    _known: dict[tuple, tuple[Transform, str]] = field(default_factory=dict)
 
     def transform(self, source: LayerInput, treatment: Treatment, bits: int, act_bits: int) -> tuple[Transform, str]:
         """The transform and why it is this one."""
         if treatment.transform in ("auto", "auto_unequalized", "auto_dual"):
-            candidates = self._candidates(source, treatment.transform)
-            return _auto(source, bits, act_bits, candidates)
+            key = source.layers[0], treatment.transform, bits, act_bits
+            if key not in self._known:
+                self._known[key] = _auto(source, bits, act_bits, self._candidates(source, treatment.transform))
+            return self._known[key]
         return self._once(source, treatment.smoothed, treatment.transform)
 
     def _candidates(self, source: LayerInput, kind: Transforming) -> list[Candidate]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lrq_export.errors import UsageError
 from lrq_export.quant import weight as weights
 from lrq_export.quant.level_search import Magnitudes
 from lrq_export.quant.weight import SMALLEST
@@ -32,11 +31,9 @@ def quantize(weight: torch.Tensor, second_moment: torch.Tensor | None = None, *,
     second_moment h (cols,) as in `twin_log.quantize`. Fewer bits than 8 make the uniform baseline that
     Twin-Log must beat.
     """
-    if not 2 <= bits <= 8:
-        raise UsageError(f"uniform weight bits: got {bits}, needed 2 to 8")
     weight = weights.checked_weight(weight)
     moment = weights.checked_moment(second_moment, weight.shape[1]).double()
-    top = 2 ** (bits - 1) - 1
+    top = 2 ** (weights.checked_bits(bits) - 1) - 1
     peak = weight.abs().amax(1)
     scale = torch.ones(len(weight))
     codes = torch.empty(weight.shape, dtype=torch.int8)

@@ -87,13 +87,13 @@ def forced_model(subject: Subject, path: Path, config: dict[str, str] | None = N
 
 
 def r3(subject: Subject) -> tuple[ladder.Rung, list[dict[str, Any]]]:
-    """Every pass that fired, proved again."""
+    """Every pass that changed the graph, proved again."""
     stages, passes = saved_graphs(subject.package)
     read = None if subject.source is None else subject.source.checkpoint.read
     proof = Proof(subject.specs, subject.few, read)
     before = proof.answers(stages[0])
-    for traced, row in zip(stages[1:], passes, strict=True):
-        if row["fired"]:
+    for was, traced, row in zip(stages, stages[1:], passes, strict=False):
+        if traced.to_onnx() != was.to_onnx():
             after = proof.answers(traced)
             row["nmse"], before = difference(after, before), after
     worst = max(passes, key=lambda row: row["nmse"] or 0.0)

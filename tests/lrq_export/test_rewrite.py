@@ -140,6 +140,14 @@ def test_what_fired_is_proved_and_what_did_not_is_not(trace, proof):
     assert {(outcome.result.fired, outcome.nmse) for outcome in again} == {(0, None)}
 
 
+def test_a_pass_that_says_it_did_nothing_has_done_nothing(trace, proof):
+    def silent(traced):
+        fired(drops_a_rotation)(traced)
+        return PassResult()
+
+    assert rewrite(trace, [silent], proof, BOUND).to_onnx() == trace.to_onnx()
+
+
 def test_a_bound_of_nothing_refuses_even_rounding(trace, proof):
     """The twin of the test above: the proof does measure."""
     with pytest.raises(CheckFailed, match="pass fold_rotation_into"):

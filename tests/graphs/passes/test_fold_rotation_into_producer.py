@@ -1,3 +1,6 @@
+from functools import partial
+
+import graph_texts
 import pytest
 
 from graphs.checks import check, check_preserved
@@ -22,12 +25,7 @@ PROJECTION, ROTATION = "embedded = Kept<rows = 24, cols = 24>(active)", "Rotate<
 SHAPED, Z = "shaped = Reshape(embedded, shape)", "z = Linear<rows = 24, cols = 24>(rotated)"
 
 
-def edited(*edits):
-    text = TEXT
-    for old, new in edits:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
+edited = partial(graph_texts.edited, TEXT)
 
 
 FIRES = {

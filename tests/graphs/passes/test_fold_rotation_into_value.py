@@ -1,42 +1,17 @@
 import numpy as np
 import pytest
+from graph_texts import ATTENTION, edited
 
 from graphs.checks import check, check_preserved
 from graphs.equalizer import encode
 from graphs.expressions import RotateOutput
 from graphs.passes import fold_rotation_into_value
 
-SELF = """
-attention (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
-<int64[4] split = {0, 0, 2, 12}, int64[3] merge = {0, 0, 24}>
-{
-    q = Linear<rows = 24, cols = 24>(x)
-    k = Linear<rows = 24, cols = 24>(x)
-    v = Linear<rows = 24, cols = 24>(x)
-    q4 = Reshape(q, split)
-    k4 = Reshape(k, split)
-    v4 = Reshape(v, split)
-    qh = Transpose<perm = [0, 2, 1, 3]>(q4)
-    kh = Transpose<perm = [0, 2, 3, 1]>(k4)
-    vh = Transpose<perm = [0, 2, 1, 3]>(v4)
-    scores = MatMul(qh, kh)
-    p = Softmax(scores)
-    mixed = MatMul(p, vh)
-    back = Transpose<perm = [0, 2, 1, 3]>(mixed)
-    merged = Reshape(back, merge)
-    rotated = Rotate<block = 12, seed = 7>(merged)
-    y = Linear<rows = 24, cols = 24>(rotated)
-}
-"""
+SELF = edited(
+    ATTENTION, ("(merged)", "(rotated)"), ("y = Linear", "rotated = Rotate<block = 12, seed = 7>(merged) y = Linear")
+)
 WHOLE_HEAD, V = "Rotate<block = 12, seed = 7>", "v = Linear<rows = 24, cols = 24>(x)"
 MORE_OUTPUTS = "(float[batch, tokens, 24] y, float[batch, tokens, 24] {})"
-
-
-def edited(text, *edits):
-    for old, new in edits:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
 
 
 CROSS = edited(
@@ -151,11 +126,11 @@ REFUSALS = {
     ),
     "bias is read twice": (
         [("(float[batch, tokens, 24] y)", MORE_OUTPUTS.format("z")), ("q4 =", "z = Add(x, v_bias) q4 =")],
-        "the value projection's bias is not a weight of its own",
+        "the layer's bias is not a weight of its own",
     ),
     "bias is a model input": (
         [("24] x)", "24] x, float[24] b)"), (V, "u = Linear<rows = 24, cols = 24, bias = 0>(x) v = Add(u, b)")],
-        "the value projection's bias is not a weight of its own",
+        "the layer's bias is not a weight of its own",
     ),
     "signs are computed": (
         [("24] x)", "24] x, float[24] s)"),

@@ -1,3 +1,6 @@
+from functools import partial
+
+import graph_texts
 import numpy as np
 import pytest
 
@@ -15,12 +18,7 @@ U = "u = Linear<rows = 36, cols = 24>(x)"
 AFTER_OPEN = "u = Linear<rows = 36, cols = 24, bias = 0>(x) "
 
 
-def edited(*edits):
-    text = LINEAR
-    for old, new in edits:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
+edited = partial(graph_texts.edited, LINEAR)
 
 
 FIRES = {

@@ -3,59 +3,32 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
+from graph_texts import ATTENTION, edited
 
 from graphs.checks import GraphError, check, check_preserved
 from graphs.expressions import StackRows
 from graphs.passes import make_linear, merge_projections
 
-SELF = """
-attention (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
-<int64[4] split = {0, 0, 2, 12}, int64[3] merge = {0, 0, 24}>
-{
-    q = Linear<rows = 24, cols = 24>(x)
-    k = Linear<rows = 24, cols = 24>(x)
-    v = Linear<rows = 24, cols = 24>(x)
-    q4 = Reshape(q, split)
-    k4 = Reshape(k, split)
-    v4 = Reshape(v, split)
-    qh = Transpose<perm = [0, 2, 1, 3]>(q4)
-    kh = Transpose<perm = [0, 2, 3, 1]>(k4)
-    vh = Transpose<perm = [0, 2, 1, 3]>(v4)
-    scores = MatMul(qh, kh)
-    p = Softmax(scores)
-    mixed = MatMul(p, vh)
-    back = Transpose<perm = [0, 2, 1, 3]>(mixed)
-    merged = Reshape(back, merge)
-    y = Linear<rows = 24, cols = 24>(merged)
-}
-"""
 Q, K, V = (f"{name} = Linear<rows = 24, cols = 24>(x)" for name in "qkv")
 
 
-def edited(text, *edits):
-    for old, new in edits:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
-
-
 CROSS = edited(
-    SELF,
+    ATTENTION,
     ("24] x)", "24] x, float[batch, text, 20] caption)"),
     (K, "k = Linear<rows = 24, cols = 20>(caption)"),
     (V, "v = Linear<rows = 24, cols = 20>(caption)"),
 )
 # Text, the stacked codes of every layer that is merged.
 FIRES = {
-    "self-attention": (SELF, [("q", "k", "v")]),
+    "self-attention": (ATTENTION, [("q", "k", "v")]),
     "cross-attention": (CROSS, [("k", "v")]),
-    "no biases": (SELF.replace("rows = 24,", "bias = 0, rows = 24,"), [("q", "k", "v")]),
-    "8 bits": (SELF.replace("rows = 24,", "bits = 8, rows = 24,"), [("q", "k", "v")]),
-    "3 bits": (SELF.replace("rows = 24,", "bits = 3, rows = 24,"), [("q", "k", "v")]),
-    "a codebook": (SELF.replace("rows = 24,", "codebook = 1, rows = 24,"), [("q", "k", "v")]),
+    "no biases": (ATTENTION.replace("rows = 24,", "bias = 0, rows = 24,"), [("q", "k", "v")]),
+    "8 bits": (ATTENTION.replace("rows = 24,", "bits = 8, rows = 24,"), [("q", "k", "v")]),
+    "3 bits": (ATTENTION.replace("rows = 24,", "bits = 3, rows = 24,"), [("q", "k", "v")]),
+    "a codebook": (ATTENTION.replace("rows = 24,", "codebook = 1, rows = 24,"), [("q", "k", "v")]),
     "masked": (
         edited(
-            SELF,
+            ATTENTION,
             ("24] x)", "24] x, float[batch, 1, 1, tokens] mask)"),
             ("p = Softmax(scores)", "masked = Add(mask, scores) p = Softmax(masked)"),
         ),
@@ -63,7 +36,7 @@ FIRES = {
     ),
     "scaled and normalized queries": (
         edited(
-            SELF,
+            ATTENTION,
             ("merge = {0, 0, 24}", "merge = {0, 0, 24}, float[1] half = {0.5}"),
             ("qh = Transpose<perm = [0, 2, 1, 3]>(q4)", "qr = Transpose<perm = [0, 2, 1, 3]>(q4) qs = Mul(qr, half) "
              "squares = Mul(qs, qs) sums = Sqrt(squares) qh = Add(qs, sums)"),
@@ -71,14 +44,14 @@ FIRES = {
         [("q", "k", "v")],
     ),
     "a query of another width of activations": (
-        edited(SELF, (Q, "q = Linear<rows = 24, act_bits = 6, cols = 24>(x)")), [("k", "v")]),
+        edited(ATTENTION, (Q, "q = Linear<rows = 24, act_bits = 6, cols = 24>(x)")), [("k", "v")]),
     "a query in floating point": (
-        edited(SELF, (Q, "q = Linear<rows = 24, act_bits = 16, cols = 24>(x)")), [("k", "v")]),
+        edited(ATTENTION, (Q, "q = Linear<rows = 24, act_bits = 16, cols = 24>(x)")), [("k", "v")]),
     "a value of 8 bits": (
-        edited(SELF, (V, "v = Linear<rows = 24, bits = 8, cols = 24>(x)")), [("q", "k")]),
+        edited(ATTENTION, (V, "v = Linear<rows = 24, bits = 8, cols = 24>(x)")), [("q", "k")]),
     "text and image in one attention": (
         edited(
-            SELF,
+            ATTENTION,
             ("24] x)", "24] x, float[batch, text, 20] caption)"),
             ("k4 = Reshape(k, split)", "tk = Linear<rows = 24, cols = 20>(caption) ka = Concat<axis = 1>(tk, k) "
              "k4 = Reshape(ka, split)"),
@@ -150,7 +123,7 @@ def test_two_attentions_on_one_text_keep_their_own(parse):
 
 
 def test_the_rows_are_those_of_query_key_and_value_in_this_order(parse):
-    traced = parse(SELF)
+    traced = parse(ATTENTION)
     make_linear(traced)
     merge_projections(traced)
     (codes,) = [name for name in traced.codes_inputs() if name in traced.stacks]
@@ -179,7 +152,7 @@ NOT = {
 
 @pytest.mark.parametrize(("edits", "reason"), NOT.values(), ids=NOT.keys())
 def test_does_not_fire_and_says_why(parse, edits, reason):
-    traced = parse(edited(SELF, *edits))
+    traced = parse(edited(ATTENTION, *edits))
     make_linear(traced)
     before = traced.to_onnx()
     result = merge_projections(traced)
@@ -190,7 +163,7 @@ def test_does_not_fire_and_says_why(parse, edits, reason):
 
 def test_half_filled_bytes_are_not_stacked(parse):
     """15 x 15 codes of 4 bits end in the middle of a byte."""
-    odd = SELF.replace("24", "15").replace("2, 12}", "3, 5}")
+    odd = ATTENTION.replace("24", "15").replace("2, 12}", "3, 5}")
     traced = parse(odd)
     make_linear(traced)
     result = merge_projections(traced)
@@ -198,7 +171,7 @@ def test_half_filled_bytes_are_not_stacked(parse):
 
 
 def test_a_weight_that_another_layer_reads_is_left_alone(parse):
-    traced = parse(SELF)
+    traced = parse(ATTENTION)
     make_linear(traced)
     key = next(node for node in traced.graph.nodes if node.name == "k")
     copy = gs.Variable("copy", np.float32, ["batch", "tokens", 24])
@@ -227,7 +200,7 @@ def outputs_swapped(traced):
 
 @pytest.mark.parametrize("wrong", [swapped, biases_swapped, outputs_swapped])
 def test_a_wrong_merge_changes_the_function(parse, difference, wrong):
-    traced = parse(SELF)
+    traced = parse(ATTENTION)
     make_linear(traced)
     before = traced.copy()
     merge_projections(traced)
@@ -237,7 +210,7 @@ def test_a_wrong_merge_changes_the_function(parse, difference, wrong):
 
 
 def test_check_refuses_stacks_that_do_not_belong_together(parse):
-    traced = parse(SELF)
+    traced = parse(ATTENTION)
     make_linear(traced)
     merge_projections(traced)
     scale = traced.stacks["q+k+v.scale"]

@@ -1,3 +1,6 @@
+from functools import partial
+
+import graph_texts
 import pytest
 
 from graphs.checks import check, check_preserved
@@ -20,12 +23,7 @@ RK, RV = "rk = Rotate<block = 24>(x)", "rv = Rotate<block = 24>(x)"
 OUTPUT, TWO_OUTPUTS = "=> (float[batch, tokens, 24] y)", "=> (float[batch, tokens, 24] y, float[batch, tokens, 24] {})"
 
 
-def edited(*edits):
-    text = THREE
-    for old, new in edits:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
+edited = partial(graph_texts.edited, THREE)
 
 
 FIRES = {

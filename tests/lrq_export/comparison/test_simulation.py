@@ -264,6 +264,18 @@ def test_simulated_layers_are_told_the_timestep(monkeypatch):
     assert clock.timestep == 731.0
 
 
+def test_methods_share_the_rotation_that_was_chosen_for_their_bits(source, monkeypatch):
+    chosen = []
+    real = transforms.choose
+    monkeypatch.setattr(transforms, "choose", lambda *args: chosen.append(args[4]) or real(*args))
+    fitted = Fitted([source])
+    for name, bits, act_bits in (("tlq", 4, 8), ("codebook", 4, 8), ("tlq", 4, 6), ("tlq", 3, 8), ("tlq_tensor", 3, 8)):
+        fitted.transform(source, treatment_of(name), bits, act_bits)
+    assert chosen == [8, 6, 8]
+    fitted.transform(source, treatment_of("tlq_not_equalized"), 4, 8)
+    assert chosen == [8, 6, 8, 8]
+
+
 @pytest.mark.parametrize(("name", "drawn"), [("quarot", True), ("duquant", True), ("tlq_hadamard", False)])
 def test_another_seed_changes_what_is_drawn_and_nothing_else(source, name, drawn):
     def turned(seed: int) -> torch.Tensor:
