@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from graphs import names
 from graphs.ops import OPS, register
 from graphs.ops.spec import OpSpec, Shape
-from graphs.passes.patterns import LINEAR_OPS, is_lrq
+from graphs.passes.patterns import CODED_OPS, LINEAR_OPS, codes_form, is_lrq
 from graphs.traced import LinearWeight, TracedGraph
 
 
@@ -110,10 +110,11 @@ def _check_lrq_node(node: gs.Node, traced: TracedGraph) -> None:
         )  # fmt: skip
     _check_attributes_and_shapes(node, spec)
     inputs = dict(zip((tensor.name for tensor in spec.inputs), node.inputs, strict=True))
-    if node.op == "HadamardRotate":
+    if "signs" in inputs:
         _check_rotation(node, inputs["signs"], traced)
     elif "codes" in inputs:
         _check_weight(node, inputs, traced)
+        _check_codes_type(node, inputs["codes"])
 
 
 def _check_attributes_and_shapes(node: gs.Node, spec: OpSpec) -> None:
@@ -162,6 +163,17 @@ def _check_weight(node: gs.Node, inputs: dict[str, gs.Tensor], traced: TracedGra
     if node.attrs["rows"] != rows:
         layers = ", ".join(weight.layer for weight in weights)
         raise GraphError(where, f"rows is {node.attrs['rows']}", f"{rows} as {layers} in the weight table")
+
+
+def _check_codes_type(node: gs.Node, codes: gs.Tensor) -> None:
+    """Codes have the type of their layout, or the INT8 of a trace: wider ones would be widened weights."""
+    if not is_lrq(node, *CODED_OPS):
+        return
+    needed, _ = codes_form(node)
+    if codes.dtype not in (needed, np.int8):
+        raise GraphError(
+            _where(node), f"its codes {codes.name!r} are {_type_name(codes.dtype)}", f"{needed.name} as its layout says"
+        )
 
 
 def _table_attributes(node: gs.Node, weight: LinearWeight) -> dict[str, int]:

@@ -30,3 +30,12 @@ def divisors(text: str) -> np.ndarray:
     """d (n,) float64 of an encoded equalizer. Raises ValueError for text that is none."""
     exponents = np.frombuffer(base64.b64decode(text, validate=True), np.int8)
     return np.exp2(exponents / PER_OCTAVE)
+
+
+def part(text: str, start: int, stop: int) -> str:
+    """The equalizer of channels `start` to `stop` alone.
+
+    >>> divisors(part(encode(np.array([1.0, 2.0, 0.5, 256.0])), 1, 3)).tolist()
+    [2.0, 0.5]
+    """
+    return base64.b64encode(base64.b64decode(text, validate=True)[start:stop]).decode()

@@ -43,10 +43,20 @@ class RotateInput(Rotation):
 
 @dataclass(frozen=True)
 class RotateOutput(Rotation):
-    """W (rows, cols) becomes Rᵀ W, a bias (rows,) becomes b R: its output channels leave rotated."""
+    """W (rows, cols) becomes Rᵀ W, a bias (rows,) becomes b R: its output channels leave rotated.
+
+    Only the rows from `start` to `stop` (None: the last) where a part of the channels is rotated.
+    """
+
+    start: int = 0
+    stop: int | None = None
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return _blocks_checked(self, shape, axis=0)
+        stop = shape[0] if self.stop is None else self.stop
+        if not 0 <= self.start < stop <= shape[0]:
+            raise ValueError(f"RotateOutput: rows {self.start} to {stop} of {shape[0]}")
+        _blocks_checked(self, (stop - self.start, *shape[1:]), axis=0)
+        return shape
 
 
 @dataclass(frozen=True)

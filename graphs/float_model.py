@@ -2,6 +2,7 @@
 
     TwinLogDequant(codes, ...) and its siblings          ->  W                      W is the input `<codes>.float`
     TwinLogLinear(x, codes, ..., bias) and its siblings  ->  MatMul(x, Wᵀ) + bias   x is not quantized
+    TwinLogLinearResidual(x, ..., gate, residual)        ->  that times gate, plus residual
 
 Rotations stay and keep their bodies, so one that was folded wrongly shows. Weights are graph inputs, not initializers:
 protobuf ends at 2 GiB, and whoever runs the model may evaluate each weight when it is needed.
@@ -14,7 +15,8 @@ import onnx_graphsurgeon as gs
 from graphs import names
 from graphs.expressions import Expression
 from graphs.ops import attach_bodies
-from graphs.passes.patterns import DEQUANT_OPS, LINEAR_OPS, is_lrq, redirect_readers
+from graphs.passes.fuse_epilogue import open_epilogues
+from graphs.passes.patterns import DEQUANT_OPS, PLAIN_LINEAR_OPS, is_lrq, redirect_readers
 from graphs.traced import TracedGraph
 
 
@@ -43,7 +45,8 @@ def float_model(traced: TracedGraph) -> onnx.ModelProto:
     }
     for node in [node for node in graph.nodes if is_lrq(node, *DEQUANT_OPS)]:
         redirect_readers(node.outputs[0], weights[node.inputs[0].name])
-    for node in [node for node in graph.nodes if is_lrq(node, *LINEAR_OPS)]:
+    open_epilogues(floating)
+    for node in [node for node in graph.nodes if is_lrq(node, *PLAIN_LINEAR_OPS)]:
         _open(graph, node, weights[node.inputs[1].name])
     floats = set(traced.float_inputs())
     kept = [tensor for tensor in graph.inputs if tensor.name in floats]

@@ -13,7 +13,9 @@ FLOATING_POINT = 16  # act_bits of a layer whose activations are not quantized
 
 # What holds a quantized weight: inputs of lrq nodes, each a tensor `<layer>.<role>`. A format has some of them.
 WEIGHT_ROLES = ("codes", "exponents", "table", "scale")
+STORAGE, WORDS = "storage", "words"  # how the codes of a node lie: as files keep them, or as kernels read them
 
 # Carried by every lrq node: makes TensorRT prefer a loaded plugin over the function body (docs/graph.md).
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = ""
+TRT_PLUGINS = "trt.plugins"  # the domain in which ONNX Runtime's TensorRT provider looks for plugins

@@ -6,6 +6,7 @@ Every weight tensor of the graph is a graph input without a value; `linears` and
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -97,19 +98,16 @@ class TracedGraph:
         weights = self.placeholders()
         return [tensor for tensor in self.graph.inputs if tensor.name not in weights]
 
-    def rotate_output(self, weight: str, bias: str | None, step: RotateOutput) -> None:
-        """Append `step` to a linear's weight, by its codes or its own name, and to its bias.
+    def rotate_outputs(self, steps: Mapping[str, RotateOutput]) -> None:
+        """Append a map to each weight (by its codes, or its own name) or bias that is named.
 
-        If it does not fit, raises ValueError and changes neither.
+        If one does not fit, raises ValueError and changes none.
         """
-        coded = self.linears.get(weight)
-        rotated = (self.tensors[weight] if coded is None else coded.weight).then(step)
-        if bias is not None:
-            self.tensors[bias] = self.tensors[bias].then(step)
-        if coded is None:
-            self.tensors[weight] = rotated
-        else:
-            self.linears[weight] = replace(coded, weight=rotated)
+        coded = {name: self.linears[name] for name in steps if name in self.linears}
+        linears = {name: replace(each, weight=each.weight.then(steps[name])) for name, each in coded.items()}
+        tensors = {name: self.tensors[name].then(step) for name, step in steps.items() if name not in coded}
+        self.linears.update(linears)
+        self.tensors.update(tensors)
 
     def forget_unused(self) -> None:
         """Drop nodes, weights and signs that no output needs, and restore topological order; model inputs all stay."""

@@ -13,8 +13,9 @@ import torch
 
 from graphs import names
 from graphs.expressions import RotateOutput
+from graphs.online import online_channels
 from graphs.ops import packing
-from graphs.passes.patterns import LINEAR_OPS, is_lrq, open_linear, producer
+from graphs.passes.patterns import LINEAR_OPS, is_lrq, open_linear, operand
 from graphs.traced import LinearWeight, TracedGraph
 from lrq_export.calibrate.observed import Observed
 from lrq_export.checkpoint import Checkpoint, TensorFile, check_finite
@@ -136,8 +137,13 @@ def write_portable(traced: TracedGraph, quantized: QuantizedFile, path: Path, **
     return write_model(path, traced.to_onnx(), portable_weights(traced, quantized), **options)
 
 
+def write_for_plugins(traced: TracedGraph, quantized: QuantizedFile, path: Path, **options) -> int:
+    """Write the graph of a target whose plugins run every lrq node: no bodies, codes as each node reads them."""
+    return write_model(path, traced.to_onnx(), portable_weights(traced, quantized), bodies=False, **options)
+
+
 def portable_weights(traced: TracedGraph, quantized: QuantizedFile) -> Iterator[WeightTensor]:
-    """Every weight of the graph, by its name there."""
+    """Every weight of the graph, by its name there, codes in the layout that their node asks for."""
     for codes in traced.codes_inputs():
         yield from coded_weights(traced, quantized, codes)
     for name in traced.float_inputs():
@@ -146,13 +152,20 @@ def portable_weights(traced: TracedGraph, quantized: QuantizedFile) -> Iterator[
 
 def coded_weights(traced: TracedGraph, quantized: QuantizedFile, codes: str) -> list[WeightTensor]:
     """The packed tensors that a node reads with its `codes`: of one layer, or of several below each other."""
-    layers = [quantized.layer(weight.layer).onnx_weights() for weight in traced.linear_parts(codes)]
+    layout = _layout(traced, codes)
+    layers = [quantized.layer(weight.layer).onnx_weights(layout) for weight in traced.linear_parts(codes)]
     if codes not in traced.stacks:
         return layers[0]
     stack_of = {parts: name for name, parts in traced.stacks.items()}
     return [
         WeightTensor.stacked(stack_of[tuple(part.name for part in parts)], parts) for parts in zip(*layers, strict=True)
     ]
+
+
+def _layout(traced: TracedGraph, codes: str) -> str:
+    """How the node that reads `codes` wants them to lie."""
+    held = next(tensor for tensor in traced.graph.inputs if tensor.name == codes)
+    return held.outputs[0].attrs.get("layout", names.STORAGE)
 
 
 def float_weight(traced: TracedGraph, quantized: QuantizedFile, name: str) -> WeightTensor:
@@ -167,29 +180,29 @@ def layer_file(folder: Path, layer: str) -> Path:
 
 def _record(traced: TracedGraph, codes: str, weight: LinearWeight, plan: LayerPlan) -> LayerRecord:
     """What the rewritten graph made of a planned layer."""
-    online, bias = _surroundings(traced, codes)
+    (start, stop), bias = _surroundings(traced, codes)
     folded = [step for step in weight.weight.maps if isinstance(step, RotateOutput)]
-    rotated_by = UNROTATED if not plan.block else ONLINE if online else FOLDED
+    rotated_by = UNROTATED if not plan.block else ONLINE if stop else FOLDED
+    in_part = rotated_by == ONLINE and (start, stop) != (0, plan.cols)
     return LayerRecord(
         layer=weight.layer, rows=weight.weight.shape[0], cols=weight.weight.shape[1], bits=weight.bits,
         group_size=weight.group_size, act_bits=weight.act_bits, block=plan.block, signs_seed=plan.signs_seed,
         rotated_by=rotated_by, reason=plan.reason,
         output_rotations=[asdict(step) for step in folded],
-        bias=bias, method=plan.method, equalizer=plan.equalizer,
+        bias=bias, method=plan.method, equalizer=plan.equalizer, online_channels=[start, stop] if in_part else None,
     )  # fmt: skip
 
 
-def _surroundings(traced: TracedGraph, codes: str) -> tuple[bool, str | None]:
-    """Whether the input of a quantized linear is rotated by a node, and the name of its bias, None without one."""
+def _surroundings(traced: TracedGraph, codes: str) -> tuple[tuple[int, int], str | None]:
+    """The input channels of a quantized linear that nodes rotate, and the name of its bias, None without one."""
     held = next(name for name in traced.codes_inputs() if codes in traced.parts(name))
     reader = next(node for node in traced.graph.nodes if any(tensor.name == held for tensor in node.inputs))
     if is_lrq(reader, *LINEAR_OPS):
-        x, bias = reader.inputs[0], reader.inputs[-1]
+        x, bias = reader.inputs[0], operand(reader, "bias")
     else:  # activations in floating point: Dequant -> Transpose -> MatMul
         linear = open_linear(reader.outputs[0].outputs[0].outputs[0].outputs[0], traced.graph)
         x, bias = linear.input, linear.bias
-    before = producer(x)
-    online = before is not None and is_lrq(before, "HadamardRotate")
+    online = online_channels(x, traced)
     if bias is None:
         return online, None
     if bias.name in traced.stacks:

@@ -47,7 +47,7 @@ from lrq_export.recipe import Recipe, to_toml
 from lrq_export.rewrite import Outcome, rewrite
 from lrq_export.rotations import choose_rotations
 from lrq_export.sampling import check_steps, scheduler_from
-from lrq_export.saved_graphs import TRACE, load_graph, pass_file, rewritten_graph, save_graph
+from lrq_export.saved_graphs import TRACE, load_graph, pass_file, pass_files, rewritten_graph, save_graph
 from lrq_export.source import Inputs, Source, calibration_path, conditions_path, fingerprint, gather_inputs, open_source
 from lrq_export.trace import trace
 from lrq_export.verify.reference import Reference, write_reference
@@ -179,7 +179,8 @@ def _run(job: Job, until: str, key: str) -> BuildResult:
         return BuildResult(job.path, True, None, until)
     report, samples = _verify(job)
     write_json_atomic(job.path / REPORT, report)
-    write_report_page(job.path / REPORT_PAGE, report, samples)
+    graphs = (load_graph(job.path / TRACE), rewritten_graph(job.path))
+    write_report_page(job.path / REPORT_PAGE, report, samples, graphs)
     write_manifest(job.path, _facts(job, key))
     job.workspace.commit()
     return BuildResult(job.workspace.out, _all_passed(report), report)
@@ -220,7 +221,8 @@ def _rotated(job: Job, model: nn.Module, observed: Observed) -> list[LayerPlan]:
         return job.plans
     return choose_rotations(
         job.plans, observed, lambda name: model.get_parameter(name).detach(),
-        lambda layer: job.source.family.head_width(model, layer), job.recipe.rotation.seed, job.progress.advance,
+        lambda layer: job.source.family.head_width(model, layer), job.source.family.shares_attention,
+        job.recipe.rotation.seed, job.progress.advance,
     )  # fmt: skip
 
 
@@ -239,6 +241,8 @@ def _rewrite(job: Job) -> None:
     files = {step.__name__: pass_file(job.path, index, step.__name__) for index, step in enumerate(PIPELINE)}
     if all(file.exists() for file in files.values()):
         return
+    for stale in pass_files(job.path):  # a rewrite that was interrupted begins anew
+        stale.unlink()
     settings, read = job.recipe.rewrite, job.source.checkpoint.read
 
     def keep(traced: TracedGraph, outcome: Outcome) -> None:

@@ -7,7 +7,7 @@ import torch
 from graphs import expressions
 from graphs.expressions import Expression, RotateInput, RotateOutput, StackRows
 from lrq_export.errors import InputError
-from lrq_export.quant.rotation import Rotation
+from lrq_export.quant.rotation import PartialRotation, Rotation
 
 ReadTensor = Callable[[str], torch.Tensor]
 
@@ -24,16 +24,19 @@ def evaluate(expression: Expression, read: ReadTensor, dtype: torch.dtype = torc
         elif isinstance(step, RotateInput):
             value = rotation_of(step, value.shape[1]).apply_to_weight(value)
         elif isinstance(step, RotateOutput):
-            value = rotation_of(step, value.shape[0]).apply(value.mT.contiguous() if value.ndim == 2 else value)
-            value = value.mT.contiguous() if value.ndim == 2 else value
+            rotation = rotation_of(step, len(value))
+            value = rotation.apply(value.movedim(0, -1).contiguous()).movedim(-1, 0).contiguous()
         else:
             raise TypeError(f"no evaluation is defined for the map {type(step).__name__}")
     return value
 
 
-def rotation_of(step: expressions.Rotation, width: int) -> Rotation:
+def rotation_of(step: expressions.Rotation, width: int) -> Rotation | PartialRotation:
     """The torch rotation of `width` channels that a map names."""
-    return Rotation(width, step.block, step.signs_seed, step.equalizer)
+    if not isinstance(step, RotateOutput) or (step.start, step.stop or width) == (0, width):
+        return Rotation(width, step.block, step.signs_seed, step.equalizer)
+    part = Rotation((step.stop or width) - step.start, step.block, step.signs_seed, step.equalizer)
+    return PartialRotation(width, step.start, part)
 
 
 def _source(expression: Expression, read: ReadTensor, dtype: torch.dtype) -> torch.Tensor:

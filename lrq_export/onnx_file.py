@@ -42,16 +42,22 @@ class WeightTensor:
 
 
 def write_model(
-    path: Path, model: onnx.ModelProto, weights: Iterable[WeightTensor], *, inline_limit: int = INLINE_LIMIT
+    path: Path,
+    model: onnx.ModelProto,
+    weights: Iterable[WeightTensor],
+    *,
+    bodies: bool = True,
+    inline_limit: int = INLINE_LIMIT,
 ) -> int:
-    """Complete `model`, whose weights are graph inputs so far, and write it with function bodies.
+    """Complete `model`, whose weights are graph inputs so far, and write it, with the bodies of its lrq nodes or not.
 
     `path` gets the graph; the weights go inside it, or into `path` + ".data" when they exceed `inline_limit` bytes.
     The data file is complete on disk before the graph that refers to it. Returns the bytes of the weights.
     """
     weights = list(weights)
-    model = _without_inputs(model, {weight.name for weight in weights})
-    attach_bodies(model)
+    model = _without_inputs(model, weights)
+    if bodies:
+        attach_bodies(model)
     model.ir_version = names.IR_VERSION
     model.producer_name = "lrq-export"
     total = sum(weight.size for weight in weights)
@@ -65,11 +71,17 @@ def write_model(
     return total
 
 
-def _without_inputs(model: onnx.ModelProto, weight_names: set[str]) -> onnx.ModelProto:
-    kept = [value for value in model.graph.input if value.name not in weight_names]
-    missing = weight_names - {value.name for value in model.graph.input}
+def _without_inputs(model: onnx.ModelProto, weights: Sequence[WeightTensor]) -> onnx.ModelProto:
+    inputs = {value.name: value for value in model.graph.input}
+    shapes = {weight.name: weight.shape for weight in weights}
+    kept = [value for name, value in inputs.items() if name not in shapes]
+    missing = shapes.keys() - inputs.keys()
     if missing:
         raise ValueError(f"the graph has no input for the weights {sorted(missing)[:3]}")
+    for name, shape in shapes.items():  # codes in another layout than their node reads would be other codes
+        declared = tuple(dim.dim_value for dim in inputs[name].type.tensor_type.shape.dim)
+        if declared != tuple(shape):
+            raise ValueError(f"{name}: the graph's input has shape {declared}, its weight {tuple(shape)}")
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     del bare.graph.input[:], bare.metadata_props[:]

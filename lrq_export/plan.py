@@ -68,7 +68,8 @@ def _plan_layer(name: str, linear: nn.Linear, model: nn.Module, family: ModelFam
             hint=f"set weights.group_size to one of {_some_divisors(cols)}, or 0 for one group a row",
         )
     block, reason = _choose_block(name, cols, family.head_width(model, name), recipe)
-    signs_seed = recipe.rotation.seed if block and recipe.rotation.signs else None
+    signs = recipe.rotation.signs and not family.shares_attention(name)
+    signs_seed = recipe.rotation.seed if block and signs else None
     return LayerPlan(
         name, rows, cols, recipe.weights.bits, group_size, recipe.activations.bits, block, signs_seed, reason,
         recipe.weights.method,
@@ -79,8 +80,10 @@ def _choose_block(name: str, cols: int, head_width: int | None, recipe: Recipe) 
     rotation = recipe.rotation
     if rotation.kind != "hadamard":
         return 0, f"rotation.kind is {rotation.kind}"
-    if head_width is not None and hadamard.supported(head_width):
-        return head_width, f"head width {head_width}: folds into the value projection"
+    by_head = 1 if head_width is None else max(hadamard.blocks(head_width))
+    if by_head > 1:
+        whole = f"head width {head_width}" if by_head == head_width else f"{by_head} of {head_width} channels of a head"
+        return by_head, f"{whole}: folds into the value projection"
     if rotation.block:
         if cols % rotation.block or not hadamard.supported(rotation.block):
             usable = [block for block in hadamard.blocks(cols) if block >= min(8, cols)]

@@ -78,8 +78,9 @@ def other_shapes(specs: dict[str, InputSpec], inputs: Inputs, seed: int) -> Inpu
         for axis, extent in enumerate(spec.shape):
             if isinstance(extent, str) and extent not in sizes:
                 # About half, one unit more with every free axis: cheap, never square, never the given size.
-                units = given.shape[axis] // spec.multiple_of
-                sizes[extent] = max(2, units // 2 + len(sizes)) * spec.multiple_of
+                unit, most = spec.unit(extent), spec.most_units(extent)
+                units = max(2, given.shape[axis] // unit // 2 + len(sizes))
+                sizes[extent] = (units if most is None else min(units, most)) * unit
         shape = [sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape]
         if spec.shape == ("samples",):
             made[name] = given[torch.randint(len(given), (sizes["samples"],), generator=generator)]

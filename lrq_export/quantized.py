@@ -6,6 +6,7 @@ under their graph name. Metadata `layers` holds the records.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,15 +16,15 @@ import numpy as np
 import onnx
 import torch
 
-from graphs import names
+from graphs import equalizer, names
 from graphs.expressions import RotateOutput
-from graphs.ops import codebook_dequant, packing, twin_log_dequant
+from graphs.ops import codebook_dequant, packing, twin_log_dequant, words
 from lrq_export.checkpoint import TensorFile
 from lrq_export.errors import InputError
 from lrq_export.onnx_file import WeightTensor
 from lrq_export.package import save_tensors_atomic
 from lrq_export.quant.linear import QuantizedLinear
-from lrq_export.quant.rotation import Rotation
+from lrq_export.quant.rotation import PartialRotation, Rotation
 
 # How a layer's input comes to be rotated.
 ONLINE, FOLDED, UNROTATED = "HadamardRotate", "the layer before it", "nothing"
@@ -53,6 +54,7 @@ class LayerRecord:
     weighted_nmse: float = 0.0  # the same, each column weighted by its input's second moment
     method: str = names.TWIN_LOG  # of its codes; says nothing at 8 bits
     equalizer: str | None = None  # divisors of its input channels (`graphs.equalizer`), before the rotation
+    online_channels: list[int] | None = None  # the first, and the one behind the last; None: all that ONLINE says
 
     def __post_init__(self):
         if self.method not in LEVELS:
@@ -66,13 +68,23 @@ class LayerRecord:
         """The rotation of its input, None if there is none."""
         return Rotation(self.cols, self.block, self.signs_seed, self.equalizer) if self.block else None
 
-    def input_rotation(self) -> Rotation | None:
+    def input_rotation(self) -> Rotation | PartialRotation | None:
         """The rotation that the layer's own input goes through when the model runs, None if it was folded away."""
+        if self.online_channels is not None:
+            return self._part(*self.online_channels)
         return self.rotation() if self.rotated_by == ONLINE else None
 
-    def folded_rotation(self) -> Rotation | None:
+    def folded_rotation(self) -> Rotation | PartialRotation | None:
         """The rotation of its input that the layer before it has in its weights, None if there is none."""
+        if self.online_channels is not None:
+            start, stop = self.online_channels
+            return self._part(0, start) if start else self._part(stop, self.cols)
         return self.rotation() if self.rotated_by == FOLDED else None
+
+    def _part(self, start: int, stop: int) -> PartialRotation:
+        """The rotation of some of the channels; `commute_rotation` divides none whose signs are drawn."""
+        divisors = None if self.equalizer is None else equalizer.part(self.equalizer, start, stop)
+        return PartialRotation(self.cols, start, Rotation(stop - start, self.block, None, divisors))
 
     def output_steps(self) -> list[RotateOutput]:
         return [RotateOutput(**step) for step in self.output_rotations]
@@ -110,15 +122,23 @@ class LayerTensors:
             return self.table
         return torch.from_numpy(twin_log_dequant.table(self.exponents.numpy(), self.record.bits)).to(torch.int8)
 
-    def onnx_weights(self) -> list[WeightTensor]:
-        """The layer's inputs of the portable graph, in the order of its node."""
-        weights = [WeightTensor.of(name, tensor.numpy()) for name, tensor in self.tensors().items()]
-        if self.record.bits != names.INT8_BITS:
-            packed = self.packed()
-            weights[0] = WeightTensor(
-                weights[0].name, packed.onnx_type, packed.shape, len(packed.raw), lambda: packed.raw
-            )
-        return weights
+    def onnx_weights(self, layout: str = names.STORAGE) -> list[WeightTensor]:
+        """The layer's inputs of the graph, in the order of its node, which reads codes in `layout`."""
+        codes, *others = self.tensors().items()
+        return [self._onnx_codes(codes[0], layout), *(WeightTensor.of(name, each.numpy()) for name, each in others)]
+
+    def _onnx_codes(self, name: str, layout: str) -> WeightTensor:
+        record = self.record
+        if record.bits == names.INT8_BITS:
+            return WeightTensor.of(name, self.codes.numpy())
+        if layout == names.WORDS:
+            shape = words.words_shape(record.bits, record.rows, record.cols)
+            return WeightTensor(
+                name, onnx.TensorProto.INT8, shape, math.prod(shape),
+                lambda: words.prepack(packing.unpack(self.packed()), record.bits).tobytes(),
+            )  # fmt: skip
+        packed = self.packed()
+        return WeightTensor(name, packed.onnx_type, packed.shape, len(packed.raw), lambda: packed.raw)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f"{self.record.layer}.{role}": getattr(self, role) for role in self.record.roles()}

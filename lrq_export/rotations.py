@@ -34,6 +34,7 @@ from lrq_export.quant.weight import dequantize
 
 ROWS = 128  # of the weights that are tried; more change no choice
 BLOCK = 128  # channels of the block rotation, or the nearest below that divides the width
+SHARED = "head Hadamard, as all that share an attention"
 QuantizeWeight = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (W, importance (cols,)) to Ŵ (rows, cols)
 
 
@@ -60,23 +61,35 @@ class Choice:
         return f"{self.chosen.name}: output error " + ", ".join(f"{loss:.2e} {name}" for name, loss in ranked)
 
 
-def hadamard_candidates(width: int, head_width: int | None, seed: int, divisors: str | None = None) -> list[Candidate]:
-    """What a package can deploy: nothing, Hadamard by head (which folds), by block, full, and full with signs.
+def shared_candidate(width: int, head_width: int) -> Candidate:
+    """What layers get that share an attention's output (`ModelFamily.shares_attention`)."""
+    return Candidate(SHARED, Rotation(width, max(hadamard.blocks(head_width))), online=False)
 
-    With `divisors` (`graphs.equalizer`), also each of them with its channels equalized first, and equalizing alone.
+
+def hadamard_candidates(width: int, head_width: int | None, seed: int, divisors: str | None = None) -> list[Candidate]:
+    """What a package can deploy: nothing, Hadamard by block, full, and full with signs.
+
+    With a `head_width`, which an attention's output has, only what folds into the value projection: Hadamard by head,
+    with and without signs. With `divisors` (`graphs.equalizer`), also each with its channels equalized first, and
+    equalizing alone.
     """
+    folds = head_width is not None
     found = [Candidate("none", Identity(width), online=False), *_rotations(width, head_width, seed, None)]
     if divisors is not None:
-        found.append(Candidate("equalized", Rotation(width, 1, None, divisors), online=head_width is None))
+        found.append(Candidate("equalized", Rotation(width, 1, None, divisors), online=not folds))
         equalized = _rotations(width, head_width, seed, divisors)
         found += [replace(each, name=f"equalized {each.name}") for each in equalized]
     return found
 
 
 def _rotations(width: int, head_width: int | None, seed: int, divisors: str | None) -> list[Candidate]:
+    if head_width is not None:
+        block = max(hadamard.blocks(head_width), default=1)
+        if block == 1 or width % head_width:
+            return []
+        unsigned, signed = (Rotation(width, block, each, divisors) for each in (None, seed))
+        return [Candidate("head Hadamard", unsigned, False), Candidate("signed head Hadamard", signed, False)]
     found = []
-    if head_width is not None and width % head_width == 0 and hadamard.supported(head_width):
-        found.append(Candidate("head Hadamard", Rotation(width, head_width, None, divisors), online=False))
     blocks = hadamard.blocks(width)[1:]
     small = [block for block in blocks[:-1] if block <= BLOCK]
     if small:
@@ -92,19 +105,24 @@ def choose_rotations(
     observed: Observed,
     read: ReadTensor,
     head_width: Callable[[str], int | None],
+    shares_attention: Callable[[str], bool],
     seed: int,
     done: Callable[[str], None] = lambda layer: None,
 ) -> list[LayerPlan]:
     """The plans with a rotation for every layer, the same for layers that read one input; `read` gives source weights.
 
-    `head_width` is that of `ModelFamily`, `seed` that of signs. `done` is told each layer's name, for progress.
+    `head_width` and `shares_attention` are those of `ModelFamily`, `seed` that of signs. `done` is told each layer's
+    name, for progress.
     """
     plan_of = {plan.name: plan for plan in plans}
     for layers in observed.siblings():
         first = plan_of[layers[0]]
         weights = [read(f"{layer}.weight") for layer in layers]
         divisors = equalizer(observed.statistics.layer(first.name).second_moment, weights)
-        candidates = hadamard_candidates(first.cols, head_width(first.name), seed, divisors)
+        if shares_attention(first.name):
+            candidates = [shared_candidate(first.cols, head_width(first.name))]
+        else:
+            candidates = hadamard_candidates(first.cols, head_width(first.name), seed, divisors)
         quantize = _quantizer(first)
         correlation = observed.correlation(first.name)
         choice = choose(weights, observed.tokens(first.name), correlation, candidates, first.act_bits, quantize)

@@ -89,6 +89,8 @@ def feeds(specs: dict[str, InputSpec], given: dict[str, torch.Tensor | None]) ->
         else:
             if spec.shape == (SAMPLES,) and tensor.numel() == 1:  # one timestep or label for all samples
                 tensor = tensor.reshape(1).expand(sizes[SAMPLES])
+            elif spec.shared and tensor.ndim == len(spec.shape) - 1:
+                tensor = tensor.expand(sizes[SAMPLES], *tensor.shape)
             sizes.admit(name, tuple(tensor.shape), spec)
             spec.check_labels(name, tensor)
             arrays[name] = tensor.detach().cpu().float().numpy()

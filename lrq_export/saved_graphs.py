@@ -6,7 +6,6 @@ from typing import Any
 
 import onnx
 
-from graphs.passes import PIPELINE
 from graphs.traced import TracedGraph
 from lrq_export.package import GRAPHS, write_bytes_atomic
 
@@ -22,9 +21,15 @@ def load_graph(path: Path) -> TracedGraph:
     return TracedGraph.from_onnx(onnx.load(path))
 
 
+def pass_files(folder: Path) -> list[Path]:
+    """The graphs after each pass, in the order of the pipeline that made this package, which may not be today's."""
+    files = [path for path in (folder / GRAPHS).glob("*-*.onnx") if path != folder / TRACE]
+    return sorted(files, key=lambda path: int(path.name.partition("-")[0]))
+
+
 def rewritten_graph(folder: Path) -> TracedGraph:
     """The graph after the last pass."""
-    return load_graph(pass_file(folder, len(PIPELINE) - 1, PIPELINE[-1].__name__))
+    return load_graph(pass_files(folder)[-1])
 
 
 def save_graph(path: Path, traced: TracedGraph, outcome: dict[str, Any] | None = None) -> None:
@@ -38,8 +43,8 @@ def save_graph(path: Path, traced: TracedGraph, outcome: dict[str, Any] | None =
 def saved_graphs(package: Path) -> tuple[list[TracedGraph], list[dict[str, Any]]]:
     """The graph after trace and after each pass, and what became of each pass."""
     stages, outcomes = [load_graph(package / TRACE)], []
-    for index, step in enumerate(PIPELINE):
-        model = onnx.load(pass_file(package, index, step.__name__))
+    for path in pass_files(package):
+        model = onnx.load(path)
         stages.append(TracedGraph.from_onnx(model))
         properties = {entry.key: entry.value for entry in model.metadata_props}
         outcomes.append(json.loads(properties[OUTCOME_KEY]))

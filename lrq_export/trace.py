@@ -28,8 +28,9 @@ from lrq_export.plan import LayerPlan
 from lrq_export.quant.rotation import Rotation
 
 OUTPUT = "sample"
-# The exporter specializes a dimension whose example is 1, and merges dimensions whose examples are equal.
-EXAMPLE_BATCH, EXAMPLE_SIZES = 2, (24, 32, 40, 48)
+# The exporter specializes a dimension whose example is 1, and merges dimensions whose examples are equal: sizes in
+# units of what each must be a multiple of; primes, so that no two are equal in any units.
+EXAMPLE_BATCH, EXAMPLE_SIZES = 2, (23, 29, 31, 37)
 
 
 class TracedLinear(nn.Module):
@@ -127,8 +128,10 @@ def _examples(specs: dict[str, InputSpec]) -> tuple[tuple[torch.Tensor, ...], tu
     for spec in specs.values():
         for extent in spec.shape:
             if isinstance(extent, str) and extent not in free:
-                dim = torch.export.Dim(f"{extent}_units" if spec.multiple_of > 1 else extent)
-                free[extent] = next(sizes), spec.multiple_of * dim if spec.multiple_of > 1 else dim
+                unit, most = spec.unit(extent), spec.most_units(extent)
+                dim = torch.export.Dim(f"{extent}_units" if unit > 1 else extent, max=most)
+                units = next(sizes) if most is None else min(next(sizes), most - len(free))
+                free[extent] = units * unit, unit * dim if unit > 1 else dim
         examples.append(torch.empty([free[extent][0] if isinstance(extent, str) else extent for extent in spec.shape]))
         dynamic.append({axis: free[extent][1] for axis, extent in enumerate(spec.shape) if isinstance(extent, str)})
     return tuple(examples), tuple(dynamic)

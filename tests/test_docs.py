@@ -16,7 +16,7 @@ import typer
 
 import lrq_export
 from graphs.ops import OPS
-from graphs.passes import PIPELINE
+from graphs.passes import PIPELINE, TARGETS
 from lrq_export import cli
 from lrq_export.errors import LrqError
 from lrq_export.models.pixart import PixArt
@@ -93,6 +93,13 @@ def test_the_tables_of_the_dialect_are_derived_from_it(marker, table):
 def test_the_passes_are_described_in_their_order():
     rows = re.findall(r"^\| `(\w+)` \|", between(GRAPH.read_text(), "passes")[1], re.MULTILINE)
     assert rows == [step.__name__ for step in PIPELINE]
+
+
+def test_the_passes_of_targets_are_described():
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", between(GRAPH.read_text(), "target passes")[1], re.MULTILINE)
+    steps = dict.fromkeys(step for passes in TARGETS.values() for step in passes)
+    uses = {step.__name__: [f"`{name}`" for name, passes in TARGETS.items() if step in passes] for step in steps}
+    assert rows == [(name, ", ".join(targets)) for name, targets in uses.items()]
 
 
 def test_the_counts_of_level_sets_are_right():

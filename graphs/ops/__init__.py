@@ -13,23 +13,41 @@ import onnx.defs
 from graphs import names
 from graphs.ops.codebook_dequant import CODEBOOK_DEQUANT
 from graphs.ops.codebook_linear import CODEBOOK_LINEAR
+from graphs.ops.codebook_linear_residual import CODEBOOK_LINEAR_RESIDUAL
+from graphs.ops.geglu_rotate import GEGLU_ROTATE
+from graphs.ops.gelu_rotate import GELU_ROTATE
+from graphs.ops.gelu_tanh_rotate import GELU_TANH_ROTATE
 from graphs.ops.hadamard_rotate import HADAMARD_ROTATE
 from graphs.ops.int8_dequant import INT8_DEQUANT
 from graphs.ops.int8_linear import INT8_LINEAR
+from graphs.ops.int8_linear_residual import INT8_LINEAR_RESIDUAL
+from graphs.ops.layer_norm_rotate import LAYER_NORM_ROTATE
+from graphs.ops.rms_norm_rotate import RMS_NORM_ROTATE
+from graphs.ops.silu_rotate import SILU_ROTATE
 from graphs.ops.spec import OpSpec
 from graphs.ops.twin_log_dequant import TWIN_LOG_DEQUANT
 from graphs.ops.twin_log_linear import TWIN_LOG_LINEAR
+from graphs.ops.twin_log_linear_residual import TWIN_LOG_LINEAR_RESIDUAL
 
 OPS: dict[str, OpSpec] = {
     spec.name: spec
     for spec in (
         HADAMARD_ROTATE,
+        LAYER_NORM_ROTATE,
+        RMS_NORM_ROTATE,
+        GELU_ROTATE,
+        GELU_TANH_ROTATE,
+        SILU_ROTATE,
+        GEGLU_ROTATE,
         TWIN_LOG_DEQUANT,
         CODEBOOK_DEQUANT,
         INT8_DEQUANT,
         TWIN_LOG_LINEAR,
         CODEBOOK_LINEAR,
         INT8_LINEAR,
+        TWIN_LOG_LINEAR_RESIDUAL,
+        CODEBOOK_LINEAR_RESIDUAL,
+        INT8_LINEAR_RESIDUAL,
     )
 }
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from graphs import names
 from graphs.ops import coded_weight
 from graphs.ops.coded_weight import MAX_LEVEL
 from graphs.ops.spec import AttributeValue, Example, Shape, Tensor
@@ -33,13 +34,15 @@ def validate_table(table: np.ndarray, bits: int) -> None:
         )
 
 
-def integer_weight(codes: np.ndarray, table: np.ndarray, *, bits: int, group_size: int, cols: int) -> np.ndarray:
-    """The integers w (rows, cols) int8 from packed elements (rows, planes, elements) of int8 or int4.
+def integer_weight(
+    codes: np.ndarray, table: np.ndarray, *, bits: int, group_size: int, cols: int, layout: str = names.STORAGE
+) -> np.ndarray:
+    """The integers w (rows, cols) int8 from elements (rows, planes, elements) of int8 or int4, or words int8.
 
     Raises ValueError for a table that is not valid, or shapes that do not fit together.
     """
     validate_table(table, bits)
-    return coded_weight.look_up(codes, table, bits=bits, group_size=group_size, cols=cols)
+    return coded_weight.look_up(codes, table, bits=bits, group_size=group_size, cols=cols, layout=layout)
 
 
 def random_table(rng: np.random.Generator, rows: int, groups: int, bits: int) -> np.ndarray:
@@ -66,6 +69,7 @@ _TABLE_BODY = """
 CODEBOOK = WeightFormat(
     stored=(coded_weight.CODES, Tensor("table", "int8", "(rows, groups, 2^bits), -127..127")),
     attributes=coded_weight.CODE_ATTRIBUTES,
+    product_attributes=(coded_weight.LAYOUT,),
     type_vars=coded_weight.TYPE_VARS,
     integer_weight=integer_weight,
     body=f"{coded_weight.CODES_BODY}{_TABLE_BODY}{coded_weight.LOOK_UP_BODY}",

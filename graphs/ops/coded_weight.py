@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import onnx
 
-from graphs.ops import packing
+from graphs import names
+from graphs.ops import packing, words
 from graphs.ops.spec import Attribute, AttributeValue, Example, Shape, Tensor, dims, same
 
 MAX_LEVEL = 127  # |w| fits INT8 with a sign
@@ -25,6 +27,11 @@ CODE_ATTRIBUTES = (
     Attribute("group_size", int, "columns that share their levels; divides cols; cols itself is per channel"),
 )
 
+LAYOUT = Attribute(
+    "layout", str, "how codes lie: as graphs.ops.packing says, or in plugin targets only as graphs.ops.words does",
+    names.STORAGE, choices=(names.STORAGE, names.WORDS),
+)  # fmt: skip
+
 # (bits, rows, cols, group_size); a Linear also has the bits of its activations in front, and an even number of codes.
 DEQUANT_CASES = (
     *((4, 6, 24, 24), (3, 6, 24, 24), (2, 6, 24, 24), (4, 5, 32, 8), (3, 5, 32, 8), (2, 3, 30, 10)),
@@ -34,12 +41,24 @@ DEQUANT_CASES = (
 LINEAR_CASES = ((8, 4, 6, 24, 24), (8, 3, 6, 40, 20), (8, 2, 6, 30, 10), (6, 4, 6, 13, 13))
 
 
-def look_up(codes: np.ndarray, table: np.ndarray, *, bits: int, group_size: int, cols: int) -> np.ndarray:
-    """w (rows, cols) int8 from packed elements (rows, planes, elements) and table int8 (rows, groups, 2^bits).
+def codes_form(attributes: Mapping[str, AttributeValue]) -> tuple[int, tuple[int, ...]]:
+    """ONNX type and shape of the codes of a node: elements (rows, planes, elements), or words (rows, bytes)."""
+    bits, rows, cols = (int(attributes[key]) for key in ("bits", "rows", "cols"))
+    if attributes.get("layout", names.STORAGE) == names.WORDS:
+        return onnx.TensorProto.INT8, words.words_shape(bits, rows, cols)
+    form = packing.layout(bits)
+    return form.onnx_type, form.shape(rows, cols)
+
+
+def look_up(
+    codes: np.ndarray, table: np.ndarray, *, bits: int, group_size: int, cols: int, layout: str = names.STORAGE
+) -> np.ndarray:
+    """w (rows, cols) int8 from codes in either layout and table int8 (rows, groups, 2^bits).
 
     Raises ValueError for shapes that do not fit together.
     """
-    index = packing.unpack_elements(codes, bits, cols)
+    unpack = words.unpack_words if layout == names.WORDS else packing.unpack_elements
+    index = unpack(codes, bits, cols)
     groups = cols // group_size
     if groups * group_size != cols or table.shape[:2] != (len(index), groups):
         raise ValueError(
@@ -54,11 +73,12 @@ def check_coded_shapes(
     codes: Shape, levels: Shape, attributes: Mapping[str, AttributeValue], *, name: str, of_a_group: Sequence[int]
 ) -> None:
     """Raise ValueError if codes, or the levels (rows, groups, *of_a_group) called `name`, do not fit the attributes."""
-    bits, rows, cols, group = (attributes[key] for key in ("bits", "rows", "cols", "group_size"))
+    rows, cols, group = (attributes[key] for key in ("rows", "cols", "group_size"))
     if group < 1 or cols % group:
         raise ValueError(f"group_size {group} does not divide the {cols} columns")
-    for axis, needed in enumerate(packing.layout(bits).shape(rows, cols)):
-        same(f"axis {axis} of codes", dims("codes", codes, 3)[axis], needed)
+    _, needed = codes_form(attributes)
+    for axis, (got, size) in enumerate(zip(dims("codes", codes, len(needed)), needed, strict=True)):
+        same(f"axis {axis} of codes", got, size)
     shape = (rows, cols // group, *of_a_group)
     for axis, needed in enumerate(shape):
         same(f"axis {axis} of {name}", dims(name, levels, len(shape))[axis], needed)

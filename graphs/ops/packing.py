@@ -68,14 +68,19 @@ def layout(bits: int) -> Layout:
     return LAYOUTS[bits]
 
 
-def pack(codes: np.ndarray, bits: int) -> Packed:
-    """Pack codes (rows, cols) of any integer type. Raises ValueError if one is not in [0, 2^bits)."""
-    form = layout(bits)
+def check_codes(codes: np.ndarray, bits: int) -> None:
+    """Raise ValueError unless codes are (rows, cols), all of them in [0, 2^bits), of a width that has a layout."""
+    layout(bits)
     if codes.ndim != 2:
         raise ValueError(f"codes have shape {codes.shape}, needed (rows, cols)")
     if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < 1 << bits:
         raise ValueError(f"codes span [{codes.min()}, {codes.max()}], needed [0, {(1 << bits) - 1}]")
-    rows, cols = codes.shape
+
+
+def pack(codes: np.ndarray, bits: int) -> Packed:
+    """Pack codes (rows, cols) of any integer type. Raises ValueError if one is not in [0, 2^bits)."""
+    check_codes(codes, bits)
+    form, (rows, cols) = layout(bits), codes.shape
     shape = form.shape(rows, cols)
     padded = np.pad(codes.astype(np.uint8), ((0, 0), (0, shape[2] * form.per - cols)))
     grouped = padded.reshape(rows, 1, shape[2], form.per)

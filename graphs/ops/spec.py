@@ -7,6 +7,8 @@ a runtime without our plugins execute the node, and the full attribute list that
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +28,12 @@ AttributeValue = int | float | str
 _ELEMENT_TYPES = {
     name: getattr(onnx.TensorProto, name.upper()) for name in ("float", "float16", "bfloat16", "int4", "int8", "int32")
 }
-_ATTRIBUTE_TYPES = {int: onnx.defs.OpSchema.AttrType.INT, str: onnx.defs.OpSchema.AttrType.STRING}
-_TEXT_TYPES = {int: "int", str: "string"}
+_ATTRIBUTE_TYPES = {
+    int: onnx.defs.OpSchema.AttrType.INT,
+    float: onnx.defs.OpSchema.AttrType.FLOAT,
+    str: onnx.defs.OpSchema.AttrType.STRING,
+}
+_TEXT_TYPES = {int: "int", float: "float", str: "string"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of kind `int` or `str`; without a default it is required. `choices` lists what is accepted."""
+    """An attribute of kind `int`, `float` or `str`; without a default it is required. `choices` lists what is accepted.
+
+    A float is finite, and kept as the float32 that a node holds.
+    """
 
     name: str
     kind: type
@@ -153,11 +162,13 @@ class OpSpec:
         if value is None:
             if attribute.default is None:
                 raise ValueError(f"{where} is required: {attribute.doc}")
-            return attribute.default
+            value = attribute.default
         if attribute.kind is int:
             if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(f"{where} takes an integer, got {value!r}")
             value = operator.index(value)
+        elif attribute.kind is float:
+            value = _float32(where, value)
         elif not isinstance(value, str):
             raise TypeError(f"{where} takes a string, got {value!r}")
         if attribute.choices and value not in attribute.choices:
@@ -208,6 +219,31 @@ def dims(what: str, shape: Shape, rank: int) -> tuple[Dim, ...]:
     if len(shape) != rank:
         raise ValueError(f"{what} has {len(shape)} axes, needed {rank}")
     return shape
+
+
+def fits(what: str, shape: Shape, onto: str, target: Shape) -> None:
+    """Raise ValueError unless `shape` broadcasts to `target`, whose name is `onto`, and ends in its last axis.
+
+    It may have fewer axes and axes of 1, but none of the target's may grow: not (B, 1, n) to (n,) nor (5, n) to (1, n).
+    """
+    if shape is None or target is None:
+        return
+    if not 0 < len(shape) <= len(target):
+        raise ValueError(f"{what} has {len(shape)} axes, needed 1..{len(target)}, no more than {onto} has")
+    same(f"the last axis of {what}", shape[-1], target[-1])
+    for axis, (got, needed) in enumerate(zip(shape, target[-len(shape) :], strict=True)):
+        if got != 1:
+            same(f"axis {axis} of {what}, which broadcasts to {onto},", got, needed)
+
+
+def _float32(where: str, value: AttributeValue) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{where} takes a number, got {value!r}")
+    with np.errstate(over="ignore"):
+        rounded = float(np.float32(value))
+    if not math.isfinite(rounded):
+        raise ValueError(f"{where} is {value!r}; it must be finite in float32")
+    return rounded
 
 
 def _schema_attribute(attribute: Attribute) -> onnx.defs.OpSchema.Attribute:

@@ -6,14 +6,18 @@ With a = act_bits and limit = 2^(a-1) - 1, per token (the last axis of x), in fl
     q = clamp(round_half_even(x / s), -limit, limit)
     acc = q w^T                   exact integers
     y = (acc s) scale[row] + bias
+
+What a node does with y before it rounds it to x's type is its `Epilogue`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from graphs import names
 from graphs.ops.hadamard import transform
 from graphs.ops.spec import Attribute, AttributeValue, Example, OpSpec, Shape, Tensor, Tolerance, dims, same
 from graphs.ops.weight_format import WeightFormat
@@ -34,10 +38,14 @@ def token_product(
     x: np.ndarray, weight: np.ndarray, scale: np.ndarray, bias: np.ndarray, *, act_bits: int
 ) -> np.ndarray:
     """x (..., cols) times integers w (rows, cols) int8 -> y (..., rows) of x's type; scale and bias (rows,) float32."""
+    return _float_product(x, weight, scale, bias, act_bits).astype(x.dtype)
+
+
+def _float_product(x: np.ndarray, weight: np.ndarray, scale: np.ndarray, bias: np.ndarray, act_bits: int) -> np.ndarray:
     quantized, token_scale = quantize_tokens(x, act_bits)
     # float64 holds every sum below 2^53 exactly and, unlike numpy's integer product, runs on BLAS.
     product = (quantized.astype(np.float64) @ weight.astype(np.float64).T).astype(np.float32)
-    return (product * token_scale * scale.astype(np.float32) + bias.astype(np.float32)).astype(x.dtype)
+    return product * token_scale * scale.astype(np.float32) + bias.astype(np.float32)
 
 
 def rotated(x: np.ndarray, rotation: str, block: int) -> np.ndarray:
@@ -61,9 +69,12 @@ def product_shape(x: Shape, bias: Shape, attributes: Mapping[str, AttributeValue
 
 def body_valid(attributes: Mapping[str, AttributeValue]) -> str | None:
     """None, or why the body does not compute this node."""
-    if attributes["rotation"] == "none":
-        return None
-    return f"rotation {attributes['rotation']!r} is fused into the node; only a plugin computes that, the body does not"
+    rotation, layout = attributes["rotation"], attributes.get("layout", names.STORAGE)
+    if rotation != "none":
+        return f"rotation {rotation!r} is fused into the node; only a plugin computes that, the body does not"
+    if layout != names.STORAGE:
+        return f"its codes lie in layout {layout!r}; only a plugin reads that, the body does not"
+    return None
 
 
 X = Tensor("x", "T", "(..., cols)")
@@ -83,55 +94,90 @@ FLOAT_ACCUMULATION = (
 )
 
 
-def linear_op(name: str, doc: str, weight: WeightFormat, cases: Sequence[Sequence[int]]) -> OpSpec:
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows the product in a node, in float32.
+
+    inputs: of type T, behind those of the product.
+    reference: (y (..., rows) float32, arrays of `inputs` as float32) -> y.
+    body: ONNX text from `inputs` and `y_f`, the product as float, to `y` of x's type.
+    check_shapes: (shape of y, shapes of `inputs`); raises ValueError where known sizes disagree.
+    examples: generator, shape of y -> float32 arrays of `inputs`; one example of the op for each.
+    """
+
+    inputs: tuple[Tensor, ...]
+    reference: Callable[..., np.ndarray]
+    body: str
+    check_shapes: Callable[[Shape, Sequence[Shape]], None]
+    examples: Callable[[np.random.Generator, tuple[int, ...]], Sequence[tuple[np.ndarray, ...]]]
+
+
+NO_EPILOGUE = Epilogue(
+    inputs=(),
+    reference=lambda y: y,
+    body="""
+    y = CastLike(y_f, x)
+""",
+    check_shapes=lambda y, shapes: None,
+    examples=lambda rng, shape: [()],
+)
+
+
+def linear_op(
+    name: str, doc: str, weight: WeightFormat, cases: Sequence[Sequence[int]], epilogue: Epilogue = NO_EPILOGUE
+) -> OpSpec:
     """The op x (..., cols) -> y (..., rows) of x's type for weights of one format.
 
     A case of its examples is the bits of the activations, then a case of the format.
     """
+    of_product = (X, *weight.inputs, BIAS)
+    count = len(of_product)
 
     def linear(
-        x: np.ndarray,
-        *parameters: np.ndarray,
-        act_bits: int,
-        rotation: str = "none",
-        block: int = 0,
-        **attributes: AttributeValue,
+        *tensors: np.ndarray, act_bits: int, rotation: str = "none", block: int = 0, **attributes: AttributeValue
     ) -> np.ndarray:
-        *tensors, bias = parameters
-        integers = weight.decode(tensors, attributes)
-        return token_product(rotated(x, rotation, block), integers, tensors[-1], bias, act_bits=act_bits)
+        x, *of_weight, bias = tensors[:count]
+        integers = weight.decode(of_weight, attributes)
+        y = _float_product(rotated(x, rotation, block), integers, of_weight[-1], bias, act_bits)
+        of_epilogue = [tensor.astype(np.float32) for tensor in tensors[count:]]
+        epilogue.check_shapes(y.shape, [tensor.shape for tensor in of_epilogue])
+        return epilogue.reference(y, *of_epilogue).astype(x.dtype)
 
     def infer_shape(shapes: Sequence[Shape], attributes: Mapping[str, AttributeValue]) -> Sequence[Shape]:
-        x, *of_weight, bias = shapes
+        x, *of_weight, bias = shapes[:count]
         weight.check_all_shapes(of_weight, attributes)
-        return (product_shape(x, bias, attributes),)
+        y = product_shape(x, bias, attributes)
+        epilogue.check_shapes(y, shapes[count:])
+        return (y,)
 
-    def example(rng: np.random.Generator, act_bits: int, *case: int) -> Example:
+    def examples(rng: np.random.Generator, act_bits: int, *case: int) -> Iterator[Example]:
         of_weight = weight.scaled_example(rng, case)
         rows, cols = of_weight.attributes["rows"], of_weight.attributes["cols"]
         x = rng.standard_normal((2, 3, cols), np.float32)
         x[0, 1] = 0  # a token of zeros
         bias = rng.standard_normal(rows, np.float32)
-        return Example((x, *of_weight.inputs, bias), {**of_weight.attributes, "act_bits": act_bits})
+        for of_epilogue in epilogue.examples(rng, (2, 3, rows)):
+            inputs = (x, *of_weight.inputs, bias, *of_epilogue)
+            yield Example(inputs, {**of_weight.attributes, "act_bits": act_bits})
 
     return OpSpec(
         name=name,
         doc=doc,
-        inputs=(X, *weight.inputs, BIAS),
+        inputs=(*of_product, *epilogue.inputs),
         outputs=(Y,),
-        attributes=(*weight.all_attributes(), *PRODUCT_ATTRIBUTES),
+        attributes=(*weight.all_attributes(), *PRODUCT_ATTRIBUTES, *weight.product_attributes),
         type_vars={"T": ("float", "float16", "bfloat16"), **weight.type_vars},
         reference=linear,
         # Pasted, not called: TensorRT's parser hands no attribute references on to a function called by a function.
-        body=f"{weight.body}{_BODY}",
+        body=f"{weight.body}{_BODY}{epilogue.body}",
         infer_shape=infer_shape,
         tolerance=Tolerance(nmse={"float": 1e-12, "float16": 1e-7}, reason=FLOAT_ACCUMULATION),
-        examples=lambda rng: [example(rng, *case) for case in cases],
+        examples=lambda rng: [example for case in cases for example in examples(rng, *case)],
         body_valid=body_valid,
     )
 
 
-# Reads x, scale, bias and `weight`, the integer-valued float (rows, cols).
+# Reads x, scale, bias and `weight`, the integer-valued float (rows, cols); gives `y_f` float (..., rows).
 _BODY = """
     act_bits_i = Constant<value_int: int = @act_bits>()
     limits = Constant<value_floats = [0.0, 0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0]>()
@@ -154,5 +200,4 @@ _BODY = """
     in_tokens = Mul(sums, token_scale)
     in_rows = Mul(in_tokens, scale)
     y_f = Add(in_rows, bias)
-    y = CastLike(y_f, x)
 """

@@ -92,14 +92,15 @@ def integer_weight(
     cols: int,
     fraction_bits: int = names.FRACTION_BITS,
     integer_bits: int = names.INTEGER_BITS,
+    layout: str = names.STORAGE,
 ) -> np.ndarray:
-    """The integers w (rows, cols) int8 from packed elements (rows, planes, elements) of int8 or int4.
+    """The integers w (rows, cols) int8 from elements (rows, planes, elements) of int8 or int4, or words int8.
 
     Raises ValueError for exponents that are not valid, or shapes that do not fit together.
     """
     validate_exponents(exponents, bits, fraction_bits, integer_bits)
     values = table(exponents, bits, fraction_bits, integer_bits).astype(np.int8)
-    return coded_weight.look_up(codes, values, bits=bits, group_size=group_size, cols=cols)
+    return coded_weight.look_up(codes, values, bits=bits, group_size=group_size, cols=cols, layout=layout)
 
 
 def random_exponents(rng: np.random.Generator, rows: int, groups: int, bits: int) -> np.ndarray:
@@ -186,6 +187,7 @@ TWIN_LOG = WeightFormat(
         Attribute("fraction_bits", int, "F: exponents are in units of 2^-F", names.FRACTION_BITS),
         Attribute("integer_bits", int, "I: mantissas carry I bits before they are shifted", names.INTEGER_BITS),
     ),
+    product_attributes=(coded_weight.LAYOUT,),
     type_vars=coded_weight.TYPE_VARS,
     integer_weight=integer_weight,
     body=f"{coded_weight.CODES_BODY}{_TABLE_BODY}{coded_weight.LOOK_UP_BODY}",

@@ -31,10 +31,11 @@ class WeightFormat:
     stored: the inputs that hold w; SCALE follows them.
     attributes: what w depends on beside its sizes.
     type_vars: of the stored inputs.
-    integer_weight: stored arrays positionally, `attributes` and `cols` as keywords -> w int8; raises ValueError.
+    integer_weight: stored arrays positionally, all attributes and `cols` as keywords -> w int8; raises ValueError.
     body: ONNX text from the stored inputs and all attributes to `weight`, w as float (rows, cols).
     check_shapes: (shapes of the stored inputs, attributes); raises ValueError where known sizes disagree.
     example: (generator, *case) -> the stored arrays, and the attributes with the sizes.
+    product_attributes: what w depends on in linear ops alone, where a plugin may run; the body reads their defaults.
     """
 
     stored: tuple[Tensor, ...]
@@ -44,6 +45,7 @@ class WeightFormat:
     body: str
     check_shapes: Callable[[Sequence[Shape], Mapping[str, AttributeValue]], None]
     example: Callable[..., Example]
+    product_attributes: tuple[Attribute, ...] = ()
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -55,7 +57,7 @@ class WeightFormat:
     def decode(self, tensors: Sequence[np.ndarray], attributes: Mapping[str, AttributeValue]) -> np.ndarray:
         """w (rows, cols) int8 from the arrays of `inputs`. Raises ValueError if weight or scale does not fit."""
         *stored, scale = tensors
-        known = {"cols", *(attribute.name for attribute in self.attributes)}
+        known = {"cols", *(attribute.name for attribute in (*self.attributes, *self.product_attributes))}
         weight = self.integer_weight(*stored, **{name: attributes[name] for name in known & attributes.keys()})
         rows, cols = attributes["rows"], attributes["cols"]
         if weight.shape != (rows, cols) or scale.shape != (rows,):

@@ -1,50 +1,45 @@
-"""Fold a rotation into the linear layer that computes what it rotates.
+"""Fold a rotation into the linear layers that compute what it rotates.
 
     HadamardRotate(x Wᵀ + b)  =  x W'ᵀ + b'      with W' = Rᵀ W and b' = b R
 
-The layer may be quantized or kept in floating point, and its output reshaped or transposed on the way, as long as the
-channels stay the last axis. So the text embeddings that every cross-attention reads are rotated once and for all, in
-the caption projection. Everything on the path must have one reader: whoever else read it would find it rotated.
+The layers may be quantized or kept in floating point, and whatever leaves channels apart may stand between
+(`graphs.passes.channels`). So the text embeddings that every cross-attention reads are rotated once and for all, in the
+caption projection; and the rotation before an attention's output projection moves through the attention into the value
+projection, or into both where text and image tokens attend to each other.
 """
+
+from dataclasses import replace
 
 import onnx_graphsurgeon as gs
 
-from graphs.passes.folding import NoMatch, fold_rotations
-from graphs.passes.patterns import FloatLinear, OpenLinear, float_linear, open_linear_ending_in, producer, sole_consumer
+from graphs.expressions import RotateOutput
+from graphs.passes.channels import NoMatch, rows_behind
+from graphs.passes.patterns import is_graph_output, is_lrq, redirect_readers
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
 
 def fold_rotation_into_producer(traced: TracedGraph) -> PassResult:
-    return fold_rotations(traced, linear_before)
+    result = PassResult()
+    for node in [node for node in traced.graph.nodes if is_lrq(node, "HadamardRotate")]:
+        try:
+            _check_rotation(node, traced)
+            rows = rows_behind(node.inputs[0], int(node.attrs["block"]), traced)
+        except NoMatch as reason:
+            result.skip(node, str(reason))
+            continue
+        signs = traced.signs[node.inputs[1].name]
+        step = RotateOutput(int(node.attrs["block"]), signs.seed, signs.equalizer)
+        traced.rotate_outputs({each.name: replace(step, start=each.start, stop=each.stop) for each in rows})
+        redirect_readers(node.outputs[0], node.inputs[0])
+        result.fired += 1
+    if result.fired:
+        traced.forget_unused()
+    return result
 
 
-def linear_before(rotation: gs.Node, traced: TracedGraph) -> OpenLinear | FloatLinear:
-    """The linear layer whose output is rotated; raises NoMatch with the reason why none can absorb that."""
-    graph, tensor = traced.graph, rotation.inputs[0]
-    while (made := producer(tensor)) is not None and _keeps_channels(made):
-        if sole_consumer(tensor, graph) is None:
-            raise NoMatch(f"the output of {made.op} is also read elsewhere")
-        tensor = made.inputs[0]
-    linear = open_linear_ending_in(tensor, graph) or float_linear(tensor, graph)
-    if linear is None:
-        found = "an input of the graph" if made is None else made.op
-        raise NoMatch(f"{found} computes what it rotates, no linear layer")
-    if linear.weight.name not in traced.linears | traced.tensors:
-        raise NoMatch("the weight of the linear layer before it is not in the tables of weights")
-    if sole_consumer(tensor, graph) is None:
-        raise NoMatch("the linear layer before it is also read elsewhere")
-    if not linear.owns_its_weight(graph):
-        raise NoMatch("the weight of the linear layer before it is also read elsewhere")
-    return linear
-
-
-def _keeps_channels(node: gs.Node) -> bool:
-    """Whether a node only moves tokens about: row-major order then keeps every channel in its place."""
-    before, after = node.inputs[0].shape, node.outputs[0].shape
-    if node.op == "Transpose":
-        perm = node.attrs.get("perm", [])
-        return perm[-1:] == [len(perm) - 1]
-    if node.op == "Reshape":
-        return bool(before and after) and isinstance(after[-1], int) and before[-1] == after[-1]
-    return False
+def _check_rotation(rotation: gs.Node, traced: TracedGraph) -> None:
+    if rotation.inputs[1].name not in traced.signs:
+        raise NoMatch("its signs are not in the table of signs")
+    if is_graph_output(rotation.outputs[0], traced.graph):
+        raise NoMatch("the rotated tensor is an output of the graph")

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 from graphs import names
 from graphs.ops import OPS, packing
-from graphs.passes.patterns import LINEAR_OPS, is_graph_output, is_lrq, producer
+from graphs.passes.patterns import PLAIN_LINEAR_OPS, is_graph_output, is_lrq, producer
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -62,7 +62,7 @@ def _nearest_linears(tensor: gs.Tensor) -> Iterator[gs.Node]:
         if node is None or id(node) in seen:
             continue
         seen.add(id(node))
-        if is_lrq(node, *LINEAR_OPS):
+        if is_lrq(node, *PLAIN_LINEAR_OPS):
             yield node
         else:
             stack += node.inputs

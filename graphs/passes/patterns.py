@@ -1,15 +1,24 @@
 """Shapes of subgraph that more than one pass looks for. All look at structure only, never at node names."""
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from graphs import names
-from graphs.ops import OPS
+from graphs.ops import OPS, coded_weight
 
-# The two ops of every weight format: what a trace writes, and what a product with it becomes.
+# The ops of every weight format: what a trace writes, what a product with it becomes, and that with a residual.
 LINEAR_OF = {"TwinLogDequant": "TwinLogLinear", "CodebookDequant": "CodebookLinear", "Int8Dequant": "Int8Linear"}
-DEQUANT_OPS, LINEAR_OPS = tuple(LINEAR_OF), tuple(LINEAR_OF.values())
+DEQUANT_OPS, PLAIN_LINEAR_OPS = tuple(LINEAR_OF), tuple(LINEAR_OF.values())
+RESIDUAL_OF = {op: f"{op}Residual" for op in PLAIN_LINEAR_OPS}
+LINEAR_OPS = (*PLAIN_LINEAR_OPS, *RESIDUAL_OF.values())
+# Those whose weights are packed codes, not plain integers.
+CODED_OPS = tuple(op for op in (*DEQUANT_OPS, *LINEAR_OPS) if "bits" in {each.name for each in OPS[op].attributes})
+# What ends in a rotation: alone, or fused with the norm or activation before it.
+ROTATE_OPS = tuple(name for name in OPS if name.endswith("Rotate"))
 
 
 def is_lrq(node: gs.Node, *op_types: str) -> bool:
@@ -21,13 +30,47 @@ def producer(tensor: gs.Tensor) -> gs.Node | None:
     return tensor.inputs[0] if tensor.inputs else None
 
 
+def operand(node: gs.Node, name: str) -> gs.Tensor:
+    """The input of an lrq node that its op calls `name`."""
+    return node.inputs[[each.name for each in OPS[node.op].inputs].index(name)]
+
+
+def codes_form(node: gs.Node) -> tuple[np.dtype, list[int]]:
+    """The type and shape that the codes of one of `CODED_OPS` have in the layout that it names."""
+    onnx_type, shape = coded_weight.codes_form(node.attrs)
+    return onnx.helper.tensor_dtype_to_np_dtype(onnx_type), list(shape)
+
+
+def sole_operand(tensor: gs.Tensor, op: str) -> gs.Tensor | None:
+    """What the standard op of one operand that computes `tensor` reads; None if another op computes it."""
+    node = producer(tensor)
+    return node.inputs[0] if node is not None and not node.domain and node.op == op else None
+
+
 def is_graph_output(tensor: gs.Tensor, graph: gs.Graph) -> bool:
     return any(tensor is output for output in graph.outputs)
+
+
+def is_number(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is a constant of one element."""
+    return isinstance(tensor, gs.Constant) and math.prod(tensor.shape) == 1
 
 
 def sole_consumer(tensor: gs.Tensor, graph: gs.Graph) -> gs.Node | None:
     """The one node that reads `tensor`, once; None when there are more, or when it leaves the graph."""
     return tensor.outputs[0] if len(tensor.outputs) == 1 and not is_graph_output(tensor, graph) else None
+
+
+def value_readers(tensor: gs.Tensor) -> list[gs.Node]:
+    """The nodes that read what is in `tensor`, one entry for each read; not those that ask for its shape."""
+    return [node for node in tensor.outputs if node.op != "Shape"]
+
+
+def remove_node(node: gs.Node, graph: gs.Graph) -> None:
+    """Take a node out of the graph whose outputs nobody reads any more."""
+    node.inputs.clear()
+    node.outputs.clear()
+    graph.nodes.remove(node)
 
 
 def redirect_readers(tensor: gs.Tensor, to: gs.Tensor) -> None:
@@ -53,16 +96,6 @@ class OpenLinear:
     def output(self) -> gs.Tensor:
         return (self.bias_add or self.matmul).outputs[0]
 
-    @property
-    def weight(self) -> gs.Tensor:
-        """Its codes, which stand for it."""
-        return self.dequant.inputs[0]
-
-    def owns_its_weight(self, graph: gs.Graph) -> bool:
-        """Whether nothing else reads the codes, the dequantized weight or its transpose."""
-        path = (self.weight, self.dequant.outputs[0], self.matmul.inputs[1])
-        return all(sole_consumer(tensor, graph) is not None for tensor in path)
-
 
 def open_linear(matmul: gs.Node, graph: gs.Graph) -> OpenLinear | None:
     """Match an `OpenLinear` at its MatMul; None when the right operand is not a transposed dequantized weight."""
@@ -83,45 +116,19 @@ def open_linear(matmul: gs.Node, graph: gs.Graph) -> OpenLinear | None:
     return OpenLinear(dequant, matmul, None, None)
 
 
-@dataclass(frozen=True)
-class FloatLinear:
-    """y = x · Transpose(weight) [+ bias (rows,)], a linear layer that stays in floating point; weight (rows, cols)."""
+def layer_weight(operand: gs.Tensor) -> list[gs.Tensor]:
+    """The tensors from the weight of a linear layer to its transpose `operand`; [] if that is no such thing.
 
-    weight: gs.Tensor
-    transposed: gs.Tensor
-    bias: gs.Tensor | None
-
-    def owns_its_weight(self, graph: gs.Graph) -> bool:
-        """Whether nothing else reads the weight or its transpose."""
-        return all(sole_consumer(tensor, graph) is not None for tensor in (self.weight, self.transposed))
-
-
-def float_linear(output: gs.Tensor, graph: gs.Graph) -> FloatLinear | None:
-    """The `FloatLinear` whose output this is."""
-    node, bias = producer(output), None
-    if node is not None and node.op == "Add":
-        products = [tensor for tensor in node.inputs if (made := producer(tensor)) is not None and made.op == "MatMul"]
-        others = [tensor for tensor in node.inputs if not tensor.inputs]
-        if len(products) != 1 or len(others) != 1 or sole_consumer(products[0], graph) is not node:
-            return None
-        (bias,), node = others, producer(products[0])
-    transpose = producer(node.inputs[1]) if node is not None and node.op == "MatMul" else None
+    The first is the weight, by its codes if it is quantized.
+    """
+    transpose = producer(operand)
     if transpose is None or transpose.op != "Transpose" or transpose.attrs.get("perm") != [1, 0]:
-        return None
+        return []
     weight = transpose.inputs[0]
-    if weight.inputs or (bias is not None and list(bias.shape or ()) != list(weight.shape or ())[:1]):
-        return None
-    return FloatLinear(weight, node.inputs[1], bias)
-
-
-def open_linear_ending_in(output: gs.Tensor, graph: gs.Graph) -> OpenLinear | None:
-    """The `OpenLinear` whose output this is."""
-    node = producer(output)
-    if node is not None and node.op == "Add":
-        candidates = [producer(operand) for operand in node.inputs]
-        node = next((each for each in candidates if each is not None and each.op == "MatMul"), None)
-    linear = open_linear(node, graph) if node is not None else None
-    return linear if linear is not None and linear.output is output else None
+    dequant = producer(weight)
+    if dequant is None:
+        return [weight, operand]
+    return [dequant.inputs[0], weight, operand] if is_lrq(dequant, *DEQUANT_OPS) else []
 
 
 def rotation_key(node: gs.Node) -> tuple | None:

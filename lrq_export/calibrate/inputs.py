@@ -57,21 +57,31 @@ def synthetic_inputs(
     """
     sizes = {**_free_sizes(expected), **(sizes or {}), SAMPLES: samples}
     generator = torch.Generator().manual_seed(seed)
-    steps = torch.linspace(num_train_timesteps - 1, 0, timesteps, dtype=torch.float64).round().to(torch.float32)
     inputs = {}
     for name, spec in expected.items():
         if spec.optional:
             continue
         shape = [sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape]
         if name == TIMESTEP:
+            steps = _steps(spec, timesteps, num_train_timesteps)
             inputs[name] = steps[torch.arange(samples) % timesteps].clone()
         elif spec.classes is not None:
             inputs[name] = torch.randint(spec.classes, shape, generator=generator)
         elif (size_condition := _size_condition(name, sizes)) is not None:
             inputs[name] = torch.tensor(size_condition, dtype=torch.float32).expand(shape).clone()
+        elif spec.between is not None:
+            low, high = spec.between
+            inputs[name] = low + (high - low) * torch.rand(shape, generator=generator)
         else:
             inputs[name] = torch.randn(shape, generator=generator)
     return inputs
+
+
+def _steps(spec: InputSpec, timesteps: int, num_train_timesteps: int) -> torch.Tensor:
+    """Timesteps from last to first: numbers of training steps, or between what the model takes in their place."""
+    first, last = spec.between or (0, num_train_timesteps - 1)
+    steps = torch.linspace(last, first, timesteps, dtype=torch.float64)
+    return (steps if spec.between else steps.round()).to(torch.float32)
 
 
 def latent_sizes(config: Mapping[str, Any]) -> dict[str, int]:
@@ -142,7 +152,9 @@ def _free_sizes(expected: Mapping[str, InputSpec]) -> dict[str, int]:
     for spec in expected.values():
         for extent in spec.shape:
             if isinstance(extent, str):
-                sizes.setdefault(extent, SYNTHETIC_UNITS * spec.multiple_of)
+                most = spec.most_units(extent)
+                units = SYNTHETIC_UNITS if most is None else min(SYNTHETIC_UNITS, most)
+                sizes.setdefault(extent, units * spec.unit(extent))
     return sizes
 
 

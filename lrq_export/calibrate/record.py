@@ -4,7 +4,7 @@ import contextlib
 import heapq
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from lrq_export.calibrate.inputs import TIMESTEP, priority
 from lrq_export.errors import InputError, UsageError
+from lrq_export.models import FAMILIES
 from lrq_export.models.base import flatten
 from lrq_export.package import save_tensors_atomic
 
@@ -99,11 +100,11 @@ class SpreadRows:
                 )
 
 
-def call_tensors(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def call_tensors(arguments: Mapping[str, Any], shared: Collection[str] = ()) -> dict[str, torch.Tensor]:
     """A call's arguments by name -> its tensors by dotted name, each with the samples as first axis.
 
-    The first tensor that has axes decides how many samples there are. Numbers and tensors of one value are repeated;
-    None, flags and anything else are left out.
+    The first tensor that has axes decides how many samples there are. Numbers and tensors of one value are repeated, as
+    are the `shared` ones, which the model takes once for all samples; None, flags and anything else are left out.
     """
     flat = {name: value for name, value in flatten(arguments) if _is_number(value) or isinstance(value, torch.Tensor)}
     count = next((value.shape[0] for value in flat.values() if isinstance(value, torch.Tensor) and value.ndim > 1), 1)
@@ -113,11 +114,20 @@ def call_tensors(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             value = torch.tensor(value)  # int64 or float32
         if value.ndim == 0 or (value.ndim == 1 and value.numel() == 1):
             value = value.reshape(1).expand(count)
+        elif name in shared:
+            value = value.expand(count, *value.shape)
         if value.shape[0] != count:
             logger.warning("record: left out %s of shape %s: not one per sample", name, tuple(value.shape))
             continue
         tensors[name] = value
     return tensors
+
+
+def _shared_inputs(transformer: Any) -> list[str]:
+    """Inputs without a samples axis, if the transformer is a package or of a family we know."""
+    family = FAMILIES.get(type(transformer).__name__)
+    specs = getattr(transformer, "specs", {}) if family is None else family.inputs(dict(transformer.config))
+    return [name for name, spec in specs.items() if spec.shared]
 
 
 def _is_number(value: Any) -> bool:
@@ -135,9 +145,10 @@ def _watched(pipeline: Any, rows: SpreadRows) -> Iterator[None]:
         )
     is_module = isinstance(transformer, nn.Module)
     signature = inspect.signature(transformer.forward if is_module else transformer)
+    shared = _shared_inputs(transformer)
 
     def observe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        rows.add(call_tensors(_named(signature, args, kwargs)))
+        rows.add(call_tensors(_named(signature, args, kwargs), shared))
 
     if is_module:
         hook = transformer.register_forward_pre_hook(lambda _, args, kwargs: observe(args, kwargs), with_kwargs=True)

@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphs.passes.patterns import LINEAR_OPS, is_lrq, sole_consumer
+from graphs.passes.fuse_epilogue import open_epilogues
+from graphs.passes.patterns import PLAIN_LINEAR_OPS, is_lrq, sole_consumer
 from graphs.traced import TracedGraph
 from lrq_export.bind import coded_weights, float_weight
 from lrq_export.engine.attention import CONTRIB, fuse_attention
@@ -99,8 +100,9 @@ def lower_linears(traced: TracedGraph) -> list[str]:
     Layers that read one input share its quantization. Those that were merged become products of their own again: on a
     CPU a wider product gains nothing, and the Split behind it copies all that it made.
     """
+    open_epilogues(traced)
     graph, quantized_inputs, layers = traced.graph, {}, []
-    for node in [node for node in graph.nodes if is_lrq(node, *LINEAR_OPS)]:
+    for node in [node for node in graph.nodes if is_lrq(node, *PLAIN_LINEAR_OPS)]:
         x, act_bits = node.inputs[0], int(node.attrs["act_bits"])
         key = (id(x), act_bits)
         for layer in _layers(node, traced):

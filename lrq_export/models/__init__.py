@@ -7,10 +7,13 @@ from typing import Any
 from lrq_export.errors import InputError
 from lrq_export.models.base import ModelFamily
 from lrq_export.models.dit import DiT
+from lrq_export.models.flux import Flux
 from lrq_export.models.pixart import PixArt
+from lrq_export.models.sd3 import SD3
+from lrq_export.models.wan import Wan
 from lrq_export.recipe import nearest
 
-FAMILIES: dict[str, ModelFamily] = {family.class_name: family for family in (PixArt(), DiT())}
+FAMILIES: dict[str, ModelFamily] = {family.class_name: family for family in (PixArt(), DiT(), Flux(), SD3(), Wan())}
 
 
 # Checkpoints published before diffusers 0.29 say Transformer2DModel, and which model that is by their norm_type.

@@ -18,9 +18,12 @@ class InputSpec:
     """Shape of one forward argument: an int is fixed, a string names a free dimension, equal names are equal sizes."""
 
     shape: tuple[int | str, ...]
-    multiple_of: int = 1  # what every free dimension but the samples must be a multiple of
+    multiple_of: int | dict[str, int] = 1  # of every free dimension but the samples, or of each by its name
     optional: bool = False  # absent means all ones (a mask that masks nothing)
     classes: int | None = None  # labels: whole numbers from 0 to classes - 1; None: any number
+    at_most: int | None = None  # what no free dimension but the samples may exceed
+    shared: bool = False  # diffusers takes one for all samples, without their axis; of many the first one counts
+    between: tuple[float, float] | None = None  # what synthetic values lie between; None: a standard normal
 
     def __str__(self) -> str:
         return f"({', '.join(map(str, self.shape))})"
@@ -29,6 +32,17 @@ class InputSpec:
     def dtype(self) -> torch.dtype:
         """What the torch model takes. Graphs take float32 throughout, which holds every label below 2^24."""
         return torch.float32 if self.classes is None else torch.int64
+
+    def unit(self, dimension: str) -> int:
+        """What the size of a free dimension must be a multiple of."""
+        if dimension == SAMPLES:
+            return 1
+        return self.multiple_of if isinstance(self.multiple_of, int) else self.multiple_of.get(dimension, 1)
+
+    def most_units(self, dimension: str) -> int | None:
+        """The largest size of a free dimension, in its units; None where there is no limit."""
+        limited = self.at_most is not None and dimension != SAMPLES
+        return self.at_most // self.unit(dimension) if limited else None
 
     def check_labels(self, name: str, tensor: torch.Tensor) -> None:
         """Raise InputError for a value that is none of the classes; `name` begins the error. Others hold any number."""
@@ -69,9 +83,11 @@ class Sizes:
                 if size != needed:
                     raise self._refusal(name, shape, spec)
                 continue
-            unit = 1 if needed == SAMPLES else spec.multiple_of
+            unit, most = spec.unit(needed), spec.most_units(needed)
             if size < 1 or size % unit:
                 raise self._refusal(name, shape, spec, f" with {needed} a positive multiple of {unit}")
+            if most is not None and size > most * unit:
+                raise self._refusal(name, shape, spec, f" with {needed} at most {most * unit}")
             known, owner = self._known.setdefault(needed, (size, name))
             if size != known:
                 raise self._refusal(name, shape, spec, f" with {needed} = {known} as in {owner}")
@@ -101,6 +117,12 @@ class ModelFamily(Protocol):
 
     def head_width(self, model: nn.Module, layer: str) -> int | None:
         """Channels per head if `layer` projects an attention's output, so that its rotation can fold; else None."""
+
+    def shares_attention(self, layer: str) -> bool:
+        """Whether `layer` reads only a part of an attention's output, or something else beside it.
+
+        Then its rotation folds only if it is the same for all heads and tokens: Hadamard by head, without signs.
+        """
 
 
 @contextmanager

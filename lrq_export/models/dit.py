@@ -47,3 +47,6 @@ class DiT:
 
     def head_width(self, model: nn.Module, layer: str) -> int | None:
         return model.config.attention_head_dim if layer.endswith(".attn1.to_out.0") else None
+
+    def shares_attention(self, layer: str) -> bool:
+        return False

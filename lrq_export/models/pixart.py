@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from lrq_export.models.attention import attend
 from lrq_export.models.base import SAMPLES, InputSpec, nest, parameters_on_meta
 from lrq_export.models.patch_embed import DynamicPatchEmbed
 
@@ -57,6 +57,9 @@ class PixArt:
             return model.config.attention_head_dim
         return None
 
+    def shares_attention(self, layer: str) -> bool:
+        return False
+
 
 def uses_additional_conditions(config: dict[str, Any]) -> bool:
     """Resolution and aspect ratio are inputs of the 1024-pixel models (sample_size 128) unless the config says."""
@@ -74,11 +77,6 @@ class BroadcastMaskAttention:
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **_
     ) -> torch.Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-
-        def split_heads(tensor: torch.Tensor) -> torch.Tensor:  # (batch, tokens, n) -> (batch, heads, tokens, width)
-            return tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-        query, key, value = (split_heads(y) for y in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)))
+        query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
         bias = None if attention_mask is None else attention_mask[:, None]  # (batch, 1, 1, tokens)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+        return attn.to_out[0](attend(query, key, value, attn.heads, bias))

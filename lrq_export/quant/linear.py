@@ -8,7 +8,7 @@ from torch import nn
 from graphs import names
 from lrq_export.errors import UsageError
 from lrq_export.quant.activation import largest_integer, quantize_tokens
-from lrq_export.quant.rotation import Rotation
+from lrq_export.quant.rotation import PartialRotation, Rotation
 from lrq_export.quant.weight import QuantizedWeight
 
 EXACT = 2**24  # float32 holds every integer up to here
@@ -30,7 +30,7 @@ class QuantizedLinear(nn.Module):
         bias: torch.Tensor | None = None,
         *,
         act_bits: int = 8,
-        rotation: Rotation | None = None,
+        rotation: Rotation | PartialRotation | None = None,
     ):
         super().__init__()
         integers = weight.integer_weight()

@@ -7,6 +7,7 @@ op defines it. The divisors d are 1, and R^-T = R, but where channels are equali
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -108,6 +109,28 @@ class Rotation:
         if x.shape[-1] != self.width:
             raise UsageError(f"rotation: got {x.shape[-1]} channels, needed {self.width}")
         return x if x.dtype == torch.float64 else x.float()
+
+
+@dataclass(frozen=True)
+class PartialRotation:
+    """`rotation` of its width of channels from `start` on; the others of `width` channels stay as they are."""
+
+    width: int
+    start: int
+    rotation: Rotation
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., width), rotated in part; same type as x."""
+        return self._on_part(x, self.rotation.apply)
+
+    def apply_inverse(self, x: torch.Tensor) -> torch.Tensor:
+        """Undoes `apply`."""
+        return self._on_part(x, self.rotation.apply_inverse)
+
+    def _on_part(self, x: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        stop = self.start + self.rotation.width
+        part = change(x[..., self.start : stop]).to(x.dtype)
+        return torch.cat([x[..., : self.start], part, x[..., stop:]], dim=-1)
 
 
 def _transform(x: torch.Tensor, block: int, *, inverse: bool) -> torch.Tensor:

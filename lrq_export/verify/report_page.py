@@ -10,28 +10,40 @@ from pathlib import Path
 from typing import Any
 
 from lrq_export.package import write_bytes_atomic
+from lrq_export.verify.graph_picture import STYLE, Graphs
 from lrq_export.verify.markup import DASH, Html, count, digits, measure, pairs, tag
 from lrq_export.verify.page_frame import Part, render_page
-from lrq_export.verify.report_sections import MARKS, RUNGS, SECTIONS, Report, Samples, Section, mark, state_of
+from lrq_export.verify.report_sections import (
+    MARKS,
+    RUNGS,
+    SECTIONS,
+    Exhibits,
+    Report,
+    Samples,
+    Section,
+    mark,
+    state_of,
+)
 
 
-def write_report_page(path: Path, report: Report, samples: Samples | None) -> None:
+def write_report_page(path: Path, report: Report, samples: Samples | None, graphs: Graphs | None = None) -> None:
     """Write the page of `report` (the content of report.json) to `path`, whole or not at all.
 
-    `samples` holds "float" and "quantized", each (n, c, h, w) in [-1, 1], drawn from the same seeds.
+    `samples` holds "float" and "quantized", each (n, c, h, w) in [-1, 1], drawn from the same seeds; `graphs` are the
+    graph after the trace and the one after the last pass.
     """
-    write_bytes_atomic(Path(path), render_report_page(report, samples).encode("utf-8"))
+    write_bytes_atomic(Path(path), render_report_page(report, samples, graphs).encode("utf-8"))
 
 
-def render_report_page(report: Report, samples: Samples | None) -> str:
+def render_report_page(report: Report, samples: Samples | None, graphs: Graphs | None = None) -> str:
     """The page as text."""
     name = _get(report, "source", "class_name") or "model"
-    parts = [_part(section, report, samples) for section in SECTIONS]
-    return render_page(f"lrq-export report: {name}", _header(report), parts)
+    parts = [_part(section, report, Exhibits(samples, graphs)) for section in SECTIONS]
+    return render_page(f"lrq-export report: {name}", _header(report), parts, STYLE)
 
 
-def _part(section: Section, report: Report, samples: Samples | None) -> Part:
-    body = section.body(report, samples)
+def _part(section: Section, report: Report, shown: Exhibits) -> Part:
+    body = section.body(report, shown)
     content = tag("p", section.empty, class_="empty") if body is None else body
     return Part(section.anchor, section.title, section.line, content)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lrq_export.verify import plots
+from lrq_export.verify.graph_picture import Graphs, show_blocks
 from lrq_export.verify.markup import (
     PSNR_METRIC,
     Digits,
@@ -36,13 +37,20 @@ Report = Mapping[str, Any]
 Samples = Mapping[str, np.ndarray]
 
 
+class Exhibits(NamedTuple):
+    """What a page shows besides report.json."""
+
+    samples: Samples | None = None
+    graphs: Graphs | None = None
+
+
 class Section(NamedTuple):
     """One part of the page. `body` returns None when the report holds nothing for it; `empty` then says so."""
 
     anchor: str
     title: str
     line: str  # what it shows and what is good
-    body: Callable[[Report, Samples | None], Html | None]
+    body: Callable[[Report, Exhibits], Html | None]
     empty: str = "This report holds nothing for it."
 
 
@@ -55,7 +63,7 @@ def mark(state: str) -> Html:
     return tag("span", MARKS[state], class_=f"mark {state}")
 
 
-def _ladder(report: Report, _: Samples | None) -> Html | None:
+def _ladder(report: Report, _: Exhibits) -> Html | None:
     rungs = report.get("ladder") or []
     if not rungs:
         return None
@@ -91,7 +99,7 @@ def _rung(rung: Mapping[str, Any]) -> list[Any]:
     ]
 
 
-def _warnings(report: Report, _: Samples | None) -> Html | None:
+def _warnings(report: Report, _: Exhibits) -> Html | None:
     found = report.get("warnings") or []
     return tag("ul", *(tag("li", warning) for warning in found), class_="warnings") if found else None
 
@@ -99,24 +107,24 @@ def _warnings(report: Report, _: Samples | None) -> Html | None:
 # --------------------------------------------------------------------------------------------------------- samples
 
 
-def _samples(report: Report, samples: Samples | None) -> Html | None:
-    images = report.get("images") or {}
+def _samples(report: Report, shown: Exhibits) -> Html | None:
+    images, samples = report.get("images") or {}, shown.samples
     if samples is None:
         return _image_table(images)
     float_, quantized = (np.asarray(samples[key], np.float32) for key in ("float", "quantized"))
-    shown = min(len(float_), MOST_IMAGES)
-    if not shown:
+    number = min(len(float_), MOST_IMAGES)
+    if not number:
         return None
     measured = images.get("psnr_db") or []
     if len(measured) != len(float_):  # of other images than these
         images = {**images, "psnr_total_db": None}
         measured = [psnr(*pair) for pair in zip(quantized, float_, strict=True)]
-    factor = plots.amplification(np.abs(quantized[:shown] - float_[:shown]))
-    worst = min(range(shown), key=lambda index: _ranked(measured[index]))
+    factor = plots.amplification(np.abs(quantized[:number] - float_[:number]))
+    worst = min(range(number), key=lambda index: _ranked(measured[index]))
     wide = "grid wide" if max(float_.shape[2:]) > SMALL_SIDE else "grid"
-    captions = [_caption(images, index, measured[index], index == worst) for index in range(shown)]
-    triples = [plots.image_triple(float_[index], quantized[index], factor, captions[index]) for index in range(shown)]
-    legend = tag("p", _summary(images, measured), " ", plots.image_legend(float_, factor, shown))
+    captions = [_caption(images, index, measured[index], index == worst) for index in range(number)]
+    triples = [plots.image_triple(float_[index], quantized[index], factor, captions[index]) for index in range(number)]
+    legend = tag("p", _summary(images, measured), " ", plots.image_legend(float_, factor, number))
     return join([legend, tag("div", *triples, class_=wide)])
 
 
@@ -156,7 +164,7 @@ def _caption(images: Mapping[str, Any], index: int, decibels: float, worst: bool
 # ---------------------------------------------------------------------------------------------------- error curves
 
 
-def _errors(report: Report, _: Samples | None) -> Html | None:
+def _errors(report: Report, _: Exhibits) -> Html | None:
     noise, steps = (report.get(key) or [] for key in ("noise_error_by_timestep", "trajectory"))
     found = []
     if noise:
@@ -183,7 +191,7 @@ def _curve(title: str, points: Sequence[Mapping[str, Any]], keys: Mapping[str, s
 # ----------------------------------------------------------------------------------------- passes, sizes, the rest
 
 
-def _passes(report: Report, _: Samples | None) -> Html | None:
+def _passes(report: Report, _: Exhibits) -> Html | None:
     passes = report.get("passes") or []
     if not passes:
         return None
@@ -193,6 +201,10 @@ def _passes(report: Report, _: Samples | None) -> Html | None:
         for name, one in named
     ]
     return table(("Pass", "Fired", "NMSE against before", "Near misses"), rows)
+
+
+def _blocks(_: Report, shown: Exhibits) -> Html | None:
+    return None if shown.graphs is None else show_blocks(*shown.graphs)
 
 
 def _misses(skipped: Sequence[Mapping[str, str]] | None) -> Any:
@@ -216,7 +228,7 @@ SIZES = (
 )
 
 
-def _sizes(report: Report, _: Samples | None) -> Html | None:
+def _sizes(report: Report, _: Exhibits) -> Html | None:
     sizes = report.get("sizes") or {}
     if not sizes:
         return None
@@ -230,7 +242,7 @@ def _sizes(report: Report, _: Samples | None) -> Html | None:
     return join([line, table(("What", "Size", "Bytes", "of source", ""), rows)])
 
 
-def _timings(report: Report, _: Samples | None) -> Html | None:
+def _timings(report: Report, _: Exhibits) -> Html | None:
     timings, peak = report.get("timings") or [], report.get("peak_memory_bytes")
     if not timings and peak is None:
         return None
@@ -244,7 +256,7 @@ def _timings(report: Report, _: Samples | None) -> Html | None:
     return join([line, table(("Stage", "Seconds", ""), rows) if rows else ""])
 
 
-def _origin(report: Report, _: Samples | None) -> Html | None:
+def _origin(report: Report, _: Exhibits) -> Html | None:
     tool, machine, source = (report.get(key) or {} for key in ("tool", "machine", "source"))
     facts = {key: machine.get(key) for key in ("processor", "cores", "features")}
     versions = {tool.get("name") or "lrq-export": tool.get("version"), **(tool.get("libraries") or {})}
@@ -299,6 +311,13 @@ SECTIONS = (
         "How often each rewrite fired, and the nodes it looked at and left, with the reason. Good: NMSE near rounding.",
         _passes,
         "No pass was run.",
+    ),
+    Section(
+        "blocks",
+        "What the passes did to one block",
+        "The first block of each kind as traced, and what is left to compute of it. Good: little orange on the right.",
+        _blocks,
+        "No graphs were handed to this page, or no two of their blocks hold the same quantized layers.",
     ),
     Section("sizes", "Sizes", "Bytes on disk. Good: short bars below the source's.", _sizes),
     Section("timings", "Timings", "Wall-clock seconds of each stage of this build.", _timings),

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -145,6 +146,21 @@ def signs_fed(traced):
     traced.graph.inputs.append(fed)
 
 
+def codes_held_as(dtype):
+    def edit(traced):
+        graph_input(traced, "u.codes").dtype = np.dtype(dtype)
+
+    return edit
+
+
+def int4_codes_of_three_bits(traced):
+    weight(bits=3)(traced)
+    attribute("TwinLogDequant", "bits", 3)(traced)
+    graph_input(traced, "u.codes").shape = [48, 3, 3]
+    check(traced)
+    codes_held_as(ml_dtypes.int4)(traced)
+
+
 def wrong_type(traced):
     graph_input(traced, "x").dtype = np.float16
 
@@ -182,6 +198,9 @@ BROKEN = {
     "declared shape": (shape("r", ["batch", "tokens", 23]), ["'r' is declared ('batch', 'tokens', 23)"]),
     "declared rank": (shape("u_w", [48, 24, 1]), ["'u_w' is declared (48, 24, 1)", "needed (48, 24)"]),
     "codes of another shape": (shape("u.codes", [48, 1, 23]), ["axis 2 of codes is 23, needed 24"]),
+    "codes widened": (codes_held_as(np.int32), ["its codes 'u.codes' are int32, needed int4 as its layout says"]),
+    "codes without a sign": (codes_held_as(np.uint8), ["'u.codes' are uint8, needed int4 as its layout says"]),
+    "codes of another width": (int4_codes_of_three_bits, ["'u.codes' are int4, needed int8 as its layout says"]),
     "rows of the table": (
         weight(weight=Expression("u.weight", (24, 24))), ["rows is 48", "needed 24 as u in the weight table"]),
     "bits of the table": (weight(bits=3), ["bits is 4, needed 3 as u"]),
@@ -245,6 +264,12 @@ def test_a_rotation_may_be_an_output_of_the_graph(parse):
     check(parse(TEXT.replace("24] y)", "24] y, float[batch, tokens, 24] r)")))
 
 
+@pytest.mark.parametrize("dtype", [np.int8, ml_dtypes.int4])
+def test_codes_of_four_bits_may_have_the_type_of_a_trace_or_of_their_layout(traced, dtype):
+    codes_held_as(dtype)(traced)
+    check(traced)
+
+
 def test_checking_does_not_change_the_graph(traced):
     before = traced.to_onnx()
     check(traced)
@@ -253,7 +278,7 @@ def test_checking_does_not_change_the_graph(traced):
 
 def test_rewriting_weights_preserves_the_interface(traced):
     after = traced.copy()
-    after.rotate_output("u.codes", "u_bias", RotateOutput(48))
+    after.rotate_outputs({"u.codes": RotateOutput(48), "u_bias": RotateOutput(48)})
     check_preserved(traced, after)
 
 

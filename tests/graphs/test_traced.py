@@ -64,7 +64,7 @@ def test_a_model_without_tables_is_refused(traced):
 def test_a_copy_is_independent(traced):
     before = traced.to_onnx()
     copy = traced.copy()
-    copy.rotate_output("u.codes", "u_bias", RotateOutput(48))
+    copy.rotate_outputs({"u.codes": RotateOutput(48)})
     copy.graph.nodes[0].attrs["block"] = 12
     copy.graph.outputs.clear()
     copy.forget_unused()
@@ -73,8 +73,7 @@ def test_a_copy_is_independent(traced):
 
 def test_rotating_an_output_appends_to_weight_and_bias(traced):
     step = RotateOutput(12, 7)
-    traced.rotate_output("u.codes", "u_bias", step)
-    traced.rotate_output("v.codes", None, step)
+    traced.rotate_outputs(dict.fromkeys(["u.codes", "u_bias", "v.codes"], step))
     assert traced.linears["u.codes"].weight.maps[-1] == step
     assert traced.tensors["u_bias"].maps == (step,)
     assert traced.linears["v.codes"].weight.maps == (step,)
@@ -84,7 +83,7 @@ def test_rotating_an_output_appends_to_weight_and_bias(traced):
 def test_a_rotation_that_does_not_fit_the_bias_changes_nothing(traced):
     before = traced.to_onnx()
     with pytest.raises(ValueError, match="does not divide"):
-        traced.rotate_output("u.codes", "u_bias", RotateOutput(36))
+        traced.rotate_outputs({"v.codes": RotateOutput(24), "u_bias": RotateOutput(36)})
     assert traced.to_onnx() == before
 
 

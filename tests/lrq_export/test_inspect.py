@@ -14,7 +14,8 @@ def test_inspect_shows_what_a_package_holds(package, cli):
     outcome = cli("inspect", package)
     assert (outcome.code, outcome.err) == (0, "")
     for part in ("PixArtTransformer2DModel", "4-bit weights", "8-bit activations", "20 quantized layers", "timestep",
-                 "sample", "14 lrq.TwinLogLinear", "8 lrq.HadamardRotate", "report.html"):  # fmt: skip
+                 "sample", "8 lrq.TwinLogLinear", "6 lrq.TwinLogLinearResidual", "4 lrq.LayerNormRotate", "2 lrq.GeluTanhRotate",
+                 "2 lrq.HadamardRotate", "report.html"):  # fmt: skip
         assert part in outcome.out
     size = (package / "model.onnx").stat().st_size
     assert f"{size:,} bytes  model.onnx" in outcome.out
@@ -25,7 +26,7 @@ def test_inspect_lists_passes_with_near_misses_and_layers_with_reasons(package, 
     assert outcome.code == 0
     for name in (step.__name__ for step in PIPELINE):
         assert f"{name}: fired" in outcome.out
-    assert "fold_rotation_into_value: fired 4 times" in outcome.out
+    assert "fold_rotation_into_producer: fired 5 times" in outcome.out
     assert "the layer before it: head width 12: folds into the value projection" in outcome.out
     assert outcome.out.count("weight NMSE") == 20
 
@@ -33,9 +34,9 @@ def test_inspect_lists_passes_with_near_misses_and_layers_with_reasons(package, 
 def test_inspect_prints_json_lines(package, cli):
     outcome = cli("inspect", package, "--passes", "--layers", "--json")
     overview, passes, layers = (json.loads(line) for line in outcome.out.splitlines())
-    assert overview["ops"]["lrq.TwinLogLinear"] == 14
+    assert overview["ops"]["lrq.TwinLogLinear"] == 8
     assert overview["weights"]["bits"] == 4
-    assert passes["passes"][0]["name"] == "share_rotation"
+    assert passes["passes"][0]["name"] == PIPELINE[0].__name__
     assert all(skip["node"] and skip["reason"] for row in passes["passes"] for skip in row["skipped"])
     assert len(layers["layers"]) == 20
 

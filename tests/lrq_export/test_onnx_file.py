@@ -131,6 +131,14 @@ def test_a_weight_that_is_not_what_it_announced_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_weight_of_another_shape_than_the_graph_says_is_refused(tmp_path):
+    """Codes of as many bytes in another layout would be read as other codes."""
+    weights = [WeightTensor.of("w0", np.ones((3, 4), np.float32))]
+    with pytest.raises(ValueError, match=r"w0: the graph's input has shape \(3, 1, 4\), its weight \(3, 4\)"):
+        write_model(tmp_path / "m.onnx", weighted_sum([(3, 1, 4)]), weights)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_session_file_holds_what_makes_the_engine_exact(package):
     settings = json.loads((package / "engine/onnxruntime/session.json").read_text())
     assert settings["config_where_products_saturate"]["session.x64quantprecision"] == "1"

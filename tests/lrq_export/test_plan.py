@@ -82,7 +82,8 @@ def test_a_block_is_taken_or_refused_with_blocks_that_would_do(cols, block):
 
 
 def test_a_head_width_without_a_matrix_falls_back_to_the_width():
-    assert _choose_block("layer", 24, 6, HADAMARD) == (24, "full width 24")
+    assert _choose_block("layer", 24, 3, HADAMARD) == (24, "full width 24")
+    assert _choose_block("layer", 24, 6, HADAMARD) == (2, "2 of 6 channels of a head: folds into the value projection")
 
 
 def test_linears_of_an_unknown_family_need_no_head_width():
@@ -91,6 +92,9 @@ def test_linears_of_an_unknown_family_need_no_head_width():
 
         def head_width(self, model, layer):
             return None
+
+        def shares_attention(self, layer):
+            return False
 
     (plan,) = plan_layers(nn.Sequential(nn.Linear(20, 5)), Family(), HADAMARD)
     assert (plan.name, plan.rows, plan.cols, plan.block) == ("0", 5, 20, 20)

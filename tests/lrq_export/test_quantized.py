@@ -1,5 +1,7 @@
 """The stored form of weights: what is written reads back, and every consumer decodes the same integers."""
 
+from dataclasses import asdict
+
 import numpy as np
 import onnx
 import pytest
@@ -7,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphs.expressions import RotateOutput
 from lrq_export.bind import quantize_layer
 from lrq_export.checkpoint import TensorFile
 from lrq_export.errors import InputError
@@ -83,7 +86,7 @@ def test_records_say_what_became_of_each_rotation(package):
     folded = (".to_out.", "attn2.to_k", "attn2.to_v")  # into the value projection, and the caption projection
     for name, each in records.items():
         assert each.rotated_by == (FOLDED if any(part in name for part in folded) else ONLINE)
-        values = [{"block": 12, "signs_seed": None, "equalizer": None}] if name.endswith(".to_v") else []
+        values = [asdict(RotateOutput(12))] if name.endswith(".to_v") else []
         assert each.output_rotations == values
         assert each.bias in (f"{name}.bias", None) or each.bias.startswith("folded")
 

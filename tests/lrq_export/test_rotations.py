@@ -19,7 +19,7 @@ from lrq_export.quant.compensate import conditional_variances
 from lrq_export.quant.rotation import Rotation
 from lrq_export.quant.transforms.base import Identity
 from lrq_export.quant.weight import dequantize
-from lrq_export.rotations import Candidate, choose, choose_rotations, hadamard_candidates
+from lrq_export.rotations import Candidate, choose, choose_rotations, hadamard_candidates, shared_candidate
 
 WIDTH, ROWS = 192, 40
 
@@ -40,26 +40,37 @@ def quantize(matrix: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
 
 
 def chosen(x: torch.Tensor, act_bits: int = 8, correlation: torch.Tensor | None = None, weights=None):
-    return choose(weights or [weight()], x, correlation, hadamard_candidates(WIDTH, 12, 0), act_bits, quantize)
+    return choose(weights or [weight()], x, correlation, hadamard_candidates(WIDTH, None, 0), act_bits, quantize)
 
 
 def test_candidates_are_what_a_package_can_hold():
-    found = {each.name: each for each in hadamard_candidates(1152, 72, 5)}
-    assert list(found) == ["none", "head Hadamard", "block Hadamard", "full Hadamard", "signed Hadamard"]
-    assert [found[name].transform.block for name in list(found)[1:]] == [72, 128, 1152, 1152]
+    found = {each.name: each for each in hadamard_candidates(1152, None, 5)}
+    assert list(found) == ["none", "block Hadamard", "full Hadamard", "signed Hadamard"]
+    assert [found[name].transform.block for name in list(found)[1:]] == [128, 1152, 1152]
     assert found["signed Hadamard"].transform.seed == 5
-    assert [each.online for each in found.values()] == [False, False, True, True, True]
+    assert [each.online for each in found.values()] == [False, True, True, True]
     assert [each.name for each in hadamard_candidates(7, None, 0)] == ["none"]
+
+
+def test_an_attention_output_is_only_rotated_by_what_folds():
+    found = {each.name: each for each in hadamard_candidates(1152, 72, 5, encode(np.full(1152, 2.0)))}
+    rotated = ["head Hadamard", "signed head Hadamard"]
+    assert list(found) == ["none", *rotated, "equalized", *(f"equalized {name}" for name in rotated)]
+    assert [each.transform.block for each in list(found.values())[1:]] == [72, 72, 1, 72, 72]
+    assert found["signed head Hadamard"].transform.seed == 5
+    assert not any(each.online for each in found.values())
+    assert [each.name for each in hadamard_candidates(26, 13, 0)] == ["none"]  # no Hadamard matrix divides 13
+    assert shared_candidate(1152, 72).transform == Rotation(1152, 72)
 
 
 def test_every_rotation_is_also_tried_on_equalized_channels():
     equalizer = encode(np.full(1152, 2.0))
-    found = hadamard_candidates(1152, 72, 5, equalizer)[5:]
-    rotated = ["head Hadamard", "block Hadamard", "full Hadamard", "signed Hadamard"]
+    found = hadamard_candidates(1152, None, 5, equalizer)[4:]
+    rotated = ["block Hadamard", "full Hadamard", "signed Hadamard"]
     assert [each.name for each in found] == ["equalized", *(f"equalized {name}" for name in rotated)]
-    assert [each.transform.block for each in found] == [1, 72, 128, 1152, 1152]
+    assert [each.transform.block for each in found] == [1, 128, 1152, 1152]
     assert all(each.transform.equalizer == equalizer for each in found)
-    assert [each.online for each in found] == [False, False, True, True, True]
+    assert all(each.online for each in found)
     assert [each.online for each in hadamard_candidates(7, None, 0, encode(np.ones(7)))] == [False, True]
 
 
@@ -166,12 +177,25 @@ def test_layers_of_one_input_are_rotated_alike(observed):
         for name, linear in model.named_children()
     ]
     done = []
-    planned = choose_rotations(plans, seen, model.get_parameter, lambda layer: None, 3, done.append)
+    planned = choose_rotations(
+        plans, seen, model.get_parameter, lambda layer: None, lambda layer: False, 3, done.append
+    )
     assert [plan.name for plan in planned] == ["query", "key", "out"]
     query, key, _ = planned
     assert query.block
     assert (query.block, query.signs_seed, query.reason) == (key.block, key.signs_seed, key.reason)
     assert done == ["query", "key", "out"]
+
+
+def test_layers_that_share_an_attention_are_rotated_by_head(observed):
+    model, seen = observed
+    plans = [
+        LayerPlan(name, linear.out_features, linear.in_features, 4, linear.in_features, 4, 0, None, "open")
+        for name, linear in model.named_children()
+    ]
+    *_, out = choose_rotations(plans, seen, model.get_parameter, lambda layer: 8, lambda layer: layer == "out", 3)
+    assert (out.name, out.block, out.signs_seed, out.equalizer) == ("out", 8, None, None)
+    assert out.reason.startswith("head Hadamard, as all that share an attention: ")
 
 
 def test_plans_carry_the_seed_and_the_divisors_of_the_input(tmp_path):
@@ -197,7 +221,7 @@ def test_plans_carry_the_seed_and_the_divisors_of_the_input(tmp_path):
     samples = {"hidden_states": scaled[:, None], "timestep": torch.zeros(256)}
     seen = observe(Family(), model, ["query"], samples, 64, tmp_path)
     plan = LayerPlan("query", ROWS, WIDTH, 4, WIDTH, 6, 0, None, "open")
-    (planned,) = choose_rotations([plan], seen, model.get_parameter, lambda layer: None, 3)
+    (planned,) = choose_rotations([plan], seen, model.get_parameter, lambda layer: None, lambda layer: False, 3)
     found = divisors(planned.equalizer)
     assert planned.reason.startswith("equalized signed Hadamard: ")
     assert planned.signs_seed == 3

@@ -15,6 +15,8 @@ from graphs import names
 from graphs.ops import attach_bodies, register
 from graphs.ops.spec import Example, OpSpec
 
+TOKENS = ("x", "residual")  # inputs of an op with one row per token
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _schemas() -> None:
@@ -32,14 +34,13 @@ def _cast(spec: OpSpec, example: Example, dtype: str) -> Example:
 
 
 def _model(spec: OpSpec, example: Example) -> onnx.ModelProto:
-    """One node: x, if the op has it, is a graph input with free leading dimensions; the rest are initializers."""
+    """One node: `TOKENS`, if it has them, are graph inputs with free leading dimensions; the rest are initializers."""
     tensors = {t.name: numpy_helper.from_array(a, t.name) for t, a in zip(spec.inputs, example.inputs, strict=True)}
     inputs, out_type, out_rank = [], onnx.TensorProto.FLOAT, 2
-    if "x" in tensors:
-        x = tensors.pop("x")
-        free = [f"n{axis}" for axis in range(len(x.dims) - 1)]
-        inputs = [helper.make_tensor_value_info("x", x.data_type, [*free, x.dims[-1]])]
-        out_type, out_rank = x.data_type, len(x.dims)
+    for tokens in [tensors.pop(name) for name in TOKENS if name in tensors]:
+        free = [f"n{axis}" for axis in range(len(tokens.dims) - 1)]
+        inputs.append(helper.make_tensor_value_info(tokens.name, tokens.data_type, [*free, tokens.dims[-1]]))
+        out_type, out_rank = tokens.data_type, len(tokens.dims)
     output = helper.make_tensor_value_info("out", out_type, [f"d{axis}" for axis in range(out_rank)])
     node = spec.node([tensor.name for tensor in spec.inputs], ["out"], name="node", **example.attributes)
     return helper.make_model(
@@ -74,7 +75,7 @@ def run_body() -> Callable[..., np.ndarray]:
     """(spec, example) -> what ONNX Runtime computes from the node's function body."""
 
     def run(spec: OpSpec, example: Example, **config: str) -> np.ndarray:
-        feeds = {t.name: a for t, a in zip(spec.inputs, example.inputs, strict=True) if t.name == "x"}
+        feeds = {t.name: a for t, a in zip(spec.inputs, example.inputs, strict=True) if t.name in TOKENS}
         return _run(attach_bodies(_model(spec, example)), feeds, **config)
 
     return run

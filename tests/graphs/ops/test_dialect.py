@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fractions import Fraction
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -11,6 +14,8 @@ from graphs import names
 from graphs.ops import OPS, attach_bodies, detach_bodies, register
 from graphs.ops.hadamard_rotate import HADAMARD_ROTATE, rotation_attributes
 from graphs.ops.int8_linear import INT8_LINEAR
+from graphs.ops.rms_norm_rotate import RMS_NORM_ROTATE
+from graphs.ops.spec import Attribute
 from graphs.ops.twin_log_dequant import TWIN_LOG_DEQUANT
 
 ROTATE = 'lrq.HadamardRotate<block = 8, base = 1, order = 0, plugin_version = "1", plugin_namespace = "">'
@@ -98,6 +103,42 @@ def test_attributes_are_filled_in_with_their_defaults():
 def test_wrong_attributes_are_refused(changes, error, message):
     with pytest.raises(error, match=message):
         TWIN_LOG_DEQUANT.node_attributes(**{"bits": 4, "group_size": 8, "rows": 2, "cols": 8} | changes)
+
+
+@pytest.mark.parametrize("value", [1e-6, 1, np.float64(0.1), np.float16(0.5), Fraction(1, 3)])
+def test_a_float_attribute_is_kept_as_the_float32_that_a_node_holds(value):
+    attributes = rotation_attributes(72) | {"epsilon": value}
+    kept = RMS_NORM_ROTATE.node_attributes(**attributes)["epsilon"]
+    assert (type(kept), kept) == (float, float(np.float32(float(value))))
+    node = RMS_NORM_ROTATE.node(["x", "scale", "shift", "signs"], ["y"], **attributes)
+    assert RMS_NORM_ROTATE.attributes_of(node)["epsilon"] == kept
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (float("nan"), ValueError, "epsilon is nan; it must be finite in float32"),
+        (float("-inf"), ValueError, "epsilon is -inf; it must be finite"),
+        (1e39, ValueError, r"epsilon is 1e\+39; it must be finite"),
+        ("1e-6", TypeError, "epsilon takes a number, got '1e-6'"),
+        (True, TypeError, "epsilon takes a number, got True"),
+        (None, ValueError, "epsilon is required: added to the mean square"),
+    ],
+)
+def test_what_is_no_finite_float_is_refused(value, error, message):
+    with pytest.raises(error, match=f"RMSNormRotate.{message}"):
+        RMS_NORM_ROTATE.node_attributes(**rotation_attributes(72), epsilon=value)
+
+
+@pytest.mark.parametrize("default", [1e-05, 0.5, 3.0, -2e20])
+def test_a_float_default_reaches_schema_and_body(default):
+    epsilon = Attribute("epsilon", float, "added to the mean square", default)
+    spec = replace(RMS_NORM_ROTATE, attributes=(epsilon, *HADAMARD_ROTATE.attributes))
+    as_float32 = float(np.float32(default))
+    assert spec.node_attributes(**rotation_attributes(72))["epsilon"] == as_float32
+    assert spec.schema().attributes["epsilon"].default_value.f == as_float32
+    (declared,) = [each for each in spec.function().attribute_proto if each.name == "epsilon"]
+    assert (declared.type, declared.f) == (onnx.AttributeProto.FLOAT, as_float32)
 
 
 def test_attributes_survive_the_way_through_a_node():

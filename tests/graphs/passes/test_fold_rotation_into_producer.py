@@ -83,15 +83,15 @@ NOT = {
          ("Rotate<block = 12, seed = 7>(shaped)", "Rotate<block = 12, width = 12>(shaped)"),
          ("y = Linear<rows = 24, cols = 24>", "y = Linear<rows = 24, cols = 12>"),
          ("z = Linear<rows = 24, cols = 24>", "z = Linear<rows = 24, cols = 12>")],
-        "Reshape computes what it rotates, no linear layer"),
+        "Reshape from ['batch', 'text', 24] to"),
     "a second reader of the projection": (
         [(Z, "z = Gelu(embedded)")],
-        "the linear layer before it is also read elsewhere"),
+        "the output of Add is also read elsewhere"),
     "a second reader of what is rotated": (
         [(Z, "z = Gelu(shaped)")], "the output of Reshape is also read elsewhere"),
     "a second reader right behind the projection": (
         [(SHAPED, ""), ("(shaped)", "(embedded)"), (Z, "z = Gelu(embedded)")],
-        "the linear layer before it is also read elsewhere"),
+        "the output of Add is also read elsewhere"),
     "the rotated tensor is an output": (
         [("text, 24] z", "text, 24] rotated"), (Z, "")],
         "the rotated tensor is an output of the graph"),

@@ -1,4 +1,4 @@
-"""Properties of the whole pipeline on random graphs of attentions and feed-forward layers, 24 channels wide."""
+"""Properties of the whole pipeline on random networks of transformer blocks, 24 channels wide."""
 
 import random
 from dataclasses import dataclass
@@ -9,72 +9,151 @@ from hypothesis import strategies as st
 
 from graphs.checks import check, check_preserved
 from graphs.passes import PIPELINE
+from graphs.passes.patterns import ROTATE_OPS
 
 SEEDS = st.sampled_from([None, 1, 2])
 WIDTHS = {12: (12, 4, 2), 4: (4, 2), 24: (24, 12, 8)}  # of a head: blocks that fold
+ACTIVATIONS = {
+    "gelu": "{y} = Gelu({x})",
+    "tanh": '{y} = Gelu<approximate = "tanh">({x})',
+    "silu": "{y}s = Sigmoid({x}) {y} = Mul({x}, {y}s)",
+    "relu": "{y} = Relu({x})",  # no fused op has it
+}
+NORMS = {
+    "none": "{y} = Identity({x})",
+    "layer": "{y} = LayerNormalization<epsilon = 0.001>({x}, ones)",
+    "affine": "{y} = LayerNormalization<epsilon = 0.001>({x}, weight, bias)",
+    "rms": "{y}2 = Mul({x}, {x}) {y}m = ReduceMean({y}2, last) {y}e = Add({y}m, epsilon) {y}r = Sqrt({y}e) "
+    "{y} = Div({x}, {y}r)",
+}
 
 
 @dataclass(frozen=True)
 class Block:
     """One residual block of the network, in ONNX text; its tensors begin with its name."""
 
-    kind: str  # self, cross or mlp
+    kind: str  # self, cross, joint (text and image attend to each other), parallel (attention beside an MLP) or mlp
     width: int  # of a head
     block: int  # of the rotation before the output projection
     seeds: tuple[int | None, int | None]  # of the rotations of the input and before the output projection
     bias: int
     bits: int
+    norm: str = "none"
+    modulated: bool = False
+    gated: bool = False
+    activation: str = "gelu"
 
-    def text(self, p: str, x: str, y: str) -> str:
+    def text(self, p: str, x: str, c: str, y: str, d: str) -> str:
+        """From image tokens `x` and text tokens `c` to those after the block, `y` and `d`."""
+        n, residual, same_text = p + "n", self.residual(p, x, y), f"{d} = Identity({c})"
         if self.kind == "mlp":
-            hidden, out = self.linear(p + "a", x, 48), self.linear(p + "b", p + "g", 24)
-            return f"{hidden} {p}g = Gelu({p}a) {out} {y} = Add({x}, {p}b)"
-        source = "caption" if self.kind == "cross" else x
-        seed = "" if self.seeds[1] is None else f", seed = {self.seeds[1]}"
+            steps = [self.hidden(p), self.output(p, p + "g", 48), same_text]
+        elif self.kind == "parallel":
+            joined = f"{p}cat = Concat<axis = -1>({p}merged, {p}g)"
+            steps = [self.attention(p, n), self.hidden(p), joined, self.output(p, p + "cat", 72), same_text]
+        elif self.kind == "joint":
+            parts = f"{p}i = Slice({p}merged, texts, end, one) {p}t = Slice({p}merged, zero, texts, one)"
+            text_out = f"{self.output(p + 'c', p + 't', 24)} {d} = Add({c}, {p}co)"
+            steps = [self.attention(p, n, c), parts, self.output(p, p + "i", 24), text_out]
+        else:
+            source = c if self.kind == "cross" else n
+            steps = [self.attention(p, source), self.output(p, p + "merged", 24), same_text]
+        return " ".join([self.normalized(p, x), *steps, residual])
+
+    def normalized(self, p: str, x: str) -> str:
+        norm = NORMS[self.norm].format(x=x, y=p + "m" if self.modulated else p + "n")
+        if not self.modulated:
+            return norm
         return f"""
-            {self.linear(p + "q", x, 24)} {self.linear(p + "k", source, 24)} {self.linear(p + "v", source, 24)}
+            {norm} {p}mod = Kept<rows = 48, cols = 24>(condition)
+            {p}scale, {p}shift = Split<axis = -1, num_outputs = 2>({p}mod) {p}scale1 = Add({p}scale, number)
+            {p}scaled = Mul({p}m, {p}scale1) {p}n = Add({p}scaled, {p}shift)"""
+
+    def attention(self, p: str, source: str, text: str | None = None) -> str:
+        if text is None:
+            read = {"q": p + "n", "k": source, "v": source}
+            projected = " ".join(self.linear(p + role, tensor, 24) for role, tensor in read.items())
+        else:
+            projected = " ".join(
+                f"{self.linear(f'{p}i{role}', source, 24)} {self.linear(f'{p}t{role}', text, 24)} "
+                f"{p}{role} = Concat<axis = 1>({p}t{role}, {p}i{role})"
+                for role in "qkv"
+            )
+        return f"""
+            {projected}
             {p}q4 = Reshape({p}q, split{self.width}) {p}k4 = Reshape({p}k, split{self.width})
             {p}v4 = Reshape({p}v, split{self.width}) {p}qh = Transpose<perm = [0, 2, 1, 3]>({p}q4)
             {p}kh = Transpose<perm = [0, 2, 3, 1]>({p}k4) {p}vh = Transpose<perm = [0, 2, 1, 3]>({p}v4)
             {p}scores = MatMul({p}qh, {p}kh) {p}p = Softmax({p}scores) {p}mixed = MatMul({p}p, {p}vh)
-            {p}back = Transpose<perm = [0, 2, 1, 3]>({p}mixed) {p}merged = Reshape({p}back, merge)
-            {p}rotated = Rotate<block = {self.block}{seed}>({p}merged)
-            {p}o = Linear<rows = 24, cols = 24, bias = {self.bias}>({p}rotated) {y} = Add({x}, {p}o)
-        """
+            {p}back = Transpose<perm = [0, 2, 1, 3]>({p}mixed) {p}merged = Reshape({p}back, merge)"""
+
+    def hidden(self, p: str) -> str:
+        return f"{self.linear(p + 'a', p + 'n', 48)} {ACTIVATIONS[self.activation].format(x=p + 'a', y=p + 'g')}"
+
+    def output(self, p: str, x: str, cols: int) -> str:
+        seed = "" if self.seeds[1] is None else f", seed = {self.seeds[1]}"
+        rotated = f"{p}rotated = Rotate<block = {self.block}, width = {cols}{seed}>({x})"
+        return f"{rotated} {p}o = Linear<rows = 24, cols = {cols}, bias = {self.bias}>({p}rotated)"
+
+    def residual(self, p: str, x: str, y: str) -> str:
+        if not self.gated:
+            return f"{y} = Add({x}, {p}o)"
+        return f"{p}gate = Kept<rows = 24, cols = 24>(condition) {p}gated = Mul({p}gate, {p}o) {y} = Add({p}gated, {x})"
 
     def linear(self, name: str, x: str, rows: int) -> str:
-        cols = 48 if name.endswith("b") else 24
         seed = "" if self.seeds[0] is None else f", seed = {self.seeds[0]}"
-        linear = f"{name} = Linear<rows = {rows}, cols = {cols}, bits = {self.bits}, bias = {self.bias}>({name}r)"
-        return f"{name}r = Rotate<block = 12, width = {cols}{seed}>({x}) {linear}"
+        linear = f"{name} = Linear<rows = {rows}, cols = 24, bits = {self.bits}, bias = {self.bias}>({name}r)"
+        return f"{name}r = Rotate<block = 12{seed}>({x}) {linear}"
 
     @property
     def folds(self) -> int:
-        return int(self.kind != "mlp" and self.width % self.block == 0)
+        """Rotations before output projections that attention lets through, whole or in part."""
+        if self.kind == "mlp" or self.width % self.block:
+            return 0
+        return int(self.kind != "parallel" or self.seeds[1] is None)
+
+    @property
+    def rotated_outputs(self) -> int:
+        """Rotations before the output projection that remain."""
+        if self.kind != "parallel":
+            return 1 - self.folds
+        return 1 if self.folds or self.seeds[1] is not None else 2  # else one for each part of what is concatenated
 
 
 @st.composite
 def blocks(draw):
     width = draw(st.sampled_from(list(WIDTHS)))
     return Block(
-        kind=draw(st.sampled_from(["self", "cross", "mlp"])),
+        kind=draw(st.sampled_from(["self", "cross", "joint", "parallel", "mlp"])),
         width=width,
         block=draw(st.sampled_from([*WIDTHS[width], 24])),  # 24 straddles the narrower heads
         seeds=(draw(SEEDS), draw(SEEDS)),
         bias=draw(st.integers(0, 1)),
         bits=draw(st.sampled_from([3, 4, 8])),
+        norm=draw(st.sampled_from(list(NORMS))),
+        modulated=draw(st.booleans()),
+        gated=draw(st.booleans()),
+        activation=draw(st.sampled_from(list(ACTIVATIONS))),
     )
 
 
 NETWORKS = st.lists(blocks(), min_size=1, max_size=3)
+TENSORS = f"""
+    int64[3] merge = {{0, 0, 24}}, int64[1] last = {{-1}}, int64[1] zero = {{0}}, int64[1] one = {{1}},
+    int64[1] end = {{{2**62}}}, float number = {{1}}, float epsilon = {{0.01}},
+    float[24] ones = {{{", ".join(["1"] * 24)}}}, float[24] weight = {{{", ".join(["2"] * 24)}}},
+    float[24] bias = {{{", ".join(["0.5"] * 24)}}}
+"""
 
 
 def network(each: list[Block]) -> str:
     splits = ", ".join(f"int64[4] split{width} = {{0, 0, {24 // width}, {width}}}" for width in WIDTHS)
-    body = "\n".join(block.text(f"b{i}_", f"x{i}", f"x{i + 1}") for i, block in enumerate(each))
+    body = "\n".join(block.text(f"b{i}_", f"x{i}", f"c{i}", f"x{i + 1}", f"c{i + 1}") for i, block in enumerate(each))
+    count = len(each)
     return f"""
-        network (float[batch, tokens, 24] x0, float[batch, text, 24] caption) => (float[batch, tokens, 24] x{len(each)})
-        <{splits}, int64[3] merge = {{0, 0, 24}}> {{ {body} }}
+        network (float[batch, tokens, 24] x0, float[batch, text, 24] c0, float[batch, 1, 24] condition)
+            => (float[batch, tokens, 24] x{count}, float[batch, text, 24] c{count})
+        <{splits}, {TENSORS}> {{ texts = Shape<start = 1, end = 2>(c0) {body} }}
     """
 
 
@@ -96,11 +175,39 @@ def test_keeps_the_function_of_a_network_without_rotations(parse, difference, ea
     check(traced)
     assert difference(plain, traced) <= 1e-10
     fired = rewrite(traced)
-    assert fired["fold_rotation_into_value"] == sum(block.folds for block in each)
+    assert fired["fold_rotation_into_producer"] == sum(block.folds for block in each)
     assert fired["make_linear"] == len(traced.linears)
-    attends = [block for block in each if block.kind != "mlp"]
-    assert fired["merge_projections"] == len(attends)
+    assert fired["merge_projections"] == sum(MERGED[block.kind] for block in each)
+    if not any(block.kind == "joint" for block in each):  # what Slice leaves of one has no known size here
+        assert fired["fuse_epilogue"] == len(each)
+    assert sum(node.op in ROTATE_OPS for node in traced.graph.nodes) == remaining(each)
     assert difference(plain, traced) <= 1e-10
+
+
+def remaining(each: list[Block]) -> int:
+    """One rotation of every block's image tokens, one of every text, alike or not, and those of outputs."""
+    texts, version = set(), 0
+    for block in each:
+        if block.kind in ("cross", "joint"):
+            texts.add((version, block.seeds[0]))
+        version += block.kind == "joint"
+    return len(each) + len(texts) + sum(block.rotated_outputs for block in each)
+
+
+MERGED = {"self": 1, "cross": 1, "joint": 2, "parallel": 1, "mlp": 0}
+
+
+@given(NETWORKS)
+@settings(max_examples=15, deadline=None)
+def test_rotations_fuse_with_the_norm_or_activation_before_them(parse, each):
+    traced = parse(network(each))
+    fired = rewrite(traced)
+    normed = [
+        block for block in each if block.norm in ("layer", "rms") or (block.norm == "affine" and not block.modulated)
+    ]
+    assert fired["fuse_modulated_norm"] == len(normed)
+    bent = [block for block in each if block.kind == "mlp" or (block.kind == "parallel" and block.seeds[1] is None)]
+    assert fired["fuse_activation"] == sum(block.activation != "relu" for block in bent)
 
 
 @given(NETWORKS)
@@ -149,7 +256,7 @@ def test_a_deep_network_in_any_order_goes_through(parse):
     """onnx-graphsurgeon's own topological sort exceeds the recursion limit here."""
     traced = parse(network([Block("self", 12, 12, (None, None), 1, 4)] * 40))
     disguise(traced.graph, random.Random(0))
-    assert rewrite(traced)["fold_rotation_into_value"] == 40
+    assert rewrite(traced)["fold_rotation_into_producer"] == 40
 
 
 def disguise(graph: gs.Graph, rng: random.Random) -> None:

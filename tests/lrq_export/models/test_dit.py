@@ -105,7 +105,7 @@ def test_a_build_passes_every_rung_of_the_ladder(built):
     assert 0 < rungs["R1"]["value"] < 0.1
     assert "mask" not in rungs["R0"]["note"]
     fired = {row["name"]: row["fired"] for row in built.report["passes"]}
-    assert fired["fold_rotation_into_value"] == 2
+    assert fired["fold_rotation_into_producer"] == 2
 
 
 def test_the_adaln_of_every_block_and_the_final_projections_stay_in_floating_point(source, tiny):

@@ -5,7 +5,7 @@ from graph_texts import ATTENTION, edited
 from graphs.checks import check, check_preserved
 from graphs.equalizer import encode
 from graphs.expressions import RotateOutput
-from graphs.passes import fold_rotation_into_value
+from graphs.passes import fold_rotation_into_producer
 
 SELF = edited(
     ATTENTION, ("(merged)", "(rotated)"), ("y = Linear", "rotated = Rotate<block = 12, seed = 7>(merged) y = Linear")
@@ -41,6 +41,25 @@ FIRES = {
     "one reader reading it twice": edited(
         SELF, ("24] y)", "24] y, float[batch, tokens, 24] z)"), ("(rotated)", "(rotated) z = Mul(rotated, rotated)")
     ),
+    "a value in floating point": edited(SELF, (V, "v = Kept<rows = 24, cols = 24>(x)")),
+    "a scaled value": edited(
+        SELF,
+        ("p, vh)", "p, vs)"),
+        ("p = Softmax", "vs = Mul(vh, half) p = Softmax"),
+        ("int64[3] merge", "float half = {0.5}, int64[3] merge"),
+    ),
+    "queries, keys and values of one layer": edited(
+        SELF,
+        ("q = Linear<rows = 24, cols = 24>(x)", "qkv = Linear<rows = 72, cols = 24>(x)"),
+        ("k = Linear<rows = 24, cols = 24>(x)", "q, k, v = Split<axis = -1, num_outputs = 3>(qkv)"),
+        (V, ""),
+    ),
+    "some of the tokens": edited(
+        SELF,
+        ("(merged)", "(few)"),
+        ("rotated =", "few = Slice(merged, zero, two, one) rotated ="),
+        ("int64[3] merge", "int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[3] merge"),
+    ),
     "bias on the left of its Add": SELF.replace("Linear<", "Linear<bias_first = 1, "),
 }
 
@@ -52,19 +71,20 @@ def traced(request, parse):
 
 def test_folds_and_keeps_the_function(traced, difference):
     before = traced.copy()
-    assert fold_rotation_into_value(traced).fired == 1
+    assert fold_rotation_into_producer(traced).fired == 1
     rotations = [node for node in traced.graph.nodes if node.op == "HadamardRotate"]
     assert "merged" not in [node.inputs[0].name for node in rotations]
-    assert any(isinstance(step, RotateOutput) for step in traced.linears["v.codes"].weight.maps)
+    tables = [*traced.tensors.values(), *(each.weight for each in traced.linears.values())]
+    assert any(isinstance(step, RotateOutput) for each in tables for step in each.maps)
     check(traced)
     check_preserved(before, traced)
     assert difference(before, traced) <= 1e-10
 
 
 def test_folding_again_does_nothing(traced):
-    fold_rotation_into_value(traced)
+    fold_rotation_into_producer(traced)
     before = traced.to_onnx()
-    assert fold_rotation_into_value(traced).fired == 0
+    assert fold_rotation_into_producer(traced).fired == 0
     assert traced.to_onnx() == before
 
 
@@ -74,7 +94,7 @@ REFUSALS = {
     "value leaves the graph": ([("(float[batch, tokens, 24] y)", MORE_OUTPUTS.format("v"))], "is also read elsewhere"),
     "value is read twice": (
         [("(float[batch, tokens, 24] y)", MORE_OUTPUTS.format("z")), ("v4 =", "z = Relu(v) v4 =")],
-        "the value projection is also read elsewhere",
+        "the output of Add is also read elsewhere",
     ),
     "heads are read elsewhere": (
         [("(float[batch, tokens, 24] y)", MORE_OUTPUTS.format("z")), ("rotated =", "z = Relu(merged) rotated =")],
@@ -90,39 +110,39 @@ REFUSALS = {
     ),
     "channels merge interleaved": (
         [("back = Transpose<perm = [0, 2, 1, 3]>", "back = Transpose<perm = [0, 2, 3, 1]>")],
-        "a transpose permutes by [0, 2, 3, 1], needed [0, 2, 1, 3]",
+        "MatMul computes what it rotates, neither a linear layer nor a mix of tokens",
     ),
     "heads do not merge": (
         [("merge = {0, 0, 24}", "merge = {0, -1, 12}"), (WHOLE_HEAD, "Rotate<block = 12, width = 12>"),
          ("y = Linear<rows = 24, cols = 24>", "y = Linear<rows = 24, cols = 12>")],
-        "needed 2 x 12 channels last",
+        "Reshape from ['batch', 'tokens', 24] to ['batch', 'tokens', 2, 12] does not keep",
     ),
     "unknown heads": (
         [("24] x)", "24] x, int64[4] split)"), ("int64[4] split = {0, 0, 2, 12}, ", "")],
-        "the head split has shape",
+        "does not keep the channels together",
     ),
     "two values in one projection": (
         [("k = Linear<rows = 24", "k = Linear<rows = 48"), ("v = Linear<rows = 24", "v = Linear<rows = 48"),
          ("k4 = Reshape(k, split)", "k4 = Reshape(k, long)"), ("v4 = Reshape(v, split)", "v4 = Reshape(v, long)"),
          ("<int64[4] split", "<int64[4] long = {0, -1, 2, 12}, int64[4] split")],
-        "the value projection has 48 rows, needed 2 x 12",
+        "Reshape from ['batch', 'tokens', 48] to",
     ),
     "not behind an attention": (
         [("rotated =", "active = Relu(merged) rotated ="), (">(merged)", ">(active)")],
-        "not behind an attention: Relu stands where an attention has its Reshape",
+        "Relu computes what it rotates, no linear layer",
     ),
-    "behind an input": ([(">(merged)", ">(x)")], "not behind an attention: an input of the graph stands where"),
-    "value is not quantized": (
+    "behind an input": ([(">(merged)", ">(x)")], "an input of the graph computes what it rotates, no linear layer"),
+    "value is no layer": (
         [("24] x)", "24] x, float[24, 24] w)"), (V, "v = MatMul(x, w)")],
-        "the value operand is not a quantized linear layer",
+        "MatMul computes what it rotates, neither a linear layer nor a mix of tokens",
     ),
     "value has a residual": (
         [(V, "u = Linear<rows = 24, cols = 24>(x) v = Add(u, x)")],
-        "the value operand is not a quantized linear layer",
+        "Add computes what it rotates, no linear layer",
     ),
     "weight is read twice": (
         [("(float[batch, tokens, 24] y)", MORE_OUTPUTS.format("z")), ("q4 =", "z = MatMul(x, v_wt) q4 =")],
-        "the value projection's weight is also read elsewhere",
+        "the weight of the linear layer before it is also read elsewhere",
     ),
     "bias is read twice": (
         [("(float[batch, tokens, 24] y)", MORE_OUTPUTS.format("z")), ("q4 =", "z = Add(x, v_bias) q4 =")],
@@ -145,7 +165,7 @@ def test_refuses_and_says_why(edits, reason, parse):
     traced = parse(edited(SELF, *edits))
     check(traced)
     before = traced.to_onnx()
-    result = fold_rotation_into_value(traced)
+    result = fold_rotation_into_producer(traced)
     assert result.fired == 0
     assert len(result.skipped) == 1
     assert reason in result.skipped[0].reason
@@ -156,7 +176,7 @@ def test_refuses_and_says_why(edits, reason, parse):
 def folded(parse):
     before = parse(SELF)
     after = before.copy()
-    fold_rotation_into_value(after)
+    fold_rotation_into_producer(after)
     return before, after
 
 
@@ -168,7 +188,7 @@ def folded(parse):
 def test_a_wrong_map_is_caught(wrong, folded, difference):
     before, after = folded
     after.linears["v.codes"], after.tensors["v_bias"] = before.linears["v.codes"], before.tensors["v_bias"]
-    after.rotate_output("v.codes", "v_bias", wrong)
+    after.rotate_outputs({"v.codes": wrong, "v_bias": wrong})
     assert difference(before, after) > 1e-2
 
 

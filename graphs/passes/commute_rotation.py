@@ -1,0 +1,222 @@
+"""Move rotations up, towards what computes their input, past whatever leaves channels apart.
+
+    HadamardRotate(c x)               ->  c HadamardRotate(x)             c one number
+    HadamardRotate(Reshape(x))        ->  Reshape(HadamardRotate(x))      channels last before and after; also Transpose
+    HadamardRotate(parts of Split(x)) ->  Split(HadamardRotate(x))        all parts, of tokens; also Slices of x
+    HadamardRotate(Concat(a, b))      ->  Concat(HadamardRotate(a), HadamardRotate(b))      of channels
+    Concat(HadamardRotate(a), HadamardRotate(b))  ->  HadamardRotate(Concat(a, b))          of tokens, equal rotations
+
+So image and text tokens that leave one attention are rotated before they part, where the rotation can fold; and where
+attention and feed-forward run side by side, each gets its own part of the rotation. Where several equal rotations read
+what is passed, they become one.
+"""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphs import equalizer
+from graphs.passes.channels import NoMatch, rows_behind
+from graphs.passes.patterns import (
+    is_graph_output,
+    is_lrq,
+    is_number,
+    producer,
+    redirect_readers,
+    remove_node,
+    rotation_key,
+    value_readers,
+)
+from graphs.passes.result import PassResult
+from graphs.traced import Signs, TracedGraph
+
+
+def commute_rotation(traced: TracedGraph) -> PassResult:
+    result = PassResult()
+    waiting = [node for node in traced.graph.nodes if is_lrq(node, "HadamardRotate")]
+    while waiting:
+        rotation = waiting.pop(0)
+        if not rotation.outputs:  # it was replaced together with an equal one
+            continue
+        try:
+            moved = _join(rotation, traced) or _move_up(rotation, traced)
+        except NoMatch as reason:
+            result.skip(rotation, str(reason))
+            continue
+        result.fired += bool(moved)
+        waiting += moved
+    if result.fired:
+        traced.forget_unused()
+    return result
+
+
+def _move_up(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
+    """Put a rotation above the node that computes its input; returns what it became there, nothing if it stays."""
+    node = producer(rotation.inputs[0])
+    rule = UPWARDS.get(node.op) if node is not None and not node.domain else None
+    return [] if rule is None else rule(node, rotation, traced)
+
+
+def _past_number(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
+    numbers = [is_number(each) for each in node.inputs]
+    return _past(node, numbers.index(False), rotation, traced) if sum(numbers) == 1 else []
+
+
+def _past_layout(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
+    before, after = node.inputs[0].shape, node.outputs[0].shape
+    if node.op == "Transpose":
+        keeps = node.attrs.get("perm", [])[-1:] == [len(after or ()) - 1]
+    else:
+        keeps = bool(before and after) and isinstance(after[-1], int) and before[-1] == after[-1]
+    if not keeps:
+        raise NoMatch(f"{node.op} does not keep the channels on the last axis")
+    return _past(node, 0, rotation, traced)
+
+
+def _past(node: gs.Node, operand: int, rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
+    """Rotate what `node` reads instead of what it computes, if all readers of that rotate it alike."""
+    equal = _rotations_of([node.outputs[0]], rotation, traced)
+    moved = _rotate(node.inputs[operand], rotation, traced)
+    node.inputs[operand] = moved.outputs[0]
+    _remove(equal, traced.graph)
+    return [moved]
+
+
+def _past_parts(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
+    """Above all the Splits and Slices of one tensor, if every part is rotated; one part alone would be less work."""
+    whole = node.inputs[0]
+    if not all(map(_parts_tokens, value_readers(whole))) or is_graph_output(whole, traced.graph):
+        raise NoMatch(f"what {node.op} divides is also read elsewhere, or its channels are divided")
+    cutters = list({id(each): each for each in value_readers(whole)}.values())
+    parts = [part for each in cutters for part in each.outputs if value_readers(part)]
+    if len(parts) < 2:
+        return []
+    equal = _rotations_of(parts, rotation, traced)
+    moved = _rotate(whole, rotation, traced)
+    for each in cutters:
+        each.inputs[0] = moved.outputs[0]
+    _remove(equal, traced.graph)
+    return [moved]
+
+
+def _parts_tokens(node: gs.Node) -> bool:
+    """Whether a node is a Split or Slice of other axes than the last, known ones."""
+    rank = len(node.inputs[0].shape or ())
+    if not rank or node.domain or node.op not in ("Split", "Slice"):
+        return False
+    if node.op == "Split":
+        return node.attrs.get("axis", 0) % rank != rank - 1
+    if len(node.inputs) < 4 or not isinstance(node.inputs[3], gs.Constant):
+        return False
+    return all(int(axis) % rank != rank - 1 for axis in node.inputs[3].values)
+
+
+def _past_concat(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
+    """A rotation of channels that several tensors bring together becomes one for each of them."""
+    joined, signs = node.outputs[0], traced.signs.get(rotation.inputs[1].name)
+    if not joined.shape or node.attrs["axis"] % len(joined.shape) != len(joined.shape) - 1:
+        return []
+    widths, block = [each.shape[-1] if each.shape else None for each in node.inputs], int(rotation.attrs["block"])
+    if not all(isinstance(width, int) and width % block == 0 for width in widths):
+        raise NoMatch(f"blocks of {block} channels straddle the parts of a Concat, {widths} channels wide")
+    if signs is None or signs.seed is not None:
+        raise NoMatch("its signs are drawn for all channels of a Concat at once")
+    equal, moved = _rotations_of([joined], rotation, traced), []
+    for place, stop in enumerate(np.cumsum(widths).tolist()):
+        part = _signs_part(rotation.inputs[1], signs, stop - widths[place], stop, traced)
+        moved.append(_rotate(node.inputs[place], rotation, traced, f".{place}", part))
+        node.inputs[place] = moved[-1].outputs[0]
+    _remove(equal, traced.graph)
+    return moved
+
+
+def _signs_part(constant: gs.Constant, signs: Signs, start: int, stop: int, traced: TracedGraph) -> gs.Constant:
+    """The factors of channels `start` to `stop`, entered into the table of signs."""
+    name = f"{constant.name}.{start}-{stop}"
+    if name in traced.signs:
+        return traced.graph.tensors()[name]
+    divisors = None if signs.equalizer is None else equalizer.part(signs.equalizer, start, stop)
+    traced.signs[name] = Signs(None, divisors)
+    return gs.Constant(name, constant.values[start:stop].copy())
+
+
+def _join(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
+    """Rotate tokens behind the Concat that joins them, unless one of the equal rotations before it can fold."""
+    readers = value_readers(rotation.outputs[0])
+    node = readers[0] if len(readers) == 1 else None
+    if node is None or node.op != "Concat" or is_graph_output(rotation.outputs[0], traced.graph):
+        return []
+    rank = len(rotation.outputs[0].shape or ())
+    if not rank or node.attrs["axis"] % rank == rank - 1:
+        return []
+    rotations = [producer(each) for each in node.inputs]
+    if not all(
+        each is not None
+        and is_lrq(each, "HadamardRotate")
+        and rotation_key(each) == rotation_key(rotation)
+        and len(value_readers(each.outputs[0])) == 1
+        and not is_graph_output(each.outputs[0], traced.graph)
+        for each in rotations
+    ):
+        raise NoMatch("not all tokens that a Concat joins are rotated alike")
+    if any(_folds(each, traced) for each in rotations):
+        return []
+    for place, each in enumerate(rotations):
+        node.inputs[place] = each.inputs[0]
+    (rotated,) = node.outputs
+    node.outputs = [gs.Variable(f"{rotated.name}.joined", rotated.dtype, rotated.shape)]
+    moved = _rotation_node(rotation, node.outputs[0], rotation.inputs[1], rotated)
+    traced.graph.nodes.append(moved)
+    for each in rotations:
+        remove_node(each, traced.graph)
+    return [moved]
+
+
+def _folds(rotation: gs.Node, traced: TracedGraph) -> bool:
+    try:
+        return bool(rows_behind(rotation.inputs[0], int(rotation.attrs["block"]), traced))
+    except NoMatch:
+        return False
+
+
+def _rotations_of(tensors: list[gs.Tensor], rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
+    """The rotations equal to `rotation` that read the tensors; raises NoMatch if anything else reads one of them."""
+    key, graph = rotation_key(rotation), traced.graph
+    readers = [reader for tensor in tensors for reader in value_readers(tensor)]
+    if key is None or rotation.inputs[1].name not in traced.signs:
+        raise NoMatch("its signs are not in the table of signs")
+    if any(is_graph_output(tensor, graph) for tensor in tensors):
+        raise NoMatch("what it rotates is an output of the graph")
+    if not all(is_lrq(each, "HadamardRotate") and rotation_key(each) == key for each in readers):
+        raise NoMatch("what it rotates is also read elsewhere, or rotated in another way")
+    if any(is_graph_output(each.outputs[0], graph) for each in readers):
+        raise NoMatch("the rotated tensor is an output of the graph")
+    return readers
+
+
+def _rotate(x: gs.Tensor, rotation: gs.Node, traced: TracedGraph, suffix: str = "", signs=None) -> gs.Node:
+    """A new node that rotates `x` as `rotation` does its input, with other signs perhaps."""
+    rotated = gs.Variable(f"{x.name}.{rotation.outputs[0].name}{suffix}", x.dtype, x.shape)
+    node = _rotation_node(rotation, x, rotation.inputs[1] if signs is None else signs, rotated)
+    traced.graph.nodes.append(node)
+    return node
+
+
+def _rotation_node(like: gs.Node, x: gs.Tensor, signs: gs.Tensor, rotated: gs.Tensor) -> gs.Node:
+    return gs.Node(like.op, f"rotate.{rotated.name}", dict(like.attrs), [x, signs], [rotated], domain=like.domain)
+
+
+def _remove(rotations: list[gs.Node], graph: gs.Graph) -> None:
+    """Their readers read what they rotated, which arrives rotated now."""
+    for each in rotations:
+        redirect_readers(each.outputs[0], each.inputs[0])
+        remove_node(each, graph)
+
+
+UPWARDS = {
+    "Mul": _past_number,
+    "Reshape": _past_layout,
+    "Transpose": _past_layout,
+    "Split": _past_parts,
+    "Slice": _past_parts,
+    "Concat": _past_concat,
+}

@@ -1,0 +1,75 @@
+"""Fuse what follows the last linear layer of a branch into it: the gate of adaLN-Zero and the residual.
+
+    residual + gate * TwinLogLinear(x)  ->  TwinLogLinearResidual(x, gate, residual)
+
+A branch without a gate gets one of ones. Likewise for the siblings of TwinLogLinear.
+"""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphs.passes.channels import NoMatch
+from graphs.passes.norms import check_modulates
+from graphs.passes.patterns import PLAIN_LINEAR_OPS, RESIDUAL_OF, is_lrq, sole_consumer
+from graphs.passes.result import PassResult
+from graphs.traced import TracedGraph
+
+
+def fuse_epilogue(traced: TracedGraph) -> PassResult:
+    result = PassResult()
+    for linear in [node for node in traced.graph.nodes if is_lrq(node, *PLAIN_LINEAR_OPS)]:
+        try:
+            fired = _fuse(linear, traced)
+        except NoMatch as reason:
+            result.skip(linear, str(reason))
+            continue
+        result.fired += fired
+    if result.fired:
+        traced.forget_unused()
+    return result
+
+
+def _fuse(linear: gs.Node, traced: TracedGraph) -> bool:
+    """Whether a gate and a residual, or the latter alone, follow the layer and are part of it now."""
+    product, gate = linear.outputs[0], None
+    last, reader = product, sole_consumer(product, traced.graph)
+    if reader is not None and reader.op == "Mul":
+        gate, last = _other(reader, product), reader.outputs[0]
+        reader = sole_consumer(last, traced.graph)
+    if reader is None or reader.op != "Add":
+        return False
+    residual, (y,) = _other(reader, last), reader.outputs
+    if not residual.inputs and not any(residual is each for each in traced.model_inputs()):
+        raise NoMatch("what is added to it is a constant or weight, no residual")
+    if not product.shape or None in product.shape or residual.shape is None or [*residual.shape] != [*product.shape]:
+        raise NoMatch(f"what is added to it has shape {residual.shape}, needed {product.shape}")
+    if gate is None:
+        gate = gs.Constant(f"{linear.name}.no_gate", np.ones(int(linear.attrs["rows"]), np.float32))
+    check_modulates("gate", gate, product)
+    reader.outputs.clear()
+    product.inputs.clear()
+    linear.op, linear.inputs, linear.outputs = RESIDUAL_OF[linear.op], [*linear.inputs, gate, residual], [y]
+    return True
+
+
+def open_epilogues(traced: TracedGraph) -> None:
+    """Undo `fuse_epilogue`, for targets that have no such product and for the proof that nothing else has changed."""
+    graph = traced.graph
+    for node in [node for node in graph.nodes if is_lrq(node, *PLAIN_OF)]:
+        *inputs, gate, residual = node.inputs
+        (y,) = node.outputs
+        product, gated = (gs.Variable(f"{y.name}.{part}", y.dtype, y.shape) for part in ("product", "gated"))
+        without_gate = isinstance(gate, gs.Constant) and (gate.values == 1).all()
+        node.op, node.inputs, node.outputs = PLAIN_OF[node.op], inputs, [gated if without_gate else product]
+        if not without_gate:
+            graph.nodes.append(gs.Node("Mul", f"{node.name}.gate", {}, [gate, product], [gated]))
+        graph.nodes.append(gs.Node("Add", f"{node.name}.residual", {}, [gated, residual], [y]))
+    traced.forget_unused()
+
+
+PLAIN_OF = {fused: plain for plain, fused in RESIDUAL_OF.items()}
+
+
+def _other(node: gs.Node, tensor: gs.Tensor) -> gs.Tensor:
+    """The other operand of a binary node; the tensor itself if that is read twice."""
+    return next((each for each in node.inputs if each is not tensor), tensor)

@@ -1,0 +1,52 @@
+"""Fuse a norm, the scale and shift that modulate it, and the rotation behind it into one node.
+
+    HadamardRotate(LayerNormalization(x) * scale + shift)  ->  LayerNormRotate(x, scale, shift)
+
+Likewise RMSNormRotate of x / sqrt(mean(x²) + epsilon). The weights of a norm without modulation take the place of scale
+and shift. So the normalized tokens are written to memory once, rotated.
+"""
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphs.passes.channels import NoMatch
+from graphs.passes.norms import Norm, check_modulates, modulated_norm
+from graphs.passes.patterns import is_graph_output, is_lrq, value_readers
+from graphs.passes.result import PassResult
+from graphs.traced import TracedGraph
+
+
+def fuse_modulated_norm(traced: TracedGraph) -> PassResult:
+    result = PassResult()
+    for rotation in [node for node in traced.graph.nodes if is_lrq(node, "HadamardRotate")]:
+        try:
+            norm = modulated_norm(rotation.inputs[0])
+            if norm is None:
+                continue
+            _check(norm, rotation.inputs[0], traced)
+        except NoMatch as reason:
+            result.skip(rotation, str(reason))
+            continue
+        _fuse(rotation, norm)
+        result.fired += 1
+    if result.fired:
+        traced.forget_unused()
+    return result
+
+
+def _fuse(rotation: gs.Node, norm: Norm) -> None:
+    signs, (rotated,) = rotation.inputs[1], rotation.outputs
+    channels = signs.shape[0]
+    scale = norm.scale or gs.Constant(f"{rotated.name}.scale", np.ones(channels, np.float32))
+    shift = norm.shift or gs.Constant(f"{rotated.name}.shift", np.zeros(channels, np.float32))
+    rotation.op, rotation.attrs = f"{norm.kind}Rotate", rotation.attrs | {"epsilon": norm.epsilon}
+    rotation.inputs = [norm.x, scale, shift, signs]
+
+
+def _check(norm: Norm, tokens: gs.Tensor, traced: TracedGraph) -> None:
+    """Raise NoMatch unless the fused node means the same and leaves no work behind; the norm computes `tokens`."""
+    if len(value_readers(tokens)) > 1 or is_graph_output(tokens, traced.graph):
+        raise NoMatch("the normalized tokens are also read elsewhere, unrotated")
+    for what, tensor in (("scale", norm.scale), ("shift", norm.shift)):
+        if tensor is not None:
+            check_modulates(f"{what} of the norm before it", tensor, norm.x)

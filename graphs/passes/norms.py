@@ -1,0 +1,129 @@
+"""The norms of a graph and what modulates them, which more than one pass looks for.
+
+layer_norm(x) * scale + shift        adaLN, or a norm whose weights are scale and shift
+rms_norm(x) * scale + shift          x / sqrt(mean(x²) + epsilon), which exporters write in single steps
+"""
+
+from dataclasses import dataclass, replace
+
+import onnx_graphsurgeon as gs
+
+from graphs.passes.channels import NoMatch
+from graphs.passes.patterns import is_number, producer, sole_operand
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Tokens normalized over their last axis, times `scale`, plus `shift`: (n,) or (batch, 1, n), None for 1 and 0."""
+
+    kind: str  # LayerNorm or RMSNorm
+    x: gs.Tensor
+    epsilon: float
+    scale: gs.Tensor | None = None
+    shift: gs.Tensor | None = None
+
+
+def modulated_norm(tensor: gs.Tensor) -> Norm | None:
+    """The norm that computes `tensor`, modulated or with weights of its own; None if none does.
+
+    Raises NoMatch for one that is both, or over other axes than the last.
+    """
+    node = producer(tensor)
+    if node is None or node.domain or node.op != "Add":
+        return _norm(node)
+    for product, shift in (node.inputs, node.inputs[::-1]):
+        multiply = producer(product)
+        if product is shift or multiply is None or multiply.domain or multiply.op != "Mul":
+            continue
+        for normalized, scale in (multiply.inputs, multiply.inputs[::-1]):
+            norm = _norm(producer(normalized))
+            if norm is None:
+                continue
+            if norm.scale is not None or norm.shift is not None:
+                raise NoMatch("the norm before it has weights of its own and is modulated besides")
+            return replace(norm, scale=scale, shift=shift)
+    return None
+
+
+def check_modulates(what: str, tensor: gs.Tensor, tokens: gs.Tensor) -> None:
+    """Raise NoMatch unless `tensor` has a number for each channel of `tokens`, and broadcasts to their shape.
+
+    No axis of the tokens may grow. One that has no number for a size is never stretched: a trace writes 1 where it is.
+    """
+    got, needed = tensor.shape, tokens.shape
+    fits = got and needed and len(got) <= len(needed) and got[-1] == needed[-1]
+    axes = zip(reversed(got or ()), reversed(needed or ()), strict=False)
+    if not fits or any(isinstance(onto, int) and size not in (1, onto) for size, onto in axes):
+        raise NoMatch(f"the {what} has shape {_listed(got)}, needed one that broadcasts to {_listed(needed)}")
+
+
+def _listed(shape) -> str:
+    return "unknown" if shape is None else f"({', '.join(map(str, shape))})"
+
+
+def _norm(node: gs.Node | None) -> Norm | None:
+    """The norm that ends in `node`, without modulation."""
+    if node is None or node.domain:
+        return None
+    if node.op == "LayerNormalization":
+        return _layer_norm(node)
+    found = _unit_rms(node)
+    if found is None and node.op == "Mul":
+        for normalized, weight in (node.inputs, node.inputs[::-1]):
+            found = _unit_rms(producer(normalized))
+            if found is not None:
+                return replace(found, scale=weight)
+    return found
+
+
+def _layer_norm(node: gs.Node) -> Norm:
+    axis, rank = node.attrs.get("axis", -1), len(node.outputs[0].shape or ())
+    if axis not in (-1, rank - 1):
+        raise NoMatch(f"the norm before it is over the axes from {axis}, needed the last one")
+    x, scale, *rest = [tensor for tensor in node.inputs if not tensor.is_empty()]
+    shift = _unless(0, rest[0]) if rest else None
+    return Norm("LayerNorm", x, float(node.attrs.get("epsilon", 1e-5)), _unless(1, scale), shift)
+
+
+def _unless(value: float, tensor: gs.Tensor) -> gs.Tensor | None:
+    """The tensor, or None if it is a constant that holds nothing but `value`."""
+    return None if isinstance(tensor, gs.Constant) and (tensor.values == value).all() else tensor
+
+
+def _unit_rms(node: gs.Node | None) -> Norm | None:
+    """x / sqrt(mean(x²) + epsilon), divided by the root or multiplied by its reciprocal."""
+    if node is None or node.domain:
+        return None
+    if node.op == "Div":
+        return _over_root(*node.inputs)
+    if node.op != "Mul":
+        return None
+    for x, factor in (node.inputs, node.inputs[::-1]):
+        root = sole_operand(factor, "Reciprocal")
+        found = None if root is None else _over_root(x, root)
+        if found is not None:
+            return found
+    return None
+
+
+def _over_root(x: gs.Tensor, root: gs.Tensor) -> Norm | None:
+    """x / root, if that is sqrt(mean(x²) + epsilon) over the last axis."""
+    total = sole_operand(root, "Sqrt")
+    add = None if total is None else producer(total)
+    if add is None or add.op != "Add" or not is_number(add.inputs[1]):
+        return None
+    mean = producer(add.inputs[0])
+    if mean is None or mean.op != "ReduceMean" or not mean.attrs.get("keepdims", 1) or len(mean.inputs) < 2:
+        return None
+    axes = mean.inputs[1]
+    if not isinstance(axes, gs.Constant) or axes.values.tolist() not in ([-1], [len(x.shape or ()) - 1]):
+        return None
+    return Norm("RMSNorm", x, float(add.inputs[1].values.item())) if _is_square(mean.inputs[0], x) else None
+
+
+def _is_square(tensor: gs.Tensor, x: gs.Tensor) -> bool:
+    node = producer(tensor)
+    if node is None or node.domain or node.op not in ("Mul", "Pow") or node.inputs[0] is not x:
+        return False
+    other = node.inputs[1]
+    return other is x if node.op == "Mul" else is_number(other) and other.values.item() == 2

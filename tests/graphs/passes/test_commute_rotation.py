@@ -1,0 +1,172 @@
+from functools import partial
+
+import graph_texts
+import numpy as np
+import pytest
+
+from graphs.checks import check, check_preserved
+from graphs.equalizer import divisors, encode, part
+from graphs.passes import commute_rotation
+
+# What joins and divides tokens and channels, between layers whose input is rotated.
+PARTS = """
+parts (float[batch, 6, 24] x) => (float[batch, 2, 24] y, float[batch, 4, 24] z)
+<int64[2] sizes = {2, 4}>
+{
+    bent = Relu(x)
+    a, b = Split<axis = 1>(bent, sizes)
+    ra = Rotate<block = 12>(a)
+    rb = Rotate<block = 12>(b)
+    y = Linear<rows = 24, cols = 24>(ra)
+    z = Linear<rows = 24, cols = 24>(rb)
+}
+"""
+SLICED = graph_texts.edited(
+    PARTS,
+    ("a, b = Split<axis = 1>(bent, sizes)", "a = Slice(bent, zero, two, one) b = Slice(bent, two, six, one)"),
+    ("int64[2] sizes = {2, 4}", "int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] six = {6}"),
+)
+CHANNELS = """
+side_by_side (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
+{
+    a = Relu(x)
+    wide = Linear<rows = 48, cols = 24>(x)
+    b = Gelu(wide)
+    both = Concat<axis = -1>(a, b)
+    rotated = Rotate<block = 12, width = 72>(both)
+    y = Linear<rows = 24, cols = 72>(rotated)
+}
+"""
+TOKENS = """
+joined (float[batch, tokens, 24] x, float[batch, text, 24] c) => (float[batch, both, 24] y)
+{
+    a = Relu(x)
+    ra = Rotate<block = 12>(a)
+    rc = Rotate<block = 12>(c)
+    both = Concat<axis = 1>(rc, ra)
+    y = Kept<rows = 24, cols = 24>(both)
+}
+"""
+LAYOUT = """
+layout (float[batch, tokens, 24] x) => (float[tokens, batch, 24] y)
+<float half = {0.5}, int64[3] shape = {0, 0, 24}>
+{
+    a = Relu(x)
+    scaled = Mul(half, a)
+    turned = Transpose<perm = [1, 0, 2]>(scaled)
+    shaped = Reshape(turned, shape)
+    r = Rotate<block = 12, seed = 3>(shaped)
+    y = Linear<rows = 24, cols = 24>(r)
+}
+"""
+BOTH = "both = Concat<axis = -1>(a, b)"
+FIRES = {  # text, moves, what the rotations read in the end
+    "parts of a Split": (PARTS, 1, {"bent"}),
+    "Slices of one tensor": (SLICED, 1, {"bent"}),
+    "parts of which one is read twice": (
+        graph_texts.edited(
+            PARTS, ("z = Linear", "r2 = Rotate<block = 12>(b) z2 = Linear<rows = 24, cols = 24>(r2) z = Linear"),
+            ("float[batch, 4, 24] z", "float[batch, 4, 24] z, float[batch, 4, 24] z2")), 1, {"bent"}),
+    "channels of two sources": (CHANNELS, 1, {"a", "b"}),
+    "channels of two sources, equalized": (
+        graph_texts.edited(CHANNELS, ("width = 72", "width = 72, equalized = 4")), 1, {"a", "b"}),
+    "channels that are there twice": (
+        graph_texts.edited(CHANNELS, (BOTH, "both = Concat<axis = -1>(a, b, a)"), ("width = 72", "width = 96"),
+                           ("y = Linear<rows = 24, cols = 72>", "y = Linear<rows = 24, cols = 96>")), 1, {"a", "b"}),
+    "tokens of two sources": (TOKENS, 1, {"both.joined"}),
+    "a number, a Transpose and a Reshape": (LAYOUT, 3, {"a"}),
+}  # fmt: skip
+
+
+@pytest.fixture(params=FIRES.values(), ids=FIRES.keys())
+def case(request, parse):
+    text, moves, read = request.param
+    return parse(text), moves, read
+
+
+def rotations(traced):
+    return [node for node in traced.graph.nodes if node.op == "HadamardRotate"]
+
+
+def test_moves_up_and_keeps_the_function(case, difference):
+    traced, moves, read = case
+    before = traced.copy()
+    assert commute_rotation(traced).fired == moves
+    assert {node.inputs[0].name for node in rotations(traced)} == read
+    check(traced)
+    check_preserved(before, traced)
+    assert difference(before, traced) <= 1e-11
+
+
+def test_moving_again_does_nothing(case):
+    traced, *_ = case
+    commute_rotation(traced)
+    before = traced.to_onnx()
+    assert commute_rotation(traced).fired == 0
+    assert traced.to_onnx() == before
+
+
+parts, channels, tokens, layout = (partial(graph_texts.edited, text) for text in (PARTS, CHANNELS, TOKENS, LAYOUT))
+NOT = {
+    "one part alone is rotated": (
+        parts(("rb = Rotate<block = 12>(b)", ""), ("(rb)", "(b)")), "what it rotates is also read elsewhere"),
+    "parts rotated in two ways": (
+        parts(("rb = Rotate<block = 12>(b)", "rb = Rotate<block = 12, seed = 1>(b)")), "what it rotates is also read"),
+    "what is divided is read whole": (
+        parts(("[batch, 4, 24] z", "[batch, 4, 24] z, float[batch, 6, 24] w"), ("ra =", "w = Neg(bent) ra =")),
+        "what Split divides is also read elsewhere"),
+    "what is divided is an output": (
+        parts(("[batch, 4, 24] z", "[batch, 4, 24] z, float[batch, 6, 24] bent")), "what Split divides is also read"),
+    "a rotated part is an output": (
+        parts(("[batch, 4, 24] z", "[batch, 4, 24] z, float[batch, 4, 24] rb")), "the rotated tensor is an output"),
+    "a block in two sources": (channels(("block = 12", "block = 72")), "blocks of 72 channels straddle the parts"),
+    "signs for all sources": (channels(("block = 12", "block = 12, seed = 1")), "its signs are drawn for all channels"),
+    "concatenated channels that are read elsewhere": (
+        channels(("24] y)", "24] y, float[batch, tokens, 72] z)"), ("rotated =", "z = Relu(both) rotated =")),
+        "what it rotates is also read elsewhere"),
+    "tokens rotated in two ways": (
+        tokens(("rc = Rotate<block = 12>", "rc = Rotate<block = 12, seed = 1>")), "not all tokens that a Concat joins"),
+    "tokens of which some are not rotated": (
+        tokens(("rc = Rotate<block = 12>(c)", "rc = Relu(c)")), "not all tokens that a Concat joins"),
+    "tokens rotated where one rotation folds": (
+        tokens(("a = Relu(x)", "a = Kept<rows = 24, cols = 24>(x)")), None),
+    "channels that move": (
+        layout(("perm = [1, 0, 2]", "perm = [0, 2, 1]"), ("shape = {0, 0, 24}", "shape = {0, -1, 24}"),
+               ("[tokens, batch, 24] y", "[b, t, 24] y")), "Reshape does not keep the channels"),
+    "a vector of factors": (
+        layout(("float half = {0.5}", "float[1, 24] half = {" + ", ".join("12" * 12) + "}"), ("(shaped)", "(scaled)"),
+               ("[tokens, batch, 24] y", "[batch, tokens, 24] y")), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "reason"), NOT.values(), ids=NOT.keys())
+def test_does_not_fire_and_says_why(parse, text, reason):
+    traced = parse(text)
+    check(traced)
+    before = traced.to_onnx()
+    result = commute_rotation(traced)
+    assert result.fired == 0
+    assert traced.to_onnx() == before
+    assert reason is None or any(found.startswith(reason) for found in result.reasons()), result.reasons()
+
+
+def test_each_source_gets_its_own_divisors(parse):
+    traced = parse(graph_texts.edited(CHANNELS, ("width = 72", "width = 72, equalized = 4")))
+    (whole,) = (each.equalizer for each in traced.signs.values())
+    commute_rotation(traced)
+    found = {node.inputs[0].name: traced.signs[node.inputs[1].name].equalizer for node in rotations(traced)}
+    assert found == {"a": part(whole, 0, 24), "b": part(whole, 24, 72)}
+
+
+def test_a_part_of_an_equalizer_has_its_divisors():
+    text = encode(np.array([1.0, 2.0, 0.5, 256.0]))
+    assert divisors(part(text, 1, 3)).tolist() == [2.0, 0.5]
+
+
+def test_a_wrong_move_changes_the_function(parse, difference):
+    before = parse(CHANNELS)
+    traced = before.copy()
+    commute_rotation(traced)
+    one, other = rotations(traced)
+    one.attrs, other.attrs = one.attrs | {"block": 4, "base": 1, "order": 0}, other.attrs
+    assert difference(before, traced) > 1e-3

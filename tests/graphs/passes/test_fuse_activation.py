@@ -1,0 +1,160 @@
+from functools import partial
+
+import graph_texts
+import pytest
+
+from graphs.checks import check, check_preserved
+from graphs.passes import fuse_activation
+
+BENT = """
+feed_forward (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
+{
+    a = Relu(x)
+    g = Gelu(a)
+    r = Rotate<block = 12, seed = 7>(g)
+    y = Linear<rows = 24, cols = 24>(r)
+}
+"""
+GELU, SILU = "g = Gelu(a)", "s = Sigmoid(a) g = Mul(a, s)"
+# GEGLU: one projection makes the hidden channels and those that gate them.
+GATED = """
+geglu (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
+<int64[2] halves = {36, 36}>
+{
+    both = Linear<rows = 72, cols = 24>(x)
+    hidden, gate = Split<axis = -1>(both, halves)
+    active = Gelu(gate)
+    g = Mul(hidden, active)
+    r = Rotate<block = 12, width = 36, seed = 7>(g)
+    y = Linear<rows = 24, cols = 36>(r)
+}
+"""
+SPLIT, ACTIVE, PRODUCT = (
+    "hidden, gate = Split<axis = -1>(both, halves)", "active = Gelu(gate)", "g = Mul(hidden, active)",
+)  # fmt: skip
+TANH = '<approximate = "tanh">'
+
+
+bent, gated = (partial(graph_texts.edited, text) for text in (BENT, GATED))
+FIRES = {
+    "Gelu": (bent(), "GeluRotate"),
+    "Gelu that says it is exact": (bent((GELU, 'g = Gelu<approximate = "none">(a)')), "GeluRotate"),
+    "Gelu with a tanh": (bent((GELU, f"g = Gelu{TANH}(a)")), "GeluTanhRotate"),
+    "Silu": (bent((GELU, SILU)), "SiluRotate"),
+    "Silu, the sigmoid on the left": (bent((GELU, SILU.replace("a, s", "s, a"))), "SiluRotate"),
+    "of an input of the graph": (bent((GELU, "g = Gelu(x)"), ("a = Relu(x)", "")), "GeluRotate"),
+    "what is activated is read elsewhere": (
+        bent((GELU, "g = Gelu(a) z = Neg(a)"), ("24] y)", "24] y, float[batch, tokens, 24] z)")), "GeluRotate"),
+    "equalizing alone": (bent(("block = 12, seed = 7", "block = 1, equalized = 3")), "GeluRotate"),
+    "Geglu": (gated(), "GegluRotate"),
+    "Geglu, the gate on the left": (gated((PRODUCT, "g = Mul(active, hidden)")), "GegluRotate"),
+    "Geglu that says it is exact": (gated((ACTIVE, 'active = Gelu<approximate = "none">(gate)')), "GegluRotate"),
+    "Geglu, the axis counted from the first": (gated((SPLIT, SPLIT.replace("-1", "2"))), "GegluRotate"),
+    "Geglu of two parts of unnamed size": (
+        gated((SPLIT, "hidden, gate = Split<axis = -1, num_outputs = 2>(both)")), "GegluRotate"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=FIRES.values(), ids=FIRES.keys())
+def case(request, parse):
+    text, op = request.param
+    return parse(text), op
+
+
+def rotations(traced):
+    return [node for node in traced.graph.nodes if node.op.endswith("Rotate")]
+
+
+def test_fuses_and_keeps_the_function(case, difference):
+    traced, op = case
+    before = traced.copy()
+    assert fuse_activation(traced).fired == 1
+    assert [node.op for node in rotations(traced)] == [op]
+    assert not {"Gelu", "Sigmoid", "Mul", "Split"} & {node.op for node in traced.graph.nodes}
+    assert traced.signs == before.signs
+    check(traced)
+    check_preserved(before, traced)
+    assert difference(before, traced) <= 1e-11
+
+
+def test_fusing_again_does_nothing(case):
+    traced, _ = case
+    fuse_activation(traced)
+    before = traced.to_onnx()
+    assert fuse_activation(traced).fired == 0
+    assert traced.to_onnx() == before
+
+
+ELSEWHERE = "the activated tokens are also read elsewhere, unrotated"
+NOT = {
+    "read elsewhere": (
+        bent(("24] y)", "24] y, float[batch, tokens, 24] z)"), ("r =", "z = Neg(g) r =")), ELSEWHERE),
+    "an output of the graph": (bent(("24] y)", "24] y, float[batch, tokens, 24] g)")), ELSEWHERE),
+    "rotated in two ways": (
+        bent(("24] y)", "24] y, float[batch, tokens, 24] z)"),
+             ("r =", "q = Rotate<block = 8>(g) z = Linear<rows = 24, cols = 24>(q) r =")), ELSEWHERE),
+    "Geglu read elsewhere": (
+        gated(("24] y)", "24] y, float[batch, tokens, 36] z)"), ("r =", "z = Neg(g) r =")), ELSEWHERE),
+    "another activation": (bent((GELU, "g = Relu(a)")), None),
+    "no activation": (bent((GELU, ""), ("(g)", "(x)")), None),
+    "the sigmoid alone": (bent((GELU, "g = Sigmoid(a)")), None),
+    "the sigmoid of another tensor": (bent((GELU, "s = Sigmoid(x) g = Mul(a, s)")), None),
+    "the sigmoid of a multiple": (
+        bent((GELU, "m = Mul(a, a) s = Sigmoid(m) g = Mul(a, s)")), None),
+    "plus the sigmoid": (bent((GELU, SILU.replace("Mul", "Add"))), None),
+    "something between": (bent(("(g)", "(t)"), ("r =", "t = Neg(g) r =")), None),
+    "Geglu with a tanh": (gated((ACTIVE, f"active = Gelu{TANH}(gate)")), None),
+    "halves swapped": (gated((SPLIT, SPLIT.replace("hidden, gate", "gate, hidden"))), None),
+    "one half twice": (gated((ACTIVE, "active = Gelu(hidden)")), None),
+    "gated by another activation": (gated((ACTIVE, "active = Relu(gate)")), None),
+    "gated by a SiLU": (gated((ACTIVE, "s = Sigmoid(gate) active = Mul(gate, s)")), None),
+    "halves of the tokens": (
+        gated((SPLIT, "hidden, gate = Split<axis = 1, num_outputs = 2>(both)"), ("tokens, 24] x", "8, 24] x"),
+              ("tokens, 24] y", "4, 24] y"), ("width = 36", "width = 72"), ("cols = 36", "cols = 72")), None),
+    "two of three parts": (
+        gated((SPLIT, "hidden, gate, rest = Split<axis = -1, num_outputs = 3>(both)"), ("rows = 72", "rows = 108")),
+        None),
+    "unequal parts": (
+        gated(("{36, 36}", "{36, 1}"), ("rows = 72", "rows = 37")), None),
+    "two tensors": (
+        gated((SPLIT, "hidden = Relu(both) gate = Linear<rows = 36, cols = 24>(x)"), ("rows = 72", "rows = 36")), None),
+    "channels of two Splits": (
+        gated((SPLIT, f"{SPLIT} negative = Neg(both) other, last = Split<axis = -1>(negative, halves)"),
+              (ACTIVE, "active = Gelu(last)")), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "reason"), NOT.values(), ids=NOT.keys())
+def test_does_not_fire_and_says_why(parse, text, reason):
+    traced = parse(text)
+    check(traced)
+    before = traced.to_onnx()
+    result = fuse_activation(traced)
+    assert result.fired == 0
+    assert traced.to_onnx() == before
+    assert set(result.reasons()) == ({reason} if reason else set())
+
+
+# What a wrong fusion would write: each shows in the function.
+WRONG = {
+    "GELU with a tanh for the exact one": (BENT, "GeluRotate", "GeluTanhRotate", 1e-8),
+    "SiLU for GELU": (BENT, "GeluRotate", "SiluRotate", 1e-3),
+    "the activation lost": (BENT, "GeluRotate", "HadamardRotate", 1e-3),
+}
+
+
+@pytest.mark.parametrize(("text", "right", "wrong", "least"), WRONG.values(), ids=WRONG.keys())
+def test_another_activation_changes_the_function(parse, difference, text, right, wrong, least):
+    before = parse(text)
+    traced = before.copy()
+    fuse_activation(traced)
+    (node,) = rotations(traced)
+    assert node.op == right
+    node.op = wrong
+    check(traced)
+    assert difference(before, traced) > least
+
+
+def test_halves_swapped_change_the_function(parse, difference):
+    before = parse(gated((SPLIT, SPLIT.replace("hidden, gate", "gate, hidden"))))
+    assert difference(before, parse(GATED)) > 1e-3

@@ -1,0 +1,131 @@
+"""What rewriting costs and what it brings: seconds and memory of the passes, and ONNX Runtime's time of a block.
+
+    python tools/bench_passes.py block [--threads 2] [--runs 15]
+    python tools/bench_passes.py rewrite CONFIG [--proof SOURCE]
+
+block: a PixArt-XL/2 of one block (1152 wide, 1024 tokens, batch 2, 120 text tokens), lowered with and without the
+passes, timed turn by turn in one process. rewrite: the graph of a model's config.json, traced without its weights, and
+the passes over it, checked; with --proof each pass is proved on the weights of a checkpoint.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import make_pixart_xl
+import torch
+from bench_cpu import show, show_operators
+
+import lrq_export
+from graphs.checks import check, check_preserved
+from graphs.passes import PIPELINE
+from graphs.passes.bind_plugins import bind_plugins
+from graphs.passes.make_linear import make_linear
+from lrq_export.engine import onnxruntime as engine
+from lrq_export.machine import describe_machine
+from lrq_export.models import current_config, family_of
+from lrq_export.plan import plan_layers
+from lrq_export.proof import Proof
+from lrq_export.recipe import load_recipe
+from lrq_export.rewrite import Outcome, rewrite
+from lrq_export.runtime import feeds
+from lrq_export.source import open_source
+from lrq_export.trace import trace
+
+SMALL = {"calibration.samples": "2", "calibration.timesteps": "2", "sampling.images": "1", "sampling.steps": "1"}
+HADAMARD = {"rotation.kind": "hadamard"}  # chosen by shape: no calibration is needed
+WITHOUT = (make_linear, bind_plugins)  # what no engine can do without
+
+
+def bench_block(threads: int, runs: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_pixart_xl.write_model(folder / "source", blocks=1)
+        recipe = lrq_export.load_recipe(overrides=SMALL | HADAMARD)
+        sessions, engines = {}, {}
+        for title, passes in (("with all passes", PIPELINE), ("without", WITHOUT)):
+            out = folder / title
+            with mock.patch("lrq_export.compiler.PIPELINE", passes):
+                lrq_export.build(folder / "source", out, recipe=recipe, until="engine")
+            engines[title] = out.with_name(f"{out.name}.partial") / "package" / "engine" / "onnxruntime"
+            sessions[title] = engine.open_session(engines[title], threads)
+        source = open_source(folder / "source")
+        generator = torch.Generator().manual_seed(0)
+        inputs = {
+            "hidden_states": torch.randn(2, 4, 64, 64, generator=generator),
+            "encoder_hidden_states": torch.randn(2, 120, 4096, generator=generator),
+            "timestep": torch.tensor([500.0, 20.0]),
+        }
+        feed = feeds(source.family.inputs(source.config), inputs)
+        timed = {title: lambda session=session: session.run(None, feed)[0] for title, session in sessions.items()}
+        show("PixArt-XL/2, one block, 1024 tokens, batch 2", timed, runs, "with all passes", "without")
+        for title, path in engines.items():
+            print(f"\n{title}: where the time goes")
+            show_operators(path / engine.MODEL, threads, engine.session_config(path), feed)
+
+
+def bench_rewrite(config_file: Path, source_folder: Path | None) -> None:
+    config = current_config(json.loads(config_file.read_text()))
+    family, recipe = family_of(config["_class_name"]), load_recipe(overrides=HADAMARD)
+    plans = plan_layers(family.construct(config), family, recipe)
+    started = time.perf_counter()
+    traced = trace(family, config, plans)
+    print(f"trace: {time.perf_counter() - started:.1f} s, {len(traced.graph.nodes)} nodes, {memory()}")
+    started = time.perf_counter()
+    if source_folder is None:
+        for step in PIPELINE:
+            after = traced.copy()
+            fired = step(after).fired
+            check(after)
+            check_preserved(traced, after)
+            traced = after
+            print(f"  {step.__name__}: {fired}")
+        what = "passes and checks"
+    else:
+        source = open_source(source_folder)
+        recorded = {
+            name: torch.randn([SIZES.get(extent, extent) for extent in spec.shape])
+            for name, spec in family.inputs(config).items()
+        }
+        proof = Proof(family.inputs(config), recorded, source.checkpoint.read)
+        traced = rewrite(traced, PIPELINE, proof, recipe.gates.parity_nmse, done=tell)
+        what = "passes, checks and proof"
+    print(f"{what}: {time.perf_counter() - started:.1f} s, {len(traced.graph.nodes)} nodes, {memory()}")
+
+
+SIZES = {"samples": 1, "height": 32, "width": 32, "text": 20, "tokens": 64, "frames": 2}
+
+
+def tell(traced, outcome: Outcome) -> None:
+    moved = "" if outcome.nmse is None else f", answers moved by NMSE {outcome.nmse:.1e}"
+    print(f"  {outcome.name}: {outcome.result.fired}{moved}", flush=True)
+
+
+def memory() -> str:
+    return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["block", "rewrite"])
+    parser.add_argument("config", type=Path, nargs="?")
+    parser.add_argument("--proof", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=15)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"{describe_machine()['processor']}, {args.threads} threads")
+    if args.what == "block":
+        bench_block(args.threads, args.runs)
+    elif args.config is None:
+        parser.error("rewrite needs the config.json of a model")
+    else:
+        bench_rewrite(args.config, args.proof)
+
+
+if __name__ == "__main__":
+    main()
