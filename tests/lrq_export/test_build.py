@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from graphs.passes import PIPELINE
+from graphs.passes.patterns import LINEAR_OPS, ROTATE_OPS
 from lrq_export.compiler import STAGES, build
 from lrq_export.engine.onnxruntime import open_session
 from lrq_export.errors import UsageError
@@ -186,9 +187,9 @@ def onnxruntime_answer(path, inputs):
 def test_a_recipe_is_what_the_graph_does(engine):
     recipe, folder = engine
     graph = onnx.load(folder / "model.onnx").graph
-    linears = [node for node in graph.node if node.op_type == "TwinLogLinear"]
+    linears = [node for node in graph.node if node.op_type in LINEAR_OPS]
     dequants = [node for node in graph.node if node.op_type == "TwinLogDequant"]
-    rotations = [node for node in graph.node if node.op_type == "HadamardRotate"]
+    rotations = [node for node in graph.node if node.op_type in ROTATE_OPS]
     opened = recipe.activations.bits == 16
     products = 7  # of 10 layers: q, k, v of the self-attention are one, k and v of the cross-attention
     assert (len(linears), len(dequants)) == ((0, 10) if opened else (products, 0))
@@ -200,7 +201,7 @@ def test_a_recipe_is_what_the_graph_does(engine):
         assert attributes["group_size"] == (recipe.weights.group_size or cols)
         assert opened or attributes["act_bits"] == recipe.activations.bits
     for node in rotations:
-        (signs,) = (onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name == node.input[1])
+        (signs,) = (onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name == node.input[-1])
         assert set(np.unique(signs)) == ({-1.0, 1.0} if recipe.rotation.signs else {1.0})
 
 

@@ -6,6 +6,7 @@ from onnx import TensorProto, helper
 
 from graphs import names
 from graphs.passes import PIPELINE
+from graphs.passes.patterns import LINEAR_OPS, ROTATE_OPS
 from graphs.traced import TracedGraph
 
 INPUTS = ["hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"]
@@ -29,8 +30,8 @@ def attributes(node):
     return {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
 
 
-def ops(graph, op):
-    return [node for node in graph.node if node.op_type == op]
+def ops(graph, *op_types):
+    return [node for node in graph.node if node.op_type in op_types]
 
 
 def test_inputs_keep_the_names_of_the_forward_arguments_and_the_output_is_sample(portable):
@@ -52,7 +53,7 @@ def test_batch_height_width_and_text_are_dynamic(portable):
 
 
 def test_every_quantized_layer_is_in_one_node_with_its_plugin_attributes(portable):
-    nodes = ops(portable.graph, "TwinLogLinear")
+    nodes = ops(portable.graph, *LINEAR_OPS)
     # Per block: q, k, v of the first attention are one; q, and k with v, of the second; two outputs; two of the MLP.
     assert len(nodes) == 2 * (1 + 2 + 2 + 2)
     for node in nodes:
@@ -63,7 +64,7 @@ def test_every_quantized_layer_is_in_one_node_with_its_plugin_attributes(portabl
 
 
 def test_rotations_are_shared_by_siblings_and_folded_before_attention_outputs(portable):
-    rotations = ops(portable.graph, "HadamardRotate")
+    rotations = ops(portable.graph, *ROTATE_OPS)
     # Per block: q, k, v of the first attention share one; q of the second; feed-forward in; feed-forward out.
     # All k and v of second attentions read the same text, which the caption projection rotates.
     assert len(rotations) == 2 * 4
@@ -72,7 +73,7 @@ def test_rotations_are_shared_by_siblings_and_folded_before_attention_outputs(po
         assert (values["plugin_version"], values["plugin_namespace"]) == (b"1", b"")
         assert values["block"] in (24, 96)
     rotated = {node.output[0] for node in rotations}
-    for node in ops(portable.graph, "TwinLogLinear"):
+    for node in ops(portable.graph, *LINEAR_OPS):
         folded = ".to_out." in node.input[1] or "attn2.to_k" in node.input[1]
         assert (node.input[0] in rotated) != folded, node.input[1]
 
@@ -90,8 +91,8 @@ def test_every_dialect_op_has_a_body_of_standard_ops(portable):
 
 def test_weights_are_packed_four_bit_integers(portable):
     tensors = {tensor.name: tensor for tensor in portable.graph.initializer}
-    for node in ops(portable.graph, "TwinLogLinear"):
-        codes, exponents, scale, bias = (tensors[name] for name in node.input[1:])
+    for node in ops(portable.graph, *LINEAR_OPS):
+        codes, exponents, scale, bias = (tensors[name] for name in node.input[1:5])
         values = attributes(node)
         assert codes.data_type == TensorProto.INT4
         assert len(codes.raw_data) == values["rows"] * values["cols"] // 2
@@ -117,4 +118,5 @@ def test_a_pass_that_did_nothing_would_be_seen(package):
         model = onnx.load(package / "graphs" / f"{index + 1}-{step.__name__}.onnx")
         (record,) = (entry.value for entry in model.metadata_props if entry.key == "lrq.pass")
         fired |= {step.__name__: record}
-    assert all('"fired": 0' not in record for record in fired.values()), fired
+    idle = {name for name, record in fired.items() if '"fired": 0' in record}
+    assert idle == {"dead_code", "cancel_rotations", "fold_smoothing"}  # the demo's graph has nothing for these

@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from graphs.checks import check, check_preserved
@@ -137,6 +137,9 @@ def blocks(draw):
     )
 
 
+BOUND = 1e-7  # of float32 on networks whose sharp softmaxes blow up rounding; a wrong rewrite moves answers by 1e-3
+# A failing network is shown as it was drawn: making it smaller takes minutes.
+UNSHRUNK = [Phase.explicit, Phase.reuse, Phase.generate]
 NETWORKS = st.lists(blocks(), min_size=1, max_size=3)
 TENSORS = f"""
     int64[3] merge = {{0, 0, 24}}, int64[1] last = {{-1}}, int64[1] zero = {{0}}, int64[1] one = {{1}},
@@ -168,12 +171,12 @@ def rewrite(traced) -> dict[str, int]:
 
 
 @given(NETWORKS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, phases=UNSHRUNK)
 def test_keeps_the_function_of_a_network_without_rotations(parse, difference, each):
     traced = parse(network(each))
     plain = parse(network(each).replace("Rotate<", "Plain<"))
     check(traced)
-    assert difference(plain, traced) <= 1e-10
+    assert difference(plain, traced) <= BOUND
     fired = rewrite(traced)
     assert fired["fold_rotation_into_producer"] == sum(block.folds for block in each)
     assert fired["make_linear"] == len(traced.linears)
@@ -181,7 +184,7 @@ def test_keeps_the_function_of_a_network_without_rotations(parse, difference, ea
     if not any(block.kind == "joint" for block in each):  # what Slice leaves of one has no known size here
         assert fired["fuse_epilogue"] == len(each)
     assert sum(node.op in ROTATE_OPS for node in traced.graph.nodes) == remaining(each)
-    assert difference(plain, traced) <= 1e-10
+    assert difference(plain, traced) <= BOUND
 
 
 def remaining(each: list[Block]) -> int:
@@ -198,7 +201,7 @@ MERGED = {"self": 1, "cross": 1, "joint": 2, "parallel": 1, "mlp": 0}
 
 
 @given(NETWORKS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, phases=UNSHRUNK)
 def test_rotations_fuse_with_the_norm_or_activation_before_them(parse, each):
     traced = parse(network(each))
     fired = rewrite(traced)
@@ -211,7 +214,7 @@ def test_rotations_fuse_with_the_norm_or_activation_before_them(parse, each):
 
 
 @given(NETWORKS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, phases=UNSHRUNK)
 def test_a_second_run_changes_nothing(parse, each):
     traced = parse(network(each))
     rewrite(traced)
@@ -221,7 +224,7 @@ def test_a_second_run_changes_nothing(parse, each):
 
 
 @given(NETWORKS, st.randoms(use_true_random=False))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, phases=UNSHRUNK)
 def test_neither_names_nor_node_order_matter(parse, each, rng):
     traced = parse(network(each))
     disguised = traced.copy()
@@ -233,7 +236,7 @@ def test_neither_names_nor_node_order_matter(parse, each, rng):
 
 
 @given(NETWORKS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10, deadline=None, phases=UNSHRUNK)
 def test_the_result_does_not_depend_on_a_round_trip_through_onnx_between_passes(parse, each):
     straight, saved = parse(network(each)), parse(network(each))
     for step in PIPELINE:

@@ -1,0 +1,96 @@
+"""Which rotations are left online in each model family, and that each one's graph still computes the same.
+
+    python tools/count_rotations.py [--only FLUX.1-dev] [--write docs/graph.md]
+
+Every family at its published widths with two blocks of each kind, rotations chosen by shape: traced, rewritten, every
+pass proved in ONNX Runtime on random weights, and the rotations counted. --write puts the table into a document.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from graphs.online import BlockWork, work_by_block
+from graphs.passes import PIPELINE
+from lrq_export.calibrate.inputs import synthetic_inputs
+from lrq_export.models import FAMILIES
+from lrq_export.plan import plan_layers
+from lrq_export.proof import Proof
+from lrq_export.recipe import load_recipe
+from lrq_export.rewrite import rewrite
+from lrq_export.trace import trace
+
+BEGIN, END = "<!-- rotations: made by tools/count_rotations.py -->", "<!-- end of rotations -->"
+# What differs from the defaults of diffusers, which are FLUX.1-dev, Wan 14B and DiT-XL/2.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "PixArt-XL/2": {
+        "_class_name": "PixArtTransformer2DModel", "num_layers": 2, "sample_size": 32, "caption_channels": 4096,
+    },
+    "DiT-XL/2": {"_class_name": "DiTTransformer2DModel", "num_layers": 2, "out_channels": 8},
+    "FLUX.1-dev": {
+        "_class_name": "FluxTransformer2DModel", "num_layers": 2, "num_single_layers": 2, "guidance_embeds": True,
+    },
+    "SD3-medium": {
+        "_class_name": "SD3Transformer2DModel", "num_layers": 2, "num_attention_heads": 24, "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536, "pos_embed_max_size": 96, "out_channels": 16,
+    },
+    "Wan2.1-T2V-14B": {"_class_name": "WanTransformer3DModel", "num_layers": 2},
+}  # fmt: skip
+SIZES = {"height": 16, "width": 16, "frames": 2, "text": 12, "tokens": 48}
+
+
+def count(name: str) -> dict[str, tuple[BlockWork, BlockWork]]:
+    """For every block its work before and after the passes, each of which has been proved."""
+    family = FAMILIES[CONFIGS[name]["_class_name"]]
+    recipe, model = load_recipe(overrides={"rotation.kind": "hadamard"}), family.construct(CONFIGS[name])
+    config = dict(model.config)
+    started = time.perf_counter()
+    traced = trace(family, config, plan_layers(model, family, recipe))
+    seconds = time.perf_counter() - started
+    specs = family.inputs(config)
+    sizes = {axis: size for axis, size in SIZES.items() if any(axis in spec.shape for spec in specs.values())}
+    recorded = synthetic_inputs(specs, 1, timesteps=1, seed=0, sizes=sizes)
+    moved: list[float] = []
+    after = rewrite(
+        traced, PIPELINE, Proof(specs, recorded, None), recipe.gates.parity_nmse,
+        done=lambda _, outcome: moved.append(outcome.nmse or 0.0),
+    )  # fmt: skip
+    print(
+        f"{name}: traced in {seconds:.0f} s, rewritten and proved in {time.perf_counter() - started - seconds:.0f} s, "
+        f"{len(traced.graph.nodes)} nodes to {len(after.graph.nodes)}, answers moved by NMSE {max(moved):.0e} at most"
+    )
+    before, left = work_by_block(traced), work_by_block(after)
+    return {block: (before[block], left[block]) for block in left if block}
+
+
+def table(counted: dict[str, dict[str, tuple[BlockWork, BlockWork]]]) -> str:
+    """Markdown, one row for every kind of block: its first, since a last one may lack a part."""
+    lines = [
+        "| model | block | rotations as traced | left online | of these fused | share of the work |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, blocks in counted.items():
+        kinds = {block.rpartition(".")[0]: each for block, each in reversed(blocks.items())}
+        for kind, (before, after) in reversed(kinds.items()):
+            lines.append(
+                f"| {model} | `{kind}` | {before.rotations} | {after.rotations} | {after.fused} | {after.share:.2%} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=CONFIGS)
+    parser.add_argument("--write", type=Path)
+    args = parser.parse_args()
+    made = table({name: count(name) for name in CONFIGS if args.only in (None, name)})
+    print(made)
+    if args.write is not None:
+        text = args.write.read_text()
+        before, _, rest = text.partition(BEGIN)
+        args.write.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()
