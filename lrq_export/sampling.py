@@ -9,8 +9,10 @@ import torch
 
 from lrq_export.errors import InputError, MissingError, UsageError
 from lrq_export.models.base import nest
+from lrq_export.models.latents import Latents
 
 NEGATIVE = "negative."  # prefix of the unconditional embeddings in a conditions file
+SMALL_IMAGES = Latents((1, 2, 2))  # to try a scheduler on
 
 
 def scheduler_from(class_name: str, config: dict[str, Any] | None = None):
@@ -23,7 +25,7 @@ def scheduler_from(class_name: str, config: dict[str, Any] | None = None):
 
     scheduler = getattr(diffusers, class_name, None)
     try:
-        known = hasattr(scheduler, "add_noise")
+        known = hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise")  # its name in flow matching
     except ImportError as error:  # from the stand-in that diffusers has for a class whose library is missing
         raise MissingError(
             f"sampling.scheduler: {_reason(error)}", hint="install it, or set sampling.scheduler, e.g. DDIMScheduler"
@@ -39,12 +41,12 @@ def scheduler_from(class_name: str, config: dict[str, Any] | None = None):
         ) from error
 
 
-def check_steps(scheduler, steps: int) -> None:
+def check_steps(scheduler, steps: int, drawn: Latents = SMALL_IMAGES) -> None:
     """Try the scheduler for one step on zeros. Raises UsageError when it takes other arguments or so many steps not."""
-    trial, latents = copy.deepcopy(scheduler), torch.zeros(1, 1, 2, 2)
+    trial, latents = copy.deepcopy(scheduler), torch.zeros(1, *drawn.shape)
     try:
-        trial.set_timesteps(steps)
-        trial.scale_model_input(latents, trial.timesteps[0])
+        drawn.set_timesteps(trial, steps)
+        _scaled(trial, latents, trial.timesteps[0])
         stepped = _step(trial, latents, trial.timesteps[0], latents, torch.Generator())
         if not bool(stepped.isfinite().all()):
             raise ValueError("its first step gives NaN or Inf")
@@ -62,6 +64,12 @@ def _reason(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def _scaled(scheduler, latents: torch.Tensor, timestep) -> torch.Tensor:
+    """What the model is given for latents; in flow matching the latents themselves."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return latents if scale is None else scale(latents, timestep)
+
+
 def _step(scheduler, noise: torch.Tensor, timestep, latents: torch.Tensor, generator) -> torch.Tensor:
     """One step; a stochastic scheduler draws from the generator, so that equal seeds stay equal trajectories."""
     seeded = "generator" in inspect.signature(scheduler.step).parameters
@@ -75,14 +83,18 @@ def condition_rows(conditions: Mapping[str, torch.Tensor]) -> int:
 
 
 class ConditionalSampler:
-    """Draws latents (n, channels, size, size) for rows of `conditions`, the transformer's other forward arguments.
+    """Draws latents (n, *drawn.shape) for rows of `conditions`, the transformer's other forward arguments.
 
-    `transformer` is a diffusers model or what `lrq_export.load` returns. Equal generators draw equal first latents, so
-    that two transformers can be compared image by image.
+    `transformer` is a diffusers model or what `lrq_export.load` returns; `drawn` is what its family draws, by default
+    square images of the config's sample_size. Equal generators draw equal first latents, so that two transformers can
+    be compared image by image.
     """
 
-    def __init__(self, transformer, scheduler, conditions: dict[str, torch.Tensor]):
+    def __init__(
+        self, transformer, scheduler, conditions: Mapping[str, torch.Tensor], drawn: Latents | None = None
+    ):
         self.transformer, self.scheduler, self.conditions = transformer, scheduler, conditions
+        self.drawn = _square_images(transformer.config) if drawn is None else drawn
 
     @torch.no_grad()
     def __call__(
@@ -96,12 +108,13 @@ class ConditionalSampler:
     ) -> torch.Tensor:
         """`prompts` are row numbers of the conditions. Appends the latents after every step to `trajectory`."""
         scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(num_inference_steps)
+        self.drawn.set_timesteps(scheduler, num_inference_steps)
         conditions = self._rows(prompts, guidance_scale)
-        latents = self._first_latents(len(prompts), generator) * scheduler.init_noise_sigma
+        latents = torch.randn((len(prompts), *self.drawn.shape), generator=generator)
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching begins with the noise itself
         for timestep in scheduler.timesteps:
             doubled = torch.cat([latents, latents]) if guidance_scale != 1 else latents
-            noise = self._predict(scheduler.scale_model_input(doubled, timestep), timestep, conditions)
+            noise = self._predict(_scaled(scheduler, doubled, timestep), timestep, conditions)
             if guidance_scale != 1:
                 unconditional, conditional = noise.chunk(2)
                 noise = unconditional + guidance_scale * (conditional - unconditional)
@@ -109,11 +122,6 @@ class ConditionalSampler:
             if trajectory is not None:
                 trajectory.append(latents)
         return latents
-
-    def _first_latents(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
-        config = self.transformer.config
-        shape = (count, config.in_channels, config.sample_size, config.sample_size)
-        return torch.randn(shape, generator=generator)
 
     def _rows(self, prompts: Sequence[int], guidance_scale: float) -> dict[str, torch.Tensor]:
         rows = torch.as_tensor(list(prompts))
@@ -135,6 +143,10 @@ class ConditionalSampler:
         return picked
 
     def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, torch.Tensor]):
-        arguments = {"hidden_states": latents, "timestep": timestep.expand(len(latents))} | conditions
+        arguments = self.drawn.arguments(latents, timestep, conditions)
         noise = self.transformer(**nest(arguments), return_dict=False)[0]
         return noise[:, : latents.shape[1]]  # models with learned variance predict it in the second half
+
+
+def _square_images(config) -> Latents:
+    return Latents((config.in_channels, config.sample_size, config.sample_size))

@@ -3,7 +3,7 @@
     python tools/bench_passes.py block [--threads 2] [--runs 15]
     python tools/bench_passes.py rewrite CONFIG [--proof SOURCE]
 
-block: a PixArt-XL/2 of one block (1152 wide, 1024 tokens, batch 2, 120 text tokens), lowered with and without the
+block: a PixArt-XL/2 of two blocks (1152 wide, 1024 tokens, batch 2, 120 text tokens), lowered with and without the
 passes, timed turn by turn in one process. rewrite: the graph of a model's config.json, traced without its weights, and
 the passes over it, checked; with --proof each pass is proved on the weights of a checkpoint.
 """
@@ -26,6 +26,7 @@ from graphs.passes import PIPELINE
 from graphs.passes.bind_plugins import bind_plugins
 from graphs.passes.make_linear import make_linear
 from lrq_export.engine import onnxruntime as engine
+from lrq_export.engine.attention import fuse_attention
 from lrq_export.machine import describe_machine
 from lrq_export.models import current_config, family_of
 from lrq_export.plan import plan_layers
@@ -39,17 +40,26 @@ from lrq_export.trace import trace
 SMALL = {"calibration.samples": "2", "calibration.timesteps": "2", "sampling.images": "1", "sampling.steps": "1"}
 HADAMARD = {"rotation.kind": "hadamard"}  # chosen by shape: no calibration is needed
 WITHOUT = (make_linear, bind_plugins)  # what no engine can do without
+VARIANTS = {
+    "rewritten": (PIPELINE, fuse_attention),
+    "as traced, attention fused": (WITHOUT, fuse_attention),
+    "as traced": (WITHOUT, lambda graph: 0),
+}
+BLOCKS = 2  # so that embedders and the caption projection do not weigh much
 
 
 def bench_block(threads: int, runs: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_pixart_xl.write_model(folder / "source", blocks=1)
+        make_pixart_xl.write_model(folder / "source", blocks=BLOCKS)
         recipe = lrq_export.load_recipe(overrides=SMALL | HADAMARD)
         sessions, engines = {}, {}
-        for title, passes in (("with all passes", PIPELINE), ("without", WITHOUT)):
+        for title, (passes, fuse) in VARIANTS.items():
             out = folder / title
-            with mock.patch("lrq_export.compiler.PIPELINE", passes):
+            with (
+                mock.patch("lrq_export.compiler.PIPELINE", passes),
+                mock.patch("lrq_export.engine.onnxruntime.fuse_attention", fuse),
+            ):
                 lrq_export.build(folder / "source", out, recipe=recipe, until="engine")
             engines[title] = out.with_name(f"{out.name}.partial") / "package" / "engine" / "onnxruntime"
             sessions[title] = engine.open_session(engines[title], threads)
@@ -62,7 +72,7 @@ def bench_block(threads: int, runs: int) -> None:
         }
         feed = feeds(source.family.inputs(source.config), inputs)
         timed = {title: lambda session=session: session.run(None, feed)[0] for title, session in sessions.items()}
-        show("PixArt-XL/2, one block, 1024 tokens, batch 2", timed, runs, "with all passes", "without")
+        show(f"PixArt-XL/2 of {BLOCKS} blocks, 1024 tokens, batch 2", timed, runs, "rewritten", "as traced")
         for title, path in engines.items():
             print(f"\n{title}: where the time goes")
             show_operators(path / engine.MODEL, threads, engine.session_config(path), feed)

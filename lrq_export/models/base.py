@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lrq_export.errors import InputError
+from lrq_export.models.latents import Latents
 
 SAMPLES = "samples"  # the first axis of every input
 
@@ -123,6 +124,9 @@ class ModelFamily(Protocol):
 
         Then its rotation folds only if it is the same for all heads and tokens: Hadamard by head, without signs.
         """
+
+    def latents(self, inputs: Mapping[str, torch.Tensor], conditions: Mapping[str, torch.Tensor]) -> Latents:
+        """What the model draws on rows of `conditions`, of the sizes that they and recorded `inputs` have."""
 
 
 @contextmanager

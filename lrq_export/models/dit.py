@@ -1,11 +1,13 @@
 """The class-conditional DiT: `diffusers.DiTTransformer2DModel` (Peebles & Xie 2023, "Scalable Diffusion Models")."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lrq_export.models.base import SAMPLES, InputSpec, parameters_on_meta
+from lrq_export.models.latents import Latents
 from lrq_export.models.patch_embed import DynamicPatchEmbed
 
 
@@ -50,3 +52,6 @@ class DiT:
 
     def shares_attention(self, layer: str) -> bool:
         return False
+
+    def latents(self, inputs: Mapping[str, torch.Tensor], conditions: Mapping[str, torch.Tensor]) -> Latents:
+        return Latents(inputs["hidden_states"].shape[1:])

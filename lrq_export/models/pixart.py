@@ -1,5 +1,6 @@
 """PixArt-alpha and PixArt-Sigma: `diffusers.PixArtTransformer2DModel` (Chen et al. 2023, 2024)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from lrq_export.models.attention import attend
 from lrq_export.models.base import SAMPLES, InputSpec, nest, parameters_on_meta
+from lrq_export.models.latents import Latents
 from lrq_export.models.patch_embed import DynamicPatchEmbed
 
 
@@ -59,6 +61,9 @@ class PixArt:
 
     def shares_attention(self, layer: str) -> bool:
         return False
+
+    def latents(self, inputs: Mapping[str, torch.Tensor], conditions: Mapping[str, torch.Tensor]) -> Latents:
+        return Latents(inputs["hidden_states"].shape[1:])
 
 
 def uses_additional_conditions(config: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5: `diffusers.SD3Transformer2DModel` (Esser et al. 2024)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from lrq_export.models.attention import JointAttention
 from lrq_export.models.base import SAMPLES, InputSpec, parameters_on_meta
+from lrq_export.models.latents import Latents
 
 
 class SD3:
@@ -56,6 +58,9 @@ class SD3:
     def shares_attention(self, layer: str) -> bool:
         # Text and image leave one attention; attn2 of dual attention layers is of the image alone.
         return layer.endswith((".attn.to_out.0", ".to_add_out"))
+
+    def latents(self, inputs: Mapping[str, torch.Tensor], conditions: Mapping[str, torch.Tensor]) -> Latents:
+        return Latents(inputs["hidden_states"].shape[1:])
 
 
 class CroppedPatchEmbed(nn.Module):

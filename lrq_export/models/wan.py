@@ -1,5 +1,6 @@
 """Wan, text to video: `diffusers.WanTransformer3DModel` (Wan Team 2025)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from lrq_export.errors import InputError
 from lrq_export.models.attention import Rotary, attend, rotary, rotary_frequencies, rotate_pairs
 from lrq_export.models.base import SAMPLES, InputSpec, parameters_on_meta
+from lrq_export.models.latents import Latents
 
 ROTARY_BASE = 10000.0  # theta, which the config does not hold
 IMAGE_KEYS = ("image_dim", "added_kv_proj_dim")  # set in the configs of image-to-video models
@@ -63,6 +65,18 @@ class Wan:
 
     def shares_attention(self, layer: str) -> bool:
         return False
+
+    def latents(self, inputs: Mapping[str, torch.Tensor], conditions: Mapping[str, torch.Tensor]) -> Latents:
+        return Videos(inputs["hidden_states"].shape[1:])
+
+
+class Videos(Latents):
+    """(samples, channels, frames, height, width)."""
+
+    shown = "The first frame of each video."
+
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents[:, :, 0]
 
 
 class RotaryAttention:
