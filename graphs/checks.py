@@ -33,6 +33,15 @@ def check(traced: TracedGraph) -> None:
     _check_model(traced.to_onnx())
 
 
+def check_complete(traced: TracedGraph) -> None:
+    """Raise GraphError unless every lrq node spells out all attributes of its op, as plugin creators expect them."""
+    for node in traced.graph.nodes:
+        if node.domain == names.DOMAIN:
+            for attribute in OPS[node.op].all_attributes():
+                if attribute.name not in node.attrs:
+                    raise GraphError(_where(node), f"has no attribute {attribute.name!r}", "all that its op has")
+
+
 def check_preserved(before: TracedGraph, after: TracedGraph) -> None:
     """Raise GraphError unless both have the same model inputs and outputs: names, types and shapes, in one order."""
     for what, had, has in (

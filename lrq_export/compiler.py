@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from graphs import names
-from graphs.checks import check
+from graphs.checks import GraphError, check, check_complete
 from graphs.passes import PIPELINE
 from graphs.traced import TracedGraph
 from lrq_export import __version__
@@ -22,7 +22,7 @@ from lrq_export.calibrate.observed import Observed
 from lrq_export.calibrate.run import observe
 from lrq_export.calibrate.statistics import Moments
 from lrq_export.engine.onnxruntime import build_engine
-from lrq_export.errors import InputError, UsageError
+from lrq_export.errors import CheckFailed, InputError, UsageError
 from lrq_export.machine import libraries, versions
 from lrq_export.package import (
     MODEL,
@@ -130,11 +130,11 @@ def build(
     _check_place(Path(source), out)
     with stage(progress, "load", timings):
         opened = open_source(Path(source))
-        if recipe.keep is None:
-            recipe = recipe.model_copy(update={"keep": opened.family.keep})
+        recipe = recipe.for_family(opened.family)
         plans = plan_layers(opened.model(), opened.family, recipe)
         inputs = gather_inputs(opened, recipe, calibration, conditions)
-        check_steps(scheduler_from(recipe.sampling.scheduler, opened.scheduler_config()), recipe.sampling.steps)
+        scheduler = scheduler_from(recipe.sampling.scheduler, opened.scheduler_config())
+        check_steps(scheduler, recipe.sampling.steps, opened.family.latents(inputs.evaluation, inputs.conditions))
         files = [calibration_path(opened, calibration), conditions_path(opened, conditions)]
         key = fingerprint(opened, to_toml(recipe), files, versions())
     if until == "load":
@@ -254,10 +254,14 @@ def _rewrite(job: Job) -> None:
             job.source.family.inputs(job.source.config), job.inputs.evaluation,
             read if settings.validation == "full" else None,
         )  # fmt: skip
-        rewrite(
+        rewritten = rewrite(
             load_graph(job.path / TRACE), PIPELINE, proof, job.recipe.gates.parity_nmse,
             keep_going=settings.keep_going, done=keep,
         )  # fmt: skip
+    try:
+        check_complete(rewritten)
+    except GraphError as error:  # only if bind_plugins was left out
+        raise CheckFailed(f"rewrite: {error}", hint="report this fault of lrq-export") from error
 
 
 def _quantize(job: Job) -> None:

@@ -26,13 +26,14 @@ Answers = list[np.ndarray]
 
 
 class Proof:
-    """Runs graphs of one model on the same inputs: one recorded sample, and random ones of other sizes.
+    """Runs graphs of one model on the same inputs: one recorded sample, and random ones of two other sizes.
 
     `read` gives source tensors, None random ones. An input that the recording lacks is not given.
     """
 
     def __init__(self, specs: Mapping[str, InputSpec], recorded: Inputs, read: ReadTensor | None):
-        cases = [{name: tensor[:1] for name, tensor in recorded.items()}, other_shapes(specs, recorded, seed=3)]
+        other = other_shapes(specs, recorded, seed=3)
+        cases = [{name: tensor[:1] for name, tensor in recorded.items()}, other, other_shapes(specs, other, seed=4)]
         self.cases, self.read = [feeds(specs, case) for case in cases], read
 
     def answers(self, traced: TracedGraph) -> Answers:

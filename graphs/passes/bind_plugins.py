@@ -1,6 +1,7 @@
-"""Put `plugin_version` and `plugin_namespace` on every lrq node.
+"""Spell out every attribute of every lrq node, `plugin_version` and `plugin_namespace` among them.
 
-TensorRT's parser then takes the plugin when its library is loaded and the function body when it is not.
+With these two TensorRT's parser takes the plugin when its library is loaded and the function body when it is not. A
+plugin's creator gets the attributes that the node has: it knows no defaults.
 """
 
 from graphs import names
@@ -18,7 +19,9 @@ def bind_plugins(traced: TracedGraph) -> PassResult:
             continue
         if node.op not in OPS:
             result.skip(node, f"{node.op} is not an op of the dialect")
-        elif any(node.attrs.get(key) != value for key, value in PLUGIN_ATTRIBUTES.items()):
-            node.attrs |= PLUGIN_ATTRIBUTES
+            continue
+        complete = OPS[node.op].node_attributes(**node.attrs | PLUGIN_ATTRIBUTES)
+        if node.attrs != complete:
+            node.attrs |= complete
             result.fired += 1
     return result

@@ -35,7 +35,6 @@ from lrq_export.evaluate import evaluate
 from lrq_export.quant.rotation import hadamard_signs
 from lrq_export.verify.metrics import nmse
 
-HEADER = f'<ir_version: {names.IR_VERSION}, opset_import: ["": {names.ONNX_OPSET}, "lrq": {names.OPSET}]>\n'
 SIZES = (
     {"batch": 1, "tokens": 1, "text": 1},
     {"batch": 2, "tokens": 5, "text": 3},
@@ -44,11 +43,15 @@ SIZES = (
 FLOAT, INT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT8
 
 
+def header(opset: int) -> str:
+    return f'<ir_version: {names.IR_VERSION}, opset_import: ["": {opset}, "lrq": {names.OPSET}]>\n'
+
+
 @pytest.fixture(scope="session")
 def parse() -> Callable[[str], TracedGraph]:
-    """ONNX text with the shorthands -> TracedGraph with shapes inferred."""
+    """ONNX text with the shorthands, and perhaps a newer opset, -> TracedGraph with shapes inferred."""
     register()
-    return lambda text: _Expansion(onnx.parser.parse_model(HEADER + text)).traced()
+    return lambda text, opset=names.ONNX_OPSET: _Expansion(onnx.parser.parse_model(header(opset) + text)).traced()
 
 
 @pytest.fixture(scope="session")

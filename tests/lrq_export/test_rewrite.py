@@ -161,7 +161,7 @@ def test_a_bound_of_nothing_refuses_even_rounding(trace, proof):
 
 def test_a_proof_runs_several_sizes_and_is_deterministic(trace, proof):
     answers, again = proof.answers(trace), proof.answers(trace)
-    assert len({answer.shape for answer in answers}) == len(answers) == 2
+    assert len({answer.shape for answer in answers}) == len(answers) == 3
     assert all(np.array_equal(one, other) for one, other in zip(answers, again, strict=True))
     assert all(np.isfinite(answer).all() and answer.std() > 0 for answer in answers)
 

@@ -1,7 +1,7 @@
 import pytest
 
 from graphs import names
-from graphs.checks import check
+from graphs.checks import GraphError, check, check_complete
 from graphs.passes import bind_plugins, make_linear
 
 TEXT = """
@@ -42,6 +42,16 @@ def test_binding_again_does_nothing(traced):
     before = traced.to_onnx()
     assert bind_plugins(traced).fired == 0
     assert traced.to_onnx() == before
+
+
+def test_every_attribute_is_spelled_out(traced):
+    linear = next(node for node in traced.graph.nodes if node.op == "TwinLogLinear")
+    del linear.attrs["rotation"]
+    with pytest.raises(GraphError, match="has no attribute"):
+        check_complete(traced)
+    bind_plugins(traced)
+    assert (linear.attrs["rotation"], linear.attrs["layout"]) == ("none", "storage")
+    check_complete(traced)
 
 
 def test_another_version_is_replaced(traced):

@@ -208,3 +208,52 @@ def test_a_transposed_rotation_is_caught(folded, difference, weights):
 
     assert difference(before, after) <= 1e-10
     assert difference(before, after, transpose) > 1e-2
+
+
+# One node, as exporters of opset 23 and later write an attention; heads are split inside, or before.
+FUSED = """
+fused (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
+{
+    q = Linear<rows = 24, cols = 24>(x)
+    k = Linear<rows = 24, cols = 24>(x)
+    v = Linear<rows = 24, cols = 24>(x)
+    mixed = Attention<q_num_heads = 2, kv_num_heads = 2>(q, k, v)
+    rotated = Rotate<block = 12, seed = 7>(mixed)
+    y = Linear<rows = 24, cols = 24>(rotated)
+}
+"""
+FUSED_HEADS = edited(
+    SELF,
+    ("kh = Transpose<perm = [0, 2, 3, 1]>(k4)", "kh = Transpose<perm = [0, 2, 1, 3]>(k4)"),
+    ("scores = MatMul(qh, kh)", ""), ("p = Softmax(scores)", ""),
+    ("mixed = MatMul(p, vh)", "mixed = Attention(qh, kh, vh)"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [FUSED, FUSED_HEADS], ids=["heads split inside", "heads split before"])
+def test_folds_through_an_attention_of_one_node(parse, difference, text):
+    traced = parse(text, opset=23)
+    before = traced.copy()
+    assert fold_rotation_into_producer(traced).fired == 1
+    assert not any(node.op == "HadamardRotate" for node in traced.graph.nodes)
+    check(traced)
+    assert difference(before, traced) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (("block = 12", "block = 24"), "blocks of 24 channels straddle heads of width 12"),
+        (("kv_num_heads = 2>(q, k, v)", "kv_num_heads = 1>(q, k, v)"), "Attention shares its values between heads"),
+    ],
+    ids=["a block in two heads", "values that heads share"],
+)
+def test_does_not_fold_through_an_attention_of_one_node(parse, edit, reason):
+    text = edited(FUSED, edit)
+    if "kv_num_heads = 1" in text:
+        for name in "kv":
+            text = edited(text, (f"{name} = Linear<rows = 24", f"{name} = Linear<rows = 12"))
+    traced = parse(text, opset=23)
+    result = fold_rotation_into_producer(traced)
+    assert result.fired == 0
+    assert any(found.startswith(reason) for found in result.reasons()), result.reasons()
