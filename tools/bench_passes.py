@@ -2,10 +2,12 @@
 
     python tools/bench_passes.py block [--threads 2] [--runs 15]
     python tools/bench_passes.py rewrite CONFIG [--proof SOURCE]
+    python tools/bench_passes.py rewrite PACKAGE/graphs/0-trace.onnx
 
 block: a PixArt-XL/2 of two blocks (1152 wide, 1024 tokens, batch 2, 120 text tokens), lowered with and without the
 passes, timed turn by turn in one process. rewrite: the graph of a model's config.json, traced without its weights, and
-the passes over it, checked; with --proof each pass is proved on the weights of a checkpoint.
+the passes over it, checked; with --proof each pass is proved on the weights of a checkpoint. A graph that was traced
+before is taken as it is.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from graphs.checks import check, check_preserved
 from graphs.passes import PIPELINE
 from graphs.passes.bind_plugins import bind_plugins
 from graphs.passes.make_linear import make_linear
+from graphs.traced import TracedGraph
 from lrq_export.engine import onnxruntime as engine
 from lrq_export.engine.attention import fuse_attention
 from lrq_export.machine import describe_machine
@@ -34,6 +37,7 @@ from lrq_export.proof import Proof
 from lrq_export.recipe import load_recipe
 from lrq_export.rewrite import Outcome, rewrite
 from lrq_export.runtime import feeds
+from lrq_export.saved_graphs import load_graph
 from lrq_export.source import open_source
 from lrq_export.trace import trace
 
@@ -85,26 +89,31 @@ def bench_rewrite(config_file: Path, source_folder: Path | None) -> None:
     started = time.perf_counter()
     traced = trace(family, config, plans)
     print(f"trace: {time.perf_counter() - started:.1f} s, {len(traced.graph.nodes)} nodes, {memory()}")
-    started = time.perf_counter()
     if source_folder is None:
-        for step in PIPELINE:
-            after = traced.copy()
-            fired = step(after).fired
-            check(after)
-            check_preserved(traced, after)
-            traced = after
-            print(f"  {step.__name__}: {fired}")
-        what = "passes and checks"
-    else:
-        source = open_source(source_folder)
-        recorded = {
-            name: torch.randn([SIZES.get(extent, extent) for extent in spec.shape])
-            for name, spec in family.inputs(config).items()
-        }
-        proof = Proof(family.inputs(config), recorded, source.checkpoint.read)
-        traced = rewrite(traced, PIPELINE, proof, recipe.gates.parity_nmse, done=tell)
-        what = "passes, checks and proof"
-    print(f"{what}: {time.perf_counter() - started:.1f} s, {len(traced.graph.nodes)} nodes, {memory()}")
+        run_passes(traced)
+        return
+    started = time.perf_counter()
+    recorded = {
+        name: torch.randn([SIZES.get(extent, extent) for extent in spec.shape])
+        for name, spec in family.inputs(config).items()
+    }
+    proof = Proof(family.inputs(config), recorded, open_source(source_folder).checkpoint.read)
+    traced = rewrite(traced, PIPELINE, proof, recipe.gates.parity_nmse, done=tell)
+    seconds = time.perf_counter() - started
+    print(f"passes, checks and proof: {seconds:.1f} s, {len(traced.graph.nodes)} nodes, {memory()}")
+
+
+def run_passes(traced: TracedGraph) -> None:
+    started, nodes = time.perf_counter(), len(traced.graph.nodes)
+    for step in PIPELINE:
+        after = traced.copy()
+        fired = step(after).fired
+        check(after)
+        check_preserved(traced, after)
+        traced = after
+        print(f"  {step.__name__}: {fired}", flush=True)
+    seconds = time.perf_counter() - started
+    print(f"passes and checks: {seconds:.1f} s, {nodes} to {len(traced.graph.nodes)} nodes, {memory()}")
 
 
 SIZES = {"samples": 1, "height": 32, "width": 32, "text": 20, "tokens": 64, "frames": 2}
@@ -132,7 +141,9 @@ def main() -> None:
     if args.what == "block":
         bench_block(args.threads, args.runs)
     elif args.config is None:
-        parser.error("rewrite needs the config.json of a model")
+        parser.error("rewrite needs the config.json of a model, or a traced graph")
+    elif args.config.suffix == ".onnx":
+        run_passes(load_graph(args.config))
     else:
         bench_rewrite(args.config, args.proof)
 
