@@ -14,16 +14,19 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints, ValidationError, field_validator
 
 from lrq_export.errors import CheckFailed, UsageError
 
+if TYPE_CHECKING:
+    from lrq_export.models.base import ModelFamily
+
 SCHEMA = 1
 DEFAULT_PRESET = "w4a8"
 UNSET = "none"  # how TOML, which has no null, spells a gate that is not set
-FAMILY_DEFAULT = "default"  # how it spells `keep` left to the model family
+FAMILY_DEFAULT = "default"  # how it spells what is left to the model family
 OVERRIDE = "--set"  # what errors call an override: the command line's word for it
 
 Count = Annotated[int, Field(ge=1)]
@@ -97,7 +100,9 @@ class Sampling(Table):
     seed: Seed = Field(0, description="seed of the first latents")
     images: Count = Field(20, description="images per comparison")
     guidance_scale: Finite = Field(1.0, description="classifier-free guidance; 1 = none")
-    scheduler: ClassName = Field("DDIMScheduler", description="class name of a diffusers scheduler")
+    scheduler: ClassName = Field(
+        FAMILY_DEFAULT, description="class name of a diffusers scheduler; default = the model family's"
+    )
 
 
 class Gates(Table):
@@ -114,7 +119,10 @@ class Gates(Table):
 
 
 class Recipe(Table):
-    """The whole recipe. `keep` None leaves the choice to the model family; an empty tuple keeps nothing."""
+    """The whole recipe. `keep` None and the scheduler "default" leave the choice to the model family.
+
+    An empty `keep` keeps nothing.
+    """
 
     schema_version: Literal[1] = Field(SCHEMA, alias="schema", description="version of the recipe's keys")
     keep: Annotated[tuple[Pattern, ...], Strict(False)] | None = Field(
@@ -132,6 +140,13 @@ class Recipe(Table):
     @classmethod
     def _family_default(cls, value: Any) -> Any:
         return None if value == FAMILY_DEFAULT else value
+
+    def for_family(self, family: "ModelFamily") -> "Recipe":
+        """The recipe with nothing left open: what it leaves to the model family is as the family has it."""
+        sampling = self.sampling
+        if sampling.scheduler == FAMILY_DEFAULT:
+            sampling = sampling.model_copy(update={"scheduler": family.scheduler})
+        return self.model_copy(update={"keep": family.keep if self.keep is None else self.keep, "sampling": sampling})
 
 
 def _preset(weight_bits: int, activation_bits: int) -> Recipe:

@@ -1,6 +1,7 @@
 """Run a package: `load(OUT)` is a drop-in for `pipe.transformer` of a diffusers pipeline."""
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ class PackagedTransformer:
         return Transformer2DModelOutput(sample=output)
 
     forward = __call__
+
+    def cache_context(self, name: str, **_: Any) -> AbstractContextManager[None]:
+        """Pipelines name each call for diffusers' caches, which a session has none of."""
+        return nullcontext()
 
     def eval(self) -> "PackagedTransformer":
         return self

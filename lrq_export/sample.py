@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from lrq_export.errors import UsageError
+from lrq_export.models import family_of
 from lrq_export.package import atomic_file, load_manifest, save_tensors_atomic
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.recipe import Recipe
@@ -16,6 +17,7 @@ from lrq_export.sampling import ConditionalSampler, check_steps, condition_rows,
 from lrq_export.verify.reference import Reference
 
 IMAGE_CHANNELS = (1, 3)
+VIDEO_AXES = 5  # of what a pipeline returns: (n, frames, height, width, channels), where images have no frames
 
 
 def sample_conditions(
@@ -30,19 +32,20 @@ def sample_conditions(
 ) -> Path:
     """Draw from the conditions that the package carries; None takes the recipe's setting. Returns the file written.
 
-    `out` ending in .safetensors gets the latents (n, channels, height, width); any other name a PNG contact sheet,
-    which needs a model of 1 or 3 channels (latents of others want their pipeline's decoder).
+    `out` ending in .safetensors gets the latents (n, ...), in the axes of the model; any other name a PNG contact
+    sheet, which needs a model of 1 or 3 channels (latents of others want their pipeline's decoder).
     """
     manifest, progress = load_manifest(package), progress or Silent()
     _check_request(out, (".png", ".safetensors"), images, steps)
     settings = Recipe.model_validate(manifest["recipe"]).sampling
     steps = steps or settings.steps
     scheduler = scheduler_from(settings.scheduler, manifest["scheduler"])
-    check_steps(scheduler, steps)
+    reference = Reference.load(package)
+    conditions, family = reference.conditions, family_of(manifest["source"]["config"]["_class_name"])
+    drawn, available = family.latents(reference.inputs, conditions), condition_rows(conditions)
+    check_steps(scheduler, steps, drawn)
     with stage(progress, "load", {}):
         transformer = load(package)
-    conditions = Reference.load(package).conditions
-    available = condition_rows(conditions)
     if out.suffix != ".safetensors" and transformer.config.in_channels not in IMAGE_CHANNELS:
         raise UsageError(
             f"{out}: this model's samples are latents of {transformer.config.in_channels} channels, not images",
@@ -50,14 +53,14 @@ def sample_conditions(
         )
     chosen = rows if rows is not None else [i % available for i in range(images or settings.images)]
     with stage(progress, "sample", {}, steps):
-        latents = ConditionalSampler(Counted(transformer, progress.advance), scheduler, conditions)(
+        latents = ConditionalSampler(Counted(transformer, progress.advance), scheduler, conditions, drawn)(
             chosen, num_inference_steps=steps, guidance_scale=settings.guidance_scale,
             generator=torch.Generator().manual_seed(settings.seed if seed is None else seed),
         )  # fmt: skip
     if out.suffix == ".safetensors":
         save_tensors_atomic(out, {"samples": latents})
     else:
-        write_contact_sheet(out, latents.numpy())
+        write_contact_sheet(out, drawn.pictures(latents).numpy())
     return out
 
 
@@ -71,7 +74,10 @@ def sample_prompts(
     seed: int | None,
     progress: Progress | None = None,
 ) -> Path:
-    """Run a whole diffusers pipeline with the package in place of its transformer; writes a PNG contact sheet."""
+    """Run a whole diffusers pipeline with the package in place of its transformer; writes a PNG contact sheet.
+
+    Of a video it shows the first frame.
+    """
     from lrq_export.calibrate.pipeline import open_pipeline, what_to_draw
 
     _check_request(out, (".png",), None, steps)
@@ -87,8 +93,9 @@ def sample_prompts(
         drawn = whole(
             subjects, num_inference_steps=steps, output_type="np",
             generator=torch.Generator().manual_seed(settings.seed if seed is None else seed),
-        ).images  # fmt: skip
-    write_contact_sheet(out, np.transpose(drawn, (0, 3, 1, 2)) * 2 - 1)
+        )[0]  # fmt: skip
+    first = drawn[:, 0] if drawn.ndim == VIDEO_AXES else drawn
+    write_contact_sheet(out, np.transpose(first, (0, 3, 1, 2)) * 2 - 1)
     return out
 
 

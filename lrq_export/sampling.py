@@ -90,9 +90,7 @@ class ConditionalSampler:
     be compared image by image.
     """
 
-    def __init__(
-        self, transformer, scheduler, conditions: Mapping[str, torch.Tensor], drawn: Latents | None = None
-    ):
+    def __init__(self, transformer, scheduler, conditions: Mapping[str, torch.Tensor], drawn: Latents | None = None):
         self.transformer, self.scheduler, self.conditions = transformer, scheduler, conditions
         self.drawn = _square_images(transformer.config) if drawn is None else drawn
 

@@ -13,6 +13,7 @@ import re
 import warnings
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import torch
@@ -31,51 +32,26 @@ OUTPUT = "sample"
 # The exporter specializes a dimension whose example is 1, and merges dimensions whose examples are equal: sizes in
 # units of what each must be a multiple of; primes, so that no two are equal in any units.
 EXAMPLE_BATCH, EXAMPLE_SIZES = 2, (23, 29, 31, 37)
+WHOLE_LINEAR = "TracedLinear"  # a planned layer while it is one node: never in a graph that `trace` returns
 
 
 class TracedLinear(nn.Module):
-    """Stands for a planned linear layer while the model is traced: emits the open form of the dialect."""
+    """Stands for a planned linear layer while the model is traced, as one node that `_open_linears` takes apart.
+
+    torch visits every node and every weight five times and takes milliseconds for each: planned layers written out
+    were half of all nodes, and their codes, levels and scales most of the weights.
+    """
 
     def __init__(self, plan: LayerPlan, bias: nn.Parameter | None):
         super().__init__()
         self.plan, self.bias = plan, bias
-        if plan.bits == names.INT8_BITS:
-            codes_shape = (plan.rows, plan.cols)
-        else:
-            codes_shape = packing.layout(plan.bits).shape(plan.rows, plan.cols)
-        self.codes = nn.Buffer(torch.empty(codes_shape, dtype=torch.int8))
-        groups = plan.cols // plan.group_size
-        self.exponents = nn.Buffer(torch.empty(plan.rows, groups, 2, 3, dtype=torch.int8))
-        self.table = nn.Buffer(torch.empty(plan.rows, groups, 2**plan.bits, dtype=torch.int8))
-        self.scale = nn.Buffer(torch.empty(plan.rows))
-        self.signs = nn.Buffer(torch.empty(plan.cols))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.plan.block:
-            x = self.rotate(x)
-        y = torch.matmul(x, self.dequantize().t())
-        return y if self.bias is None else y + self.bias
-
-    def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        return symbolic("HadamardRotate", (x, self.signs), rotation_attributes(self.plan.block), x.shape)
-
-    def dequantize(self) -> torch.Tensor:
-        plan, shape = self.plan, (self.plan.rows, self.plan.cols)
-        size = {"rows": plan.rows, "cols": plan.cols}
-        if plan.bits == names.INT8_BITS:
-            return symbolic("Int8Dequant", (self.codes, self.scale), size, shape)
-        coding = {"bits": plan.bits, "group_size": plan.group_size}
-        if plan.method == names.CODEBOOK:
-            return symbolic("CodebookDequant", (self.codes, self.table, self.scale), coding | size, shape)
-        exponents = {"fraction_bits": names.FRACTION_BITS, "integer_bits": names.INTEGER_BITS}
-        return symbolic("TwinLogDequant", (self.codes, self.exponents, self.scale), coding | exponents | size, shape)
-
-
-def symbolic(op_type: str, inputs: tuple, attributes: dict[str, Any], shape) -> torch.Tensor:
-    """An lrq node in the exported graph; in torch a tensor of that shape without a meaning."""
-    return torch.onnx.ops.symbolic(
-        f"{names.DOMAIN}::{op_type}", inputs, attributes, dtype=torch.float32, shape=shape, version=names.OPSET
-    )
+        operands = (x,) if self.bias is None else (x, self.bias)
+        return torch.onnx.ops.symbolic(
+            f"{names.DOMAIN}::{WHOLE_LINEAR}", operands, {"layer": self.plan.name},
+            dtype=torch.float32, shape=(*x.shape[:-1], self.plan.rows), version=names.OPSET,
+        )  # fmt: skip
 
 
 class FlatInputs(nn.Module):
@@ -156,7 +132,6 @@ def _to_traced(
 ) -> TracedGraph:
     """Turn the exporter's model, an onnx_ir one whose initializers are fake, into a TracedGraph."""
     import onnx_ir
-    from onnxscript import optimizer
 
     prefix = "model."  # FlatInputs holds the model under this name
     for name, value in list(model.graph.initializers.items()):
@@ -164,22 +139,108 @@ def _to_traced(
             del model.graph.initializers[name]
             value.const_value, value.name = None, name.removeprefix(prefix)
             model.graph.inputs.append(value)
-    optimizer.optimize(model, inline=False)
+    _simplify(model)
     proto = onnx_ir.to_proto(model)
     for entity in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
         del entity.metadata_props[:]  # stack traces of this machine
     _name_dimensions(proto, specs)
     graph = gs.import_onnx(proto)
     graph.name = "denoiser"
-    linears = {f"{plan.name}.codes": _linear_weight(plan) for plan in plans}
-    traced = TracedGraph(graph, linears)
+    traced = TracedGraph(graph, {f"{plan.name}.codes": _linear_weight(plan) for plan in plans})
+    _open_linears(traced, plans)
     placeholders = traced.placeholders()
-    _bind_signs(traced, plans)
     for tensor in graph.inputs:
         if tensor.name in shapes and tensor.name not in placeholders:
             traced.tensors[tensor.name] = Expression(tensor.name, shapes[tensor.name])
     traced.forget_unused()
     return traced
+
+
+def _simplify(model) -> None:
+    """Fold constants, take out what hands on its input as it is, and merge what is computed twice.
+
+    This is `onnxscript.optimizer.optimize(model, inline=False)` without most of its rewrite rules. One of those, which
+    looks for pairs of Slices that are a Split, compares every node with every other: an hour for a deep model, in which
+    it finds nothing, since the exporter writes a Split itself. The others left out are about clipping, padding,
+    normalization and weights of convolutions, and no diffusion transformer has them.
+    """
+    from onnx_ir.passes import common as ir_passes
+    from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules import common as rules
+
+    clean_up = (
+        *rules.mul_by_1_rule.commute(), *rules.add_0_rule.commute(), rules.div_by_1_rule, rules.sub_0_rule,
+        rules.no_op_cast_rule, rules.cast_cast_rule, rules.no_op_expand_rule, rules.unsqueeze_unsqueeze_rule,
+        rules.no_op_transpose_rule, rules.transpose_transpose_rule, rules.collapse_slice_rule,
+        rules.collapse_slice2_rule, rules.reshape_reshape_rule, rules.squeeze_reshape_1d_rule,
+        rules.materialize_reshape_shape_rule,
+    )  # fmt: skip
+    for _ in range(2):  # a size that a rule has made constant lets more be folded
+        optimizer.fold_constants(model, onnx_shape_inference=True)
+        rewriter.rewrite(model, clean_up)
+    for finish in (
+        ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        ir_passes.DeduplicateInitializersPass(),
+        ir_passes.CommonSubexpressionEliminationPass(),
+        ir_passes.OutputFixPass(),
+        ir_passes.NameFixPass(),
+    ):
+        finish(model)
+
+
+def _open_linears(traced: TracedGraph, plans: list[LayerPlan]) -> None:
+    """Write each planned layer out: y = HadamardRotate(x, signs) · Transpose(TwinLogDequant(codes, ...)) + bias.
+
+    A layer that the model calls twice keeps one weight, so that passes see all that reads it.
+    """
+    graph, by_name, signs = traced.graph, {plan.name: plan for plan in plans}, _shared_signs(traced, plans)
+    nodes, weights = [], {}
+
+    def append(op: str, name: str, shape, inputs: list[gs.Tensor], domain: str | None = None, **attrs) -> gs.Variable:
+        y = gs.Variable(name, np.float32, shape)
+        nodes.append(gs.Node(op, name, attrs, inputs, [y], domain))
+        return y
+
+    for node in graph.nodes:
+        if (node.domain, node.op) != (names.DOMAIN, WHOLE_LINEAR):
+            nodes.append(node)
+            continue
+        plan, (x, *bias), (y,) = by_name[node.attrs["layer"]], node.inputs, node.outputs
+        node.inputs.clear()
+        node.outputs.clear()
+        if plan.block:
+            attrs = rotation_attributes(plan.block)
+            x = append("HadamardRotate", f"{y.name}.rotated", x.shape, [x, signs[plan.name]], names.DOMAIN, **attrs)
+        if plan.name not in weights:
+            op, placeholders, attrs = _dequant(plan)
+            graph.inputs.extend(placeholders)
+            shape = [plan.rows, plan.cols]
+            weight = append(op, f"{plan.name}.dequantized", shape, placeholders, names.DOMAIN, **attrs)
+            weights[plan.name] = append("Transpose", f"{plan.name}.transposed", shape[::-1], [weight], perm=[1, 0])
+        product = append("MatMul", f"{y.name}.product", y.shape, [x, weights[plan.name]])
+        if bias:
+            product = append("Add", f"{y.name}.biased", y.shape, [product, *bias])
+        product.inputs[0].outputs = [y]
+    graph.nodes = nodes
+
+
+def _dequant(plan: LayerPlan) -> tuple[str, list[gs.Variable], dict[str, int]]:
+    """The op that decodes the weight of a layer, placeholders for what it reads, and its attributes."""
+
+    def placeholder(role: str, dtype: type, *shape: int) -> gs.Variable:
+        return gs.Variable(f"{plan.name}.{role}", dtype, shape)
+
+    size, scale = {"rows": plan.rows, "cols": plan.cols}, placeholder("scale", np.float32, plan.rows)
+    if plan.bits == names.INT8_BITS:
+        return "Int8Dequant", [placeholder("codes", np.int8, plan.rows, plan.cols), scale], size
+    codes = placeholder("codes", np.int8, *packing.layout(plan.bits).shape(plan.rows, plan.cols))
+    groups, coding = plan.cols // plan.group_size, {"bits": plan.bits, "group_size": plan.group_size}
+    if plan.method == names.CODEBOOK:
+        table = placeholder("table", np.int8, plan.rows, groups, 2**plan.bits)
+        return "CodebookDequant", [codes, table, scale], coding | size
+    exponents = placeholder("exponents", np.int8, plan.rows, groups, 2, 3)
+    fixed_point = {"fraction_bits": names.FRACTION_BITS, "integer_bits": names.INTEGER_BITS}
+    return "TwinLogDequant", [codes, exponents, scale], coding | fixed_point | size
 
 
 def _name_dimensions(proto: onnx.ModelProto, specs: dict[str, InputSpec]) -> None:
@@ -205,8 +266,8 @@ def _linear_weight(plan: LayerPlan) -> LinearWeight:
     return LinearWeight(plan.name, weight, plan.bits, plan.group_size, plan.act_bits)
 
 
-def _bind_signs(traced: TracedGraph, plans: list[LayerPlan]) -> None:
-    """Replace each layer's own signs by one constant for each width and origin: equal rotations are seen equal."""
+def _shared_signs(traced: TracedGraph, plans: list[LayerPlan]) -> dict[str, gs.Constant]:
+    """Signs for each rotated layer, one constant for each width and origin: equal rotations are seen equal."""
     constants: dict[tuple[int, Signs], gs.Constant] = {}
     by_layer = {}
     for plan in plans:
@@ -217,10 +278,8 @@ def _bind_signs(traced: TracedGraph, plans: list[LayerPlan]) -> None:
                 factors = Rotation(plan.cols, plan.block, plan.signs_seed, plan.equalizer).factors
                 constants[plan.cols, signs] = gs.Constant(name, factors.float().numpy())
                 traced.signs[name] = signs
-            by_layer[f"{plan.name}.signs"] = constants[plan.cols, signs]
-    for node in traced.graph.nodes:
-        node.inputs = [by_layer.get(tensor.name, tensor) for tensor in node.inputs]
-    traced.graph.inputs = [tensor for tensor in traced.graph.inputs if not tensor.name.endswith(".signs")]
+            by_layer[plan.name] = constants[plan.cols, signs]
+    return by_layer
 
 
 def _signs_name(plan: LayerPlan) -> str:

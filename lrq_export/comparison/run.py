@@ -34,7 +34,7 @@ from lrq_export.machine import describe_machine, versions
 from lrq_export.plan import target_layers
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.recipe import Recipe
-from lrq_export.sampling import check_steps, condition_rows, scheduler_from
+from lrq_export.sampling import ConditionalSampler, check_steps, condition_rows, scheduler_from
 from lrq_export.source import (
     Inputs,
     Source,
@@ -102,7 +102,7 @@ def compare(
             "conditions": digest,
             "source": {"name": Path(source).resolve().name, "class_name": opened.family.class_name},
             "machine": describe_machine(),
-            "recipe": recipe.model_dump(mode="json", by_alias=True),
+            "recipe": bench.recipe.model_dump(mode="json", by_alias=True),
             "warnings": inputs.warnings,
             "seeds": list(seeds),
             "images": recipe.sampling.images * len(seeds),
@@ -149,7 +149,7 @@ class Scores:
     """What one model drew and predicted."""
 
     noise: torch.Tensor  # of the evaluation inputs
-    images: list[torch.Tensor]  # by seed, each (images, channels, height, width)
+    images: list[torch.Tensor]  # by seed, the latents (images, ...)
 
 
 class Bench:
@@ -159,10 +159,12 @@ class Bench:
         self, source: Source, model: nn.Module, inputs: Inputs, recipe: Recipe, seeds: Sequence[int],
         judge: Judge | None, progress: Progress,
     ):  # fmt: skip
-        self.source, self.model, self.inputs, self.recipe = source, model, inputs, recipe
+        self.source, self.model, self.inputs = source, model, inputs
+        self.recipe = recipe = recipe.for_family(source.family)
         self.seeds, self.judge = seeds, judge
         self.scheduler = scheduler_from(recipe.sampling.scheduler, source.scheduler_config())
-        check_steps(self.scheduler, recipe.sampling.steps)
+        self.drawn = source.family.latents(inputs.evaluation, inputs.conditions)
+        check_steps(self.scheduler, recipe.sampling.steps, self.drawn)
         self.exact = Scores(self._noise(model), [])
         for seed in seeds:
             self.exact.images.append(self._draw(model, seed))
@@ -202,9 +204,9 @@ class Bench:
         return torch.cat(parts)
 
     def _draw(self, model: nn.Module, seed: int) -> torch.Tensor:
-        sampling, conditions = self.recipe.sampling, self.inputs.conditions
-        steps = draw(model, self.scheduler, conditions, sampling.images, sampling.steps, seed, sampling.guidance_scale)
-        return steps[-1]
+        sampling = self.recipe.sampling
+        sampler = ConditionalSampler(model, self.scheduler, self.inputs.conditions, self.drawn)
+        return draw(sampler, sampling.images, sampling.steps, seed, sampling.guidance_scale)[-1]
 
 
 def _row(bench: Bench, fitted: Fitted, treatment: Treatment, bits: int, act_bits: int) -> dict[str, Any]:

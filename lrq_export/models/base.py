@@ -103,6 +103,7 @@ class ModelFamily(Protocol):
     class_name: str
     arguments: tuple[str, ...]  # of the model's forward in its order, all but return_dict
     keep: tuple[str, ...]  # shell patterns of linear layers that stay in floating point by default
+    scheduler: str  # class name of the diffusers scheduler that draws samples by default
 
     def construct(self, config: dict[str, Any]) -> nn.Module:
         """The true diffusers model, in eval mode, its parameters on the meta device."""

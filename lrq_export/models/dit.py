@@ -20,6 +20,7 @@ class DiT:
     # embedders of its own: 36 % of the parameters of DiT-XL/2, but under 1 % of its work, since they see one vector an
     # image and not every token.
     keep = ("transformer_blocks.*.norm1.*", "proj_out_1", "proj_out_2")
+    scheduler = "DDIMScheduler"
 
     def construct(self, config: dict[str, Any]) -> nn.Module:
         from diffusers import DiTTransformer2DModel

@@ -28,6 +28,7 @@ class Flux:
     # Embedders, the final projection, and every adaLN, which is a layer called `linear` wherever it stands: 27 % of the
     # parameters of FLUX.1-dev, but under 1 % of its work, since an adaLN sees one vector an image and not every token.
     keep = ("time_text_embed.*", "context_embedder", "x_embedder", "*.linear", "proj_out")
+    scheduler = "FlowMatchEulerDiscreteScheduler"
 
     def construct(self, config: dict[str, Any]) -> nn.Module:
         from diffusers import FluxTransformer2DModel

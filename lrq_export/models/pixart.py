@@ -23,6 +23,7 @@ class PixArt:
     # Embedders, adaLN, caption projection and final projection: under 4 % of the parameters of PixArt-XL/2, and the
     # adaLN scales multiply every channel. (pos_embed.proj is a convolution and is not a candidate.)
     keep = ("adaln_single.*", "caption_projection.*", "proj_out")
+    scheduler = "DDIMScheduler"
 
     def construct(self, config: dict[str, Any]) -> nn.Module:
         from diffusers import PixArtTransformer2DModel

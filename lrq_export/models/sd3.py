@@ -22,6 +22,7 @@ class SD3:
     # Embedders, the final projection, and every adaLN, which is a layer called `linear` wherever it stands; an adaLN
     # sees one vector an image and not every token. (pos_embed.proj is a convolution and is not a candidate.)
     keep = ("time_text_embed.*", "context_embedder", "*.linear", "proj_out")
+    scheduler = "FlowMatchEulerDiscreteScheduler"
 
     def construct(self, config: dict[str, Any]) -> nn.Module:
         from diffusers import SD3Transformer2DModel

@@ -29,6 +29,7 @@ class Wan:
     # Embedders of time and text, and the final projection: under 3 % of the parameters of Wan 14B. What time adds to
     # the channels of every block is a table and no layer. (patch_embedding is a convolution and is not a candidate.)
     keep = ("condition_embedder.*", "proj_out")
+    scheduler = "FlowMatchEulerDiscreteScheduler"
 
     def construct(self, config: dict[str, Any]) -> nn.Module:
         """Raises InputError for an image-to-video model."""

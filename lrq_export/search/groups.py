@@ -29,7 +29,7 @@ from lrq_export.errors import UsageError
 from lrq_export.plan import target_layers
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.recipe import Recipe
-from lrq_export.sampling import scheduler_from
+from lrq_export.sampling import ConditionalSampler, scheduler_from
 from lrq_export.search.evolution import Cost, Space, minus_mean_group
 from lrq_export.search.state import Genome
 from lrq_export.source import Inputs, Source, gather_inputs, open_source
@@ -203,11 +203,13 @@ def image_distance(subject: Subject, stand_ins: StandIns) -> Objective:
     path = subject.source.checkpoint.path / FILE
     if not path.is_file():
         raise UsageError(f"{path}: not found, needed a classifier", hint="search by another objective, e.g. noise")
-    judge, sampling, conditions = Judge(path), subject.recipe.sampling, subject.inputs.conditions
+    judge, sampling, inputs = Judge(path), subject.recipe.for_family(subject.source.family).sampling, subject.inputs
+    drawn = subject.source.family.latents(inputs.evaluation, inputs.conditions)
     scheduler = scheduler_from(sampling.scheduler, subject.source.scheduler_config())
 
     def features(model: nn.Module):
-        latents = draw(model, scheduler, conditions, IMAGES, STEPS, IMAGE_SEED, sampling.guidance_scale)
+        sampler = ConditionalSampler(model, scheduler, inputs.conditions, drawn)
+        latents = draw(sampler, IMAGES, STEPS, IMAGE_SEED, sampling.guidance_scale)
         return judge.run(latents[-1])[0]
 
     exact = features(subject.model)

@@ -9,7 +9,7 @@ R5  floating-point trajectory   trajectory of the engine     what a user sees: s
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -117,12 +117,9 @@ def trajectory_errors(got: list[torch.Tensor], reference: torch.Tensor) -> list[
     ]
 
 
-def draw(
-    transformer, scheduler, conditions: Mapping[str, torch.Tensor], images: int, steps: int, seed: int, guidance: float
-) -> list[torch.Tensor]:
+def draw(sampler: ConditionalSampler, images: int, steps: int, seed: int, guidance: float) -> list[torch.Tensor]:
     """Latents after every step for `images` samples, rows of the conditions in turn; the last are the samples."""
-    sampler = ConditionalSampler(transformer, scheduler, dict(conditions))
-    available = condition_rows(conditions)
+    available = condition_rows(sampler.conditions)
     latents: list[torch.Tensor] = []
     rows = [i % available for i in range(images)]
     generator = torch.Generator().manual_seed(seed)

@@ -15,6 +15,7 @@ from lrq_export.checkpoint import TensorFile
 from lrq_export.models.base import ModelFamily
 from lrq_export.package import save_tensors_atomic
 from lrq_export.recipe import Sampling
+from lrq_export.sampling import ConditionalSampler
 from lrq_export.source import Inputs, Source
 from lrq_export.verify.ladder import draw, run_torch
 from lrq_export.verify.metrics import nmse
@@ -29,7 +30,7 @@ class Reference:
     inputs: dict[str, torch.Tensor]
     noise: torch.Tensor
     conditions: dict[str, torch.Tensor]
-    latents: torch.Tensor  # (steps, images, channels, height, width)
+    latents: torch.Tensor  # (steps, images, ...)
     adapter_nmse: float  # R0, as measured when the source was at hand
     statistics: dict[str, dict[str, float]]  # J, kurtosis, peak to RMS of every layer's input
 
@@ -55,9 +56,9 @@ def write_reference(
 ) -> None:
     """Run the loaded floating-point `model` on the evaluation inputs and along a trajectory; leaves it traceable."""
     noise = run_torch(source.family, model, inputs.evaluation)
-    latents = draw(
-        model, scheduler, inputs.conditions, sampling.images, sampling.steps, sampling.seed, sampling.guidance_scale
-    )
+    drawn = source.family.latents(inputs.evaluation, inputs.conditions)
+    sampler = ConditionalSampler(model, scheduler, inputs.conditions, drawn)
+    latents = draw(sampler, sampling.images, sampling.steps, sampling.seed, sampling.guidance_scale)
     facts = {"adapter_nmse": adapter_error(source.family, model, inputs.evaluation), "statistics": statistics}
     tensors = {f"inputs.{name}": tensor for name, tensor in inputs.evaluation.items()}
     tensors |= {f"conditions.{name}": tensor for name, tensor in inputs.conditions.items()}

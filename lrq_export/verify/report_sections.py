@@ -124,7 +124,8 @@ def _samples(report: Report, shown: Exhibits) -> Html | None:
     wide = "grid wide" if max(float_.shape[2:]) > SMALL_SIDE else "grid"
     captions = [_caption(images, index, measured[index], index == worst) for index in range(number)]
     triples = [plots.image_triple(float_[index], quantized[index], factor, captions[index]) for index in range(number)]
-    legend = tag("p", _summary(images, measured), " ", plots.image_legend(float_, factor, number))
+    shown = images.get("shown") or ""
+    legend = tag("p", _summary(images, measured), " ", plots.image_legend(float_, factor, number), " ", shown)
     return join([legend, tag("div", *triples, class_=wide)])
 
 

@@ -16,7 +16,7 @@ from lrq_export.onnx_file import WeightTensor
 from lrq_export.package import MODEL, ONNXRUNTIME_ENGINE, QUANTIZED
 from lrq_export.proof import Proof, difference
 from lrq_export.runtime import PackagedTransformer, feeds
-from lrq_export.sampling import scheduler_from
+from lrq_export.sampling import ConditionalSampler, scheduler_from
 from lrq_export.saved_graphs import rewritten_graph, saved_graphs
 from lrq_export.verify import forced, ladder
 from lrq_export.verify.array_file import ArrayFile
@@ -126,23 +126,25 @@ def r4(subject: Subject, answers: list[ArrayFile]) -> ladder.Rung:
 def r5(subject: Subject, transformer: PackagedTransformer, scheduler_config: dict[str, Any] | None):
     sampling, reference = subject.recipe.sampling, subject.reference
     scheduler = scheduler_from(sampling.scheduler, scheduler_config)
-    latents = ladder.draw(
-        transformer, scheduler, reference.conditions, reference.latents.shape[1], sampling.steps, sampling.seed,
-        sampling.guidance_scale,
-    )  # fmt: skip
+    drawn = subject.family.latents(reference.inputs, reference.conditions)
+    sampler = ConditionalSampler(transformer, scheduler, reference.conditions, drawn)
+    count = reference.latents.shape[1]
+    latents = ladder.draw(sampler, count, sampling.steps, sampling.seed, sampling.guidance_scale)
     trajectory = ladder.trajectory_errors(latents, reference.latents)
-    scheduler.set_timesteps(sampling.steps)
-    for row, timestep in zip(trajectory, scheduler.timesteps.tolist(), strict=False):
+    drawn.set_timesteps(scheduler, sampling.steps)
+    for row, timestep in zip(trajectory, drawn.timestep(scheduler.timesteps).tolist(), strict=False):
         row["timestep"] = timestep
     images = ladder.image_errors(latents[-1], reference.latents[-1])
     rows = min(len(tensor) for tensor in reference.conditions.values())
     images["labels"] = [str(i % rows) for i in range(len(latents[-1]))]
+    images["shown"] = drawn.shown
     value, bound = images["psnr_total_db"], subject.recipe.gates.psnr_db
     rung = ladder.Rung(
         "R5", f"{sampling.steps}-step samples of the engine vs floating point", "everything above, as a user sees it",
         "PSNR dB", value, bound, None if bound is None else value >= bound, f"{len(latents[-1])} images, same seeds",
     )  # fmt: skip
-    samples = {"float": reference.latents[-1].numpy(), "quantized": latents[-1].numpy()}
+    last = {"float": reference.latents[-1], "quantized": latents[-1]}
+    samples = {name: drawn.pictures(each).numpy() for name, each in last.items()}
     images["psnr_db"] = [float(min(value, 999.0)) for value in images["psnr_db"]]  # JSON has no infinity
     images["psnr_total_db"] = float(min(value, 999.0))
     return rung, trajectory, images, samples

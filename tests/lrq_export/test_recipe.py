@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from lrq_export import recipe as recipes
 from lrq_export.errors import CheckFailed, UsageError
+from lrq_export.models.flux import Flux
+from lrq_export.models.pixart import PixArt
 from lrq_export.recipe import KEYS, PRESETS, Recipe, load_recipe, select_layers, to_toml
 
 LAYERS = [f"transformer_blocks.{block}.{name}" for block in range(2) for name in ("attn1.to_q", "ff.net.2")]
@@ -70,6 +72,16 @@ def test_toml_names_every_key_in_a_fixed_order():
     positions = [text.index(f"{key.rpartition('.')[2]} = ") for key in ("schema", "keep", "weights.bits")]
     assert positions == sorted(positions)
     assert text.count(" = ") == len(KEYS)
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler"), [(PixArt, "DDIMScheduler"), (Flux, "FlowMatchEulerDiscreteScheduler")]
+)
+def test_what_is_left_open_is_the_family_s_choice(family, scheduler):
+    recipe = load_recipe().for_family(family())
+    assert (recipe.keep, recipe.sampling.scheduler) == (family.keep, scheduler)
+    chosen = load_recipe(overrides={"keep": "[]", "sampling.scheduler": "DPMSolverMultistepScheduler"})
+    assert chosen.for_family(family()) == chosen
 
 
 def test_later_layers_win_key_by_key(tmp_path):

@@ -50,6 +50,8 @@ def test_it_has_the_config_dtype_and_device_that_pipelines_read(drop_in, origina
     assert drop_in.device == torch.device("cpu")
     assert drop_in.eval() is drop_in
     assert drop_in.to("cpu", torch.float16) is drop_in
+    with drop_in.cache_context("cond", step_index=0):
+        pass
 
 
 def test_it_predicts_what_the_original_does_up_to_the_methods_loss(drop_in, original):

@@ -8,9 +8,11 @@ import torch
 from diffusers import DDIMScheduler
 
 from lrq_export.errors import InputError, MissingError, UsageError
+from lrq_export.models.latents import Latents
 from lrq_export.sampling import ConditionalSampler, check_steps, scheduler_from
 
 STOCHASTIC = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler")
+FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 UNSEEDED = "DEISMultistepScheduler"  # its step takes no generator
 
 
@@ -62,6 +64,17 @@ def test_a_scheduler_whose_step_takes_no_generator_is_used_without():
     check_steps(scheduler_from(UNSEEDED), 4)
 
 
+@pytest.mark.parametrize("name", FLOW)
+def test_schedulers_of_flow_matching_begin_with_noise_and_scale_nothing(name):
+    """One step of the only level, 1, leads straight to the sample: the noise less what the model predicts of it."""
+    check_steps(scheduler_from(name, {}), 4)
+    drawn = Latents((1, 2, 6))
+    sampler = ConditionalSampler(Denoiser(), scheduler_from(name, {}), {"text": torch.ones(2, 1)}, drawn)
+    got = sampler([0, 1], num_inference_steps=1, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(2, 1, 2, 6, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(got, noise - noise / 10)
+
+
 def test_the_check_leaves_the_scheduler_as_it_was():
     scheduler = DDIMScheduler()
     before = scheduler.timesteps.clone()
@@ -74,6 +87,13 @@ REFUSED = {
     "more steps than it was trained on": ("DDIMScheduler", {}, 1001, "1001"),
     "as many steps as the config allows": ("DDIMScheduler", {"num_train_timesteps": 10}, 11, "11"),
     "a scheduler of second order": ("HeunDiscreteScheduler", {}, 20, "it makes 39 steps of 20"),
+    "flow matching of second order": ("FlowMatchHeunDiscreteScheduler", {}, 20, "it makes 39 steps of 20"),
+    "a shift by tokens that images have none of": (
+        "FlowMatchEulerDiscreteScheduler",
+        {"use_dynamic_shifting": True},
+        20,
+        "`mu` must be passed",
+    ),
     "a step of other arguments": ("KarrasVeScheduler", {}, 20, "sample_hat"),
     "a scheduler without timesteps": ("ScoreSdeVeScheduler", {}, 20, "no attribute"),
     "an unknown prediction": ("DDIMScheduler", {"prediction_type": "guess"}, 20, "guess"),

@@ -1,6 +1,6 @@
 """Tiny models of random weights, one a family, with what the tests of every family do with them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,22 @@ class TinyModel:
         return plan_layers(self.family.construct(self.settings), self.family, recipe)
 
 
+PIXART = TinyModel(
+    "PixArtTransformer2DModel",
+    {
+        "sample_size": 8, "patch_size": 2, "in_channels": 1, "out_channels": 1, "num_layers": 2,
+        "attention_head_dim": 12, "num_attention_heads": 2, "cross_attention_dim": 24, "caption_channels": 16,
+    },
+    {"height": 8, "width": 12, "text": 7},
+)  # fmt: skip
+DIT = TinyModel(
+    "DiTTransformer2DModel",
+    {
+        "sample_size": 8, "patch_size": 2, "in_channels": 1, "out_channels": 2, "num_layers": 2,
+        "attention_head_dim": 12, "num_attention_heads": 2, "num_embeds_ada_norm": 10,
+    },
+    {},
+)  # fmt: skip
 FLUX = TinyModel(
     "FluxTransformer2DModel",
     {
@@ -89,6 +105,23 @@ WAN = TinyModel(
     },
     {"frames": 3, "height": 8, "width": 10, "text": 7},
 )  # fmt: skip
+
+
+# Every family for tests that need a few seconds a block: FLUX, whose blocks differ most, has one of each kind.
+FAMILIES = {
+    "PixArt": PIXART,
+    "DiT": DIT,
+    "FLUX": replace(FLUX, settings=FLUX.settings | {"num_layers": 1, "num_single_layers": 1}),
+    "SD3": replace(SD3, settings=SD3.settings | {"dual_attention_layers": (), "qk_norm": None}),
+    "SD3.5": SD3,
+    "Wan": WAN,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> dict[str, TinyModel]:
+    """One of every family, by the name of the family."""
+    return FAMILIES
 
 
 @pytest.fixture(scope="session")

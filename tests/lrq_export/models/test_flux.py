@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import save_file
 
 from lrq_export.calibrate.inputs import load_inputs
 from lrq_export.calibrate.record import record
 from lrq_export.errors import InputError
 from lrq_export.models import family_of
-from lrq_export.models.flux import Flux
+from lrq_export.models.flux import Flux, shift
 from lrq_export.runtime import feeds
 from lrq_export.verify.metrics import nmse
 
@@ -135,3 +136,69 @@ def test_a_recording_without_positions_is_refused(flux, tmp_path):
     save_file(given, tmp_path / "x")
     with pytest.raises(InputError, match="img_ids is missing"):
         load_inputs(tmp_path / "x", flux.specs)
+
+
+def grid(rows, columns):
+    """Positions (1, tokens, 3) as FluxPipeline makes them for an image of so many patches."""
+    return FluxPipeline._prepare_latent_image_ids(1, rows, columns, "cpu", torch.float32)[None]
+
+
+def drawn(positions, channels=8):
+    """What is drawn where inputs of another size were recorded."""
+    recorded = {"hidden_states": torch.zeros(2, 99, channels)}
+    return Flux().latents(recorded, {"img_ids": positions})
+
+
+def test_as_many_tokens_are_drawn_as_the_conditions_have_positions():
+    assert drawn(grid(2, 3)).shape == (6, 8)
+
+
+def test_pictures_are_the_latents_that_the_pipeline_unpacks():
+    image = torch.randn(3, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    packed = FluxPipeline._pack_latents(image, 3, 2, 4, 6)
+    assert drawn(grid(2, 3)).shown == ""
+    assert torch.equal(drawn(grid(2, 3)).pictures(packed), image)
+
+
+NO_GRID = {
+    "positions of no grid": (torch.rand(1, 6, 3) * 64, 8),
+    "a grid column by column": (grid(3, 2)[..., [0, 2, 1]], 8),
+    "a grid with a hole": (torch.cat([grid(2, 3)[:, :5], torch.tensor([[[0.0, 1, 1]]])], dim=1), 8),
+    "channels that make no patches": (grid(2, 3), 6),
+}
+
+
+@pytest.mark.parametrize(("positions", "channels"), NO_GRID.values(), ids=NO_GRID.keys())
+def test_tokens_without_a_grid_are_shown_as_rows(positions, channels):
+    latents = torch.randn(2, 6, channels)
+    assert torch.equal(drawn(positions, channels).pictures(latents), latents[:, None])
+    assert "Tokens from top to bottom" in drawn(positions, channels).shown
+
+
+def test_a_timestep_of_a_scheduler_is_a_thousandth_for_the_model():
+    arguments = drawn(grid(2, 3)).arguments(
+        torch.ones(2, 6, 8), torch.tensor(250.0), {"img_ids": grid(2, 3), "txt_ids": torch.zeros(2, 7, 3)}
+    )
+    assert arguments["timestep"].tolist() == [0.25, 0.25]
+    assert (arguments["img_ids"].shape, arguments["txt_ids"].shape) == ((6, 3), (7, 3))
+
+
+@pytest.mark.parametrize("tokens", [16, 256, 1000, 4096, 9000])
+def test_the_shift_is_the_pipeline_s(tokens):
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    assert shift({}, tokens) == pytest.approx(calculate_shift(tokens))
+    config = {"base_image_seq_len": 100, "max_image_seq_len": 900, "base_shift": 0.2, "max_shift": 2.0}
+    assert shift(config, tokens) == pytest.approx(calculate_shift(tokens, *config.values()))
+
+
+def test_the_noise_falls_evenly_before_it_is_shifted():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    drawn(grid(2, 3)).set_timesteps(scheduler, 4)
+    assert scheduler.timesteps.tolist() == [1000, 750, 500, 250]
+
+
+def test_other_schedulers_take_steps_alone():
+    scheduler = DDIMScheduler()
+    drawn(grid(2, 3)).set_timesteps(scheduler, 4)
+    assert len(scheduler.timesteps) == 4

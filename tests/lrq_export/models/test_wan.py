@@ -60,6 +60,13 @@ def test_frames_and_sides_have_patches_of_their_own(wan):
     assert "with width a positive multiple of 2" in str(caught.value)
 
 
+def test_a_video_is_drawn_whole_and_shown_by_its_first_frame():
+    recorded = {"hidden_states": torch.randn(5, 2, 3, 8, 10)}
+    drawn = Wan().latents(recorded, {})
+    assert drawn.shape == (2, 3, 8, 10)
+    assert torch.equal(drawn.pictures(recorded["hidden_states"]), recorded["hidden_states"][:, :, 0])
+
+
 @pytest.mark.parametrize("key", ["image_dim", "added_kv_proj_dim"])
 def test_an_image_to_video_model_is_refused(wan, tmp_path, key):
     config = wan.settings | {key: 24}
