@@ -37,15 +37,17 @@ class Proof:
         self.cases, self.read = [feeds(specs, case) for case in cases], read
 
     def answers(self, traced: TracedGraph) -> Answers:
-        """The output for every case; each weight is evaluated when the slice of the graph that reads it runs."""
+        """Every output for every case; each weight is evaluated when the slice of the graph that reads it runs."""
         read = self.read or random_source(traced)
         weights = {
             name: functools.partial(lambda expression: evaluate(expression, read).numpy(), expression)
             for name, expression in weight_names(traced).items()
         }
         sliced = SlicedModel(float_model(traced), weights=weights)
-        outputs = {case: array for case, _, array in sliced.run([case.__getitem__ for case in self.cases])}
-        return [outputs[index] for index in range(len(self.cases))]
+        runs = sliced.run([case.__getitem__ for case in self.cases])
+        outputs = {(case, name): array for case, name, array in runs}
+        names = [tensor.name for tensor in traced.graph.outputs]
+        return [outputs[index, name] for index in range(len(self.cases)) for name in names]
 
 
 def difference(after: Answers, before: Answers) -> float:

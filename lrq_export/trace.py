@@ -159,10 +159,10 @@ def _to_traced(
 def _simplify(model) -> None:
     """Fold constants, take out what hands on its input as it is, and merge what is computed twice.
 
-    This is `onnxscript.optimizer.optimize(model, inline=False)` without most of its rewrite rules. One of those, which
-    looks for pairs of Slices that are a Split, compares every node with every other: an hour for a deep model, in which
-    it finds nothing, since the exporter writes a Split itself. The others left out are about clipping, padding,
-    normalization and weights of convolutions, and no diffusion transformer has them.
+    This is `onnxscript.optimizer.optimize(model, inline=False)` without most of its rewrite rules. One of them, which
+    looks for pairs of Slices that are a Split, goes over the whole graph at every node, so that it took longer than all
+    else for a deep model; it finds nothing, since the exporter writes a chunk as a Split. The others left out are about
+    clipping, padding, batch normalization and biases of convolutions, which no diffusion transformer has.
     """
     from onnx_ir.passes import common as ir_passes
     from onnxscript import optimizer, rewriter

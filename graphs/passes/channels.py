@@ -78,7 +78,10 @@ class _Climb:
         numbers = [is_number(each) for each in node.inputs]
         if sum(numbers) != 1:
             raise NoMatch("Mul computes what it rotates, and not with one number for all channels")
-        return self.up(node.inputs[numbers.index(False)], axes)
+        scaled = node.inputs[numbers.index(False)]
+        if len(scaled.shape or ()) != len(tensor.shape):
+            raise NoMatch("Mul adds axes to what it multiplies")
+        return self.up(scaled, axes)
 
     def concat(self, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
         if node.attrs["axis"] % len(tensor.shape) in axes:
@@ -95,7 +98,8 @@ class _Climb:
     def split(self, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
         whole, axis = node.inputs[0], node.attrs.get("axis", 0) % len(tensor.shape)
         if axis not in axes:
-            if any(each.outputs for each in node.outputs if each is not tensor):
+            others = [each for each in node.outputs if each is not tensor]
+            if any(each.outputs or is_graph_output(each, self.traced.graph) for each in others):
                 raise NoMatch("Split hands other tokens to other readers")
             return self.up(whole, axes)
         if axes != (len(tensor.shape) - 1,):
@@ -123,7 +127,7 @@ class _Climb:
     def matmul(self, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
         path = layer_weight(node.inputs[1])
         if not path:
-            return self.mix(node.inputs[1], len(tensor.shape), axes)
+            return self.mix(node.inputs[1], tensor, axes)
         if axes != (len(tensor.shape) - 1,):
             raise NoMatch("a linear layer computes it, but not its channels alone")
         if path[0].name not in self.traced.linears | self.traced.tensors:
@@ -132,17 +136,20 @@ class _Climb:
             raise NoMatch("the weight of the linear layer before it is also read elsewhere")
         return [Rows(path[0].name)]
 
-    def mix(self, values: gs.Tensor, rank: int, axes: tuple[int, ...]) -> list[Rows]:
+    def mix(self, values: gs.Tensor, mixed: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
         """Tokens, the last axis but one, are mixed, by another matrix for every index of the axes before them."""
+        rank = len(mixed.shape)
         if len(values.shape or ()) != rank or axes[-1] != rank - 1 or rank - 2 in axes:
             raise NoMatch("MatMul computes what it rotates, neither a linear layer nor a mix of tokens")
+        if any(values.shape[axis] != mixed.shape[axis] for axis in axes):
+            raise NoMatch("attention shares its values between heads")
         self.check_head(values.shape[-1])
         return self.up(values, axes)
 
     def attention(self, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
         values, rank = node.inputs[2], len(tensor.shape)
         if rank == 4:
-            return self.mix(values, rank, axes)
+            return self.mix(values, tensor, axes)
         heads = node.attrs.get("kv_num_heads")
         if heads is None or heads != node.attrs.get("q_num_heads") or not isinstance(tensor.shape[-1], int):
             raise NoMatch("Attention shares its values between heads, or their number is not known")

@@ -87,7 +87,7 @@ def _past_parts(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[g
     if not all(map(_parts_tokens, value_readers(whole))) or is_graph_output(whole, traced.graph):
         raise NoMatch(f"what {node.op} divides is also read elsewhere, or its channels are divided")
     cutters = list({id(each): each for each in value_readers(whole)}.values())
-    parts = [part for each in cutters for part in each.outputs if value_readers(part)]
+    parts = [part for each in cutters for part in each.outputs if part.outputs or is_graph_output(part, traced.graph)]
     if len(parts) < 2:
         return []
     equal = _rotations_of(parts, rotation, traced)

@@ -35,7 +35,9 @@ def hands_on(node: gs.Node) -> bool:
         return True
     if node.op == "Cast":
         held = node.inputs[0].dtype
-        return held is not None and np.dtype(held) == onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"])
+        # graphsurgeon holds ONNX's number of a type that numpy lacks, such as bfloat16.
+        number = held if held is None or isinstance(held, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(held))
+        return number == node.attrs["to"]
     if node.op == "Transpose":
         return node.attrs.get("perm") == list(range(len(node.inputs[0].shape or ())))
     if node.op in NEUTRAL and isinstance(node.inputs[1], gs.Constant):

@@ -25,6 +25,8 @@ def fold_rotation_into_producer(traced: TracedGraph) -> PassResult:
         try:
             _check_rotation(node, traced)
             rows = rows_behind(node.inputs[0], int(node.attrs["block"]), traced)
+            if len({each.name for each in rows}) < len(rows):
+                raise NoMatch("two parts of one weight compute what it rotates")
         except NoMatch as reason:
             result.skip(node, str(reason))
             continue

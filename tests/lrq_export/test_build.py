@@ -50,7 +50,7 @@ def test_a_package_holds_exactly_the_files_of_the_design(package, digests):
 def test_the_manifest_tells_where_a_package_comes_from(package, tiny):
     manifest = verify_hashes(package)
     assert set(manifest["files"]) == FILES - {"manifest.json"}
-    resolved = tiny.recipe().model_copy(update={"keep": PixArt.keep})
+    resolved = tiny.recipe().model_copy(update={"keep": PixArt.keep}).for_family(PixArt())
     assert Recipe.model_validate(manifest["recipe"]) == resolved
     assert manifest["source"]["config"]["_class_name"] == "PixArtTransformer2DModel"
     assert manifest["source"]["fingerprint"] == open_source(tiny.source).checkpoint.fingerprint()

@@ -3,11 +3,15 @@
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from torch import nn
 
 from graphs import names
 from graphs.passes import PIPELINE
 from graphs.passes.patterns import LINEAR_OPS, ROTATE_OPS
 from graphs.traced import TracedGraph
+from lrq_export.models.base import SAMPLES, InputSpec
+from lrq_export.plan import LayerPlan
+from lrq_export.trace import trace
 
 INPUTS = ["hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"]
 
@@ -120,3 +124,52 @@ def test_a_pass_that_did_nothing_would_be_seen(package):
         fired |= {step.__name__: record}
     idle = {name for name, record in fired.items() if '"fired": 0' in record}
     assert idle == {"dead_code", "cancel_rotations", "fold_smoothing"}  # the demo's graph has nothing for these
+
+
+class Toy:
+    """A family of one model: two layers, the first called twice, and a slice and a product that do nothing."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice, self.once = nn.Linear(4, 4), nn.Linear(4, 2, bias=False)
+
+        def forward(self, x):
+            return self.once(self.twice(self.twice(x)[:, 0:] * 1))
+
+    def construct(self, config):
+        return self.Model()
+
+    def inputs(self, config):
+        return {"x": InputSpec((SAMPLES, "tokens", 4))}
+
+    def call(self, model, inputs):
+        return model(inputs["x"])
+
+    def make_traceable(self, model):
+        return model
+
+
+def plan(name, rows, block):
+    return LayerPlan(name, rows, 4, 4, 4, 8, block, None, "")
+
+
+def test_a_planned_layer_is_written_out_and_one_called_twice_has_one_weight():
+    traced = trace(Toy(), {}, [plan("twice", rows=4, block=4), plan("once", rows=2, block=0)])
+    nodes = [(node.op, [tensor.name for tensor in node.inputs]) for node in traced.graph.nodes]
+    assert [op for op, _ in nodes if op != "TwinLogDequant" and op != "Transpose"] == [
+        "HadamardRotate", "MatMul", "Add", "HadamardRotate", "MatMul", "Add", "MatMul",
+    ]  # fmt: skip
+    assert [read for op, read in nodes if op == "TwinLogDequant"] == [
+        [f"{layer}.{role}" for role in ("codes", "exponents", "scale")] for layer in ("twice", "once")
+    ]
+    assert [read[1] for op, read in nodes if op == "HadamardRotate"] == ["signs.4", "signs.4"]
+    assert [read[1] for op, read in nodes if op == "Add"] == ["twice.bias", "twice.bias"]
+    assert [list(tensor.shape) for tensor in traced.graph.inputs if tensor.name == "once.codes"] == [[2, 1, 4]]
+
+
+def test_free_dimensions_of_layers_keep_their_names():
+    traced = trace(Toy(), {}, [plan("twice", rows=4, block=4), plan("once", rows=2, block=0)])
+    assert {tuple(node.outputs[0].shape) for node in traced.graph.nodes if node.op == "MatMul"} == {
+        (SAMPLES, "tokens", 4), (SAMPLES, "tokens", 2),
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lrq_export.models.pixart import PixArt
 from lrq_export.recipe import Recipe
 
 PSNR = {(4, 8): (50.5, 41.25, 12.0), (3, 6): (30.0, 33.0, None)}
@@ -42,7 +43,7 @@ def report():
         "schema": 1,
         "source": {"name": "digits", "class_name": "PixArt"},
         "machine": {"processor": "Xeon 8488C", "cores": 2, "features": ["avx2"]},
-        "recipe": Recipe().model_dump(mode="json", by_alias=True),
+        "recipe": Recipe().for_family(PixArt()).model_dump(mode="json", by_alias=True),
         "warnings": ["no calibration was given"],
         "seeds": [5, 7],
         "images": 40,

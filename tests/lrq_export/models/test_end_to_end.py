@@ -43,8 +43,7 @@ def write_source(model, folder) -> None:
 @pytest.fixture(scope="module")
 def package_of(tiny, tmp_path_factory):
     """The package of a model, which is built once."""
-    # Compensated rounding is the longest part of a tiny build, and the same whatever the family.
-    recipe, packages = tiny.recipe(sampling__steps="2", weights__rounding="nearest"), {}
+    recipe, packages = tiny.recipe(sampling__steps="2"), {}
 
     def package(model):
         if model.class_name not in packages:
@@ -83,7 +82,7 @@ def test_the_trajectory_is_that_of_flow_matching(report):
     assert 0 < last < first
 
 
-def test_the_report_shows_what_was_drawn(each, report, package):
+def test_the_report_shows_what_was_drawn(each, package):
     page = (package / "report.html").read_text()
     drawn = {"FluxTransformer2DModel": "6×10", "SD3Transformer2DModel": "8×12", "WanTransformer3DModel": "8×10"}
     assert f"{drawn[each.class_name]} pixels." in page

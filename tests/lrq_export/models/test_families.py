@@ -40,7 +40,7 @@ def answers_and_torch_s(each, traced, weights):
     """The float model of the graph on a recorded sample and on inputs of other sizes, and diffusers' model on both."""
     proof, model = Proof(each.specs, each.inputs(), weights.__getitem__), each.new()
     cases = [{name: torch.from_numpy(array) for name, array in case.items()} for case in proof.cases]
-    assert [len(case["hidden_states"]) for case in cases] == [1, 3]
+    assert [len(case["hidden_states"]) for case in cases] == [1, 3, 3]
     assert cases[0]["hidden_states"].shape[2:] != cases[1]["hidden_states"].shape[2:] or "tokens" in each.sizes
     return proof.answers(traced), [each.family.call(model, case) for case in cases]
 

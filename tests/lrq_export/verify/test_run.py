@@ -96,8 +96,8 @@ def test_one_changed_weight_of_the_engine_breaks_r4_alone(edited):
 def test_a_fault_between_layers_is_blamed_on_the_layer_behind_it(edited):
     def other_epsilon(path):
         model = onnx.load(path)
-        norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
-        for attribute in norms[-2].attribute:  # before the second block's feed-forward
+        norms = [node for node in model.graph.node if node.op_type == "LayerNormRotate"]
+        for attribute in norms[-1].attribute:  # before the second block's feed-forward
             if attribute.name == "epsilon":
                 attribute.f = 0.1
         onnx.save(model, path)
