@@ -8,7 +8,7 @@ from graphs.checks import GraphError, check, check_preserved
 from graphs.passes import Pass
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
-from lrq_export.errors import CheckFailed
+from lrq_export.errors import CheckFailed, LrqError
 from lrq_export.proof import Answers, Proof, difference
 
 
@@ -62,7 +62,9 @@ def rewrite(
                 answers = now
                 traced = after  # a pass that did not fire has changed nothing, whatever it left behind
             outcome = Outcome(step.__name__, result, measured)
-        except ValueError as error:  # a check that failed, or a map that does not fit its weight
+        except LrqError:  # of the source's weights: no pass is to blame
+            raise
+        except Exception as error:  # a check that failed, a map that does not fit, or what a broken graph raises
             if not keep_going:
                 raise CheckFailed(
                     f"rewrite: pass {step.__name__}: {error}",

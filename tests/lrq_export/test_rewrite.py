@@ -103,6 +103,10 @@ def does_not_fit(traced, node):
     return False
 
 
+def crashes(traced, node):
+    raise IndexError("list index out of range")
+
+
 WRONG = {
     drops_a_rotation: "NMSE",
     loses_a_sign: "NMSE",
@@ -111,6 +115,7 @@ WRONG = {
     gives_another_shape: "is declared",
     names_the_output_otherwise: "the graph's outputs",
     does_not_fit: "does not divide",
+    crashes: "list index out of range",
 }
 
 
