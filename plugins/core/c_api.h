@@ -5,11 +5,7 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define LRQ_EXPORT __declspec(dllexport)
-#else
-#define LRQ_EXPORT __attribute__((visibility("default")))
-#endif
+#include "export.h"
 
 #ifdef __cplusplus
 extern "C" {
