@@ -26,7 +26,8 @@ PluginFieldType fieldType(ops::Kind kind) {
 }
 
 std::string described(PluginField const& field) {
-    return std::to_string(field.length) + " value(s) of field type " + std::to_string(static_cast<int32_t>(field.type));
+    return std::to_string(field.length) + " value(s) of field type " +
+           std::to_string(static_cast<int32_t>(field.type));
 }
 
 // An ONNX INT is 64 bits wide; the parser of today narrows it to kINT32.
@@ -39,7 +40,8 @@ int32_t readInteger(char const* name, PluginField const& field) {
     if (field.length == 1 && field.type == PluginFieldType::kINT64) {
         int64_t value;
         std::memcpy(&value, field.data, sizeof(value));
-        if (value < std::numeric_limits<int32_t>::min() || value > std::numeric_limits<int32_t>::max()) {
+        if (value < std::numeric_limits<int32_t>::min() ||
+            value > std::numeric_limits<int32_t>::max()) {
             refuse(name, std::to_string(value), "a number of 32 bits");
         }
         return static_cast<int32_t>(value);
@@ -69,7 +71,8 @@ std::string readText(char const* name, PluginField const& field) {
 }
 
 template <typename Value, typename Choice>
-void checkChosen(char const* name, Value const& got, std::string const& shown, Choice const* choices, int32_t count) {
+void checkChosen(char const* name, Value const& got, std::string const& shown,
+                 Choice const* choices, int32_t count) {
     std::string listed;
     for (int32_t choice = 0; choice < count; ++choice) {
         if (got == choices[choice]) {
@@ -86,7 +89,8 @@ void checkChosen(char const* name, Value const& got, std::string const& shown, C
 
 }  // namespace
 
-Attributes::Attributes(ops::Op const& op, nvinfer1::PluginFieldCollection const* fields, bool allRequired)
+Attributes::Attributes(ops::Op const& op, nvinfer1::PluginFieldCollection const* fields,
+                       bool allRequired)
     : mOp(&op), mValues(static_cast<size_t>(op.attributeCount)) {
     std::vector<bool> given(mValues.size(), false);
     int32_t const count = fields == nullptr ? 0 : fields->nbFields;
@@ -94,7 +98,9 @@ Attributes::Attributes(ops::Op const& op, nvinfer1::PluginFieldCollection const*
         PluginField const& field = fields->fields[position];
         int32_t const index = field.name == nullptr ? -1 : ops::attributeIndex(op, field.name);
         if (index < 0) {
-            throw PluginError("no attribute '" + std::string(field.name == nullptr ? "" : field.name) + "' in this op");
+            throw PluginError("no attribute '" +
+                              std::string(field.name == nullptr ? "" : field.name) +
+                              "' in this op");
         }
         if (given[index]) {
             refuse(field.name, "it twice", "it once");
@@ -111,7 +117,8 @@ Attributes::Attributes(ops::Op const& op, nvinfer1::PluginFieldCollection const*
             refuse(attribute.name, "none", "it: the op requires it");
         }
         if (!given[index]) {
-            mValues[index] = {attribute.integer, 0.0f, attribute.text == nullptr ? "" : attribute.text};
+            mValues[index] = {attribute.integer, 0.0f,
+                              attribute.text == nullptr ? "" : attribute.text};
         }
         checkChoices(index);
     }
@@ -130,27 +137,35 @@ void Attributes::checkChoices(int32_t index) const {
     ops::Attribute const& attribute = mOp->attributes[index];
     Value const& value = mValues[index];
     if (attribute.integerChoices != nullptr) {
-        checkChosen(attribute.name, value.integer, std::to_string(value.integer), attribute.integerChoices,
-                    attribute.choiceCount);
+        checkChosen(attribute.name, value.integer, std::to_string(value.integer),
+                    attribute.integerChoices, attribute.choiceCount);
     }
     if (attribute.textChoices != nullptr) {
-        checkChosen(attribute.name, value.text, "'" + value.text + "'", attribute.textChoices, attribute.choiceCount);
+        checkChosen(attribute.name, value.text, "'" + value.text + "'", attribute.textChoices,
+                    attribute.choiceCount);
     }
 }
 
 Attributes::Value const& Attributes::value(char const* name, ops::Kind kind) const {
     int32_t const index = ops::attributeIndex(*mOp, name);
     if (index < 0 || mOp->attributes[index].kind != kind) {
-        throw std::logic_error("op " + std::string(mOp->name) + " has no attribute '" + name + "' of that kind");
+        throw std::logic_error("op " + std::string(mOp->name) + " has no attribute '" + name +
+                               "' of that kind");
     }
     return mValues[index];
 }
 
-int32_t Attributes::integer(char const* name) const { return value(name, ops::Kind::kInteger).integer; }
+int32_t Attributes::integer(char const* name) const {
+    return value(name, ops::Kind::kInteger).integer;
+}
 
-float Attributes::real(char const* name) const { return value(name, ops::Kind::kReal).real; }
+float Attributes::real(char const* name) const {
+    return value(name, ops::Kind::kReal).real;
+}
 
-std::string const& Attributes::text(char const* name) const { return value(name, ops::Kind::kText).text; }
+std::string const& Attributes::text(char const* name) const {
+    return value(name, ops::Kind::kText).text;
+}
 
 int32_t Attributes::integerOr(char const* name, int32_t fallback) const {
     return ops::attributeIndex(*mOp, name) < 0 ? fallback : integer(name);
@@ -201,7 +216,8 @@ std::string Attributes::description() const {
 std::vector<PluginField> listedFields(ops::Op const& op) {
     std::vector<PluginField> fields;
     for (int32_t index = 0; index < op.attributeCount; ++index) {
-        fields.emplace_back(op.attributes[index].name, nullptr, fieldType(op.attributes[index].kind), 1);
+        fields.emplace_back(op.attributes[index].name, nullptr,
+                            fieldType(op.attributes[index].kind), 1);
     }
     return fields;
 }

@@ -1,5 +1,5 @@
-// The attributes of one node: read from TensorRT's plugin fields, checked against the op, written back to be
-// serialized.
+// The attributes of one node: read from TensorRT's plugin fields, checked against the op, written
+// back to be serialized.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,10 @@ namespace lrq::trt {
 
 class Attributes {
 public:
-    // Fields as TensorRT's ONNX parser makes them (INT: kINT32, FLOAT: kFLOAT32, STRING: kCHAR with its NUL), or as
-    // `serialized` gave them: in that case all of them are there, and no default stands in for one that got lost.
-    // Throws PluginError for a field that is unknown, there twice, missing, of another type, or out of its choices.
+    // Fields as TensorRT's ONNX parser makes them (INT: kINT32, FLOAT: kFLOAT32, STRING: kCHAR with
+    // its NUL), or as `serialized` gave them: in that case all of them are there, and no default
+    // stands in for one that got lost. Throws PluginError for a field that is unknown, there twice,
+    // missing, of another type, or out of its choices.
     Attributes(ops::Op const& op, nvinfer1::PluginFieldCollection const* fields, bool allRequired);
 
     // Of an attribute that the op has.
@@ -48,7 +49,8 @@ private:
     std::vector<Value> mValues;  // in the order of the op's attributes
 };
 
-// The fields that an op's creator lists: the parser passes on the attributes of these names, and drops all others.
+// The fields that an op's creator lists: the parser passes on the attributes of these names, and
+// drops all others.
 std::vector<nvinfer1::PluginField> listedFields(ops::Op const& op);
 
 }  // namespace lrq::trt

@@ -10,7 +10,9 @@ std::atomic<nvinfer1::ILoggerFinder*> loggerFinder{nullptr};
 
 }  // namespace
 
-void setFinder(nvinfer1::ILoggerFinder* finder) noexcept { loggerFinder = finder; }
+void setFinder(nvinfer1::ILoggerFinder* finder) noexcept {
+    loggerFinder = finder;
+}
 
 void log(nvinfer1::ILogger::Severity severity, std::string const& message) noexcept {
     try {

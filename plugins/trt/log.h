@@ -9,8 +9,8 @@
 
 namespace lrq::trt {
 
-// What is wrong with a node, its tensors or this machine, said so that a user can act on it. Thrown inside the
-// library only.
+// What is wrong with a node, its tensors or this machine, said so that a user can act on it. Thrown
+// inside the library only.
 class PluginError : public std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -20,8 +20,8 @@ void setFinder(nvinfer1::ILoggerFinder* finder) noexcept;
 
 void log(nvinfer1::ILogger::Severity severity, std::string const& message) noexcept;
 
-// What `body` returns, or `failed` if it throws: the message is logged with `where` in front. Every function that
-// TensorRT calls is wrapped in this.
+// What `body` returns, or `failed` if it throws: the message is logged with `where` in front. Every
+// function that TensorRT calls is wrapped in this.
 template <typename Result, typename Body>
 Result guarded(char const* where, Result failed, Body&& body) noexcept {
     try {
