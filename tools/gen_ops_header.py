@@ -1,6 +1,6 @@
 """Write plugins/core/generated/ops.h, what the C++ side knows of the ops, from graphs/ops. With --check, only compare.
 
-    python tools/gen_ops_header.py [--check]
+python tools/gen_ops_header.py [--check]
 """
 
 import argparse

@@ -1,11 +1,10 @@
 // Messages to the logger of whoever loaded the library, and the wall that no exception passes.
 #pragma once
 
+#include <cstdint>
 #include <exception>
 #include <stdexcept>
 #include <string>
-
-#include "NvInfer.h"
 
 namespace lrq::trt {
 
@@ -15,10 +14,14 @@ class PluginError : public std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// Called by TensorRT through setLoggerFinder; null: messages go to standard error.
-void setFinder(nvinfer1::ILoggerFinder* finder) noexcept;
+// As nvinfer1::ILogger::Severity numbers them.
+enum class Severity : int32_t { kError = 1, kWarning = 2 };
 
-void log(nvinfer1::ILogger::Severity severity, std::string const& message) noexcept;
+// An nvinfer1::ILoggerFinder, which TensorRT gives us through setLoggerFinder. Null, or one of a
+// library that does not say which version it is: messages go to standard error.
+void setFinder(void* finder) noexcept;
+
+void log(Severity severity, std::string const& message) noexcept;
 
 // What `body` returns, or `failed` if it throws: the message is logged with `where` in front. Every
 // function that TensorRT calls is wrapped in this.
@@ -28,11 +31,11 @@ Result guarded(char const* where, Result failed, Body&& body) noexcept {
         return body();
     } catch (std::exception const& error) {
         try {
-            log(nvinfer1::ILogger::Severity::kERROR, std::string(where) + ": " + error.what());
-        } catch (...) {
+            log(Severity::kError, std::string(where) + ": " + error.what());
+        } catch (...) {  // no memory for the message
         }
     } catch (...) {
-        log(nvinfer1::ILogger::Severity::kERROR, where);
+        log(Severity::kError, where);
     }
     return failed;
 }

@@ -1,4 +1,5 @@
 // HadamardRotate and the ops that fuse a norm or an activation with it: graphs/ops/rotated.py.
+#include "../core/hadamard.h"
 #include "plugins.h"
 
 namespace lrq::trt {
@@ -10,13 +11,15 @@ public:
         : Plugin(op, std::move(given)), mPrologue(prologue), mBlock(attributes().integer("block")) {
         int32_t const base = attributes().integer("base");
         int32_t const order = attributes().integer("order");
-        bool const divides = mBlock >= 1 && base >= 1 && mBlock % base == 0;
-        int32_t const power = divides ? mBlock / base : 0;
-        bool const paley = order == 0 ? base == 1 : base == order + 1 || base == 2 * (order + 1);
-        if (power == 0 || (power & (power - 1)) != 0 || !paley) {
-            throw PluginError("block " + std::to_string(mBlock) + " is not base " +
-                              std::to_string(base) + " times a power of two, or order " +
-                              std::to_string(order) + " is not the base's");
+        HadamardFactors factors{};
+        if (!factorizeHadamard(mBlock, &factors)) {
+            throw PluginError("block " + std::to_string(mBlock) + " has no Hadamard matrix here");
+        }
+        if (base != factors.base.size || order != factors.base.order) {
+            throw PluginError(
+                "base " + std::to_string(base) + " and order " + std::to_string(order) +
+                ", needed " + std::to_string(factors.base.size) + " and " +
+                std::to_string(factors.base.order) + " for block " + std::to_string(mBlock));
         }
         if (isNorm() && attributes().real("epsilon") < 0.0f) {
             throw PluginError("epsilon is negative, needed 0 or more");
