@@ -4,7 +4,8 @@
 //     v = base + step q,  f = v >> F,  r = v & (2^F - 1)
 //     m = SHIFT(M[r], f - I) - offset,  M[r] = round(2^(r / 2^F + I)),  right shifts round half up
 // and w = +-m by the code's sign bit. Every function here is defined for any value of its integer
-// arguments that its comment allows; nothing is read from a file without passing checkExponents.
+// arguments that its comment allows; what is read from a file passes checkExponents first, or is
+// decoded by decodeWeightClamped.
 #pragma once
 
 #include <cmath>
@@ -80,6 +81,20 @@ LRQ_HOST_DEVICE inline int8_t decodeWeight(
     int32_t const sign = code >> (bits - 1);
     int32_t const q = code & ((1 << (bits - 1)) - 1);
     int32_t const level = decodeLevel(group.sides[sign], q, mantissas);
+    return static_cast<int8_t>(sign != 0 ? -level : level);
+}
+
+LRQ_HOST_DEVICE inline int32_t clampLevel(int32_t level) {
+    return level > kMaxLevel ? kMaxLevel : level < -kMaxLevel ? -kMaxLevel : level;
+}
+
+// decodeWeight for exponents that nobody checked, as on a GPU: the same number for valid ones, and
+// one in -127..127 for any others.
+LRQ_HOST_DEVICE inline int8_t decodeWeightClamped(
+    GroupExponents const& group, int32_t code, int32_t bits, Mantissas const& mantissas) {
+    int32_t const sign = code >> (bits - 1);
+    int32_t const q = code & ((1 << (bits - 1)) - 1);
+    int32_t const level = clampLevel(decodeLevel(group.sides[sign], q, mantissas));
     return static_cast<int8_t>(sign != 0 ? -level : level);
 }
 

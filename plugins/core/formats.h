@@ -15,7 +15,7 @@ namespace lrq {
 
 constexpr int32_t kMaxLevel = 127;         // |w| fits INT8 with a sign
 constexpr int32_t kMaxFractionBits = 7;    // F: exponents are in units of 2^-F
-constexpr int32_t kMaxIntegerBits = 8;    // I: mantissas carry I bits before they are shifted
+constexpr int32_t kMaxIntegerBits = 8;     // I: mantissas carry I bits before they are shifted
 constexpr int32_t kMaxMantissas = 1 << kMaxFractionBits;
 constexpr int32_t kMaxTableSize = 1 << 4;  // 2^bits
 // M >= 1, so a shift by 8 is beyond kMaxLevel plus the largest offset, and so is any larger one.
@@ -48,6 +48,13 @@ struct GroupExponents {
 };
 static_assert(sizeof(GroupExponents) == 6, "exponents are stored as (rows, groups, 2, 3) INT8");
 
+// Where codes lie: graphs/ops/packing.py or graphs/ops/words.py (words.h).
+enum class CodesLayout : int32_t { kStorage = 0, kWords = 1 };
+
+// What the integers of a weight are made of: graphs/ops/twin_log_dequant.py, codebook_dequant.py,
+// int8_dequant.py.
+enum class Format : int32_t { kTwinLog = 0, kCodebook = 1, kInt8 = 2 };
+
 // Packed codes are (rows, planes, elements); an element holds `per` fields of `width` bits, low
 // first, and plane p holds bits [width * p, width * (p + 1)) of every code.
 struct Layout {
@@ -78,7 +85,7 @@ LRQ_HOST_DEVICE constexpr int64_t elementsPerRow(int32_t bits, int64_t cols) {
 }
 
 // Bytes of all packed codes. INT4 elements are two a byte, without padding between rows.
-constexpr int64_t packedBytes(int32_t bits, int64_t rows, int64_t cols) {
+LRQ_HOST_DEVICE constexpr int64_t packedBytes(int32_t bits, int64_t rows, int64_t cols) {
     return (rows * layoutOf(bits).planes * elementsPerRow(bits, cols) * layoutOf(bits).width *
                 layoutOf(bits).per + 7) / 8;
 }
