@@ -4,9 +4,10 @@
 //     y = ((q w^T) tokenScale rowScale + bias) gate + residual
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
+
+// As cuda_runtime_api.h has it, which the CPU twin of the kernels does without.
+typedef struct CUstream_st* cudaStream_t;
 
 namespace lrq {
 
@@ -36,6 +37,7 @@ struct Product {
 struct Device {
     int32_t architecture;  // 90 for compute capability 9.0
     int32_t processors;    // streaming multiprocessors
+    int64_t sharedBytes;   // that one block can have
 };
 
 // Enqueues the product; false if CUTLASS or CUDA refused it.
