@@ -85,7 +85,8 @@ LRQ_EXPORT int32_t lrqRotate(LrqRotation const* rotation, void* stream);
 // A weight (rows, cols) of small integers w, as the inputs and attributes of its op give it.
 typedef struct LrqWeight {
     void const* codes;     // as `layout` says; INT8 (rows, cols) for LRQ_INT8
-    // Exponents (rows, cols / groupSize, 2, 3), or table (rows, cols / groupSize, 2^bits); else null.
+    // Exponents (rows, groups, 2, 3) or table (rows, groups, 2^bits), groups = cols / groupSize; else
+    // null.
     int8_t const* levels;
     int64_t rows;
     int64_t cols;
