@@ -14,9 +14,12 @@ namespace {
 
 PluginFieldType fieldType(ops::Kind kind) {
     switch (kind) {
-    case ops::Kind::kInteger: return PluginFieldType::kINT32;
-    case ops::Kind::kReal: return PluginFieldType::kFLOAT32;
-    case ops::Kind::kText: return PluginFieldType::kCHAR;
+        case ops::Kind::kInteger:
+            return PluginFieldType::kINT32;
+        case ops::Kind::kReal:
+            return PluginFieldType::kFLOAT32;
+        case ops::Kind::kText:
+            return PluginFieldType::kCHAR;
     }
     throw PluginError("an attribute of unknown kind");
 }
@@ -127,9 +130,15 @@ Attributes::Attributes(ops::Op const& op, nvinfer1::PluginFieldCollection const*
 void Attributes::read(int32_t index, PluginField const& field) {
     Value& value = mValues[index];
     switch (mOp->attributes[index].kind) {
-    case ops::Kind::kInteger: value.integer = readInteger(field.name, field); break;
-    case ops::Kind::kReal: value.real = readReal(field.name, field); break;
-    case ops::Kind::kText: value.text = readText(field.name, field); break;
+        case ops::Kind::kInteger:
+            value.integer = readInteger(field.name, field);
+            break;
+        case ops::Kind::kReal:
+            value.real = readReal(field.name, field);
+            break;
+        case ops::Kind::kText:
+            value.text = readText(field.name, field);
+            break;
     }
 }
 
@@ -200,14 +209,18 @@ std::string Attributes::description() const {
         Value const& value = mValues[index];
         text += (index == 0 ? "" : " ") + std::string(attribute.name) + "=";
         switch (attribute.kind) {
-        case ops::Kind::kInteger: text += std::to_string(value.integer); break;
-        case ops::Kind::kReal: {
-            char digits[32];
-            std::snprintf(digits, sizeof(digits), "%.9g", static_cast<double>(value.real));
-            text += digits;
-            break;
-        }
-        case ops::Kind::kText: text += value.text; break;
+            case ops::Kind::kInteger:
+                text += std::to_string(value.integer);
+                break;
+            case ops::Kind::kReal: {
+                char digits[32];
+                std::snprintf(digits, sizeof(digits), "%.9g", static_cast<double>(value.real));
+                text += digits;
+                break;
+            }
+            case ops::Kind::kText:
+                text += value.text;
+                break;
         }
     }
     return text;

@@ -1,6 +1,5 @@
 // TwinLogLinear, CodebookLinear, Int8Linear, and those with a gate and a residual:
 // graphs/ops/token_product.py and gated_residual.py.
-#include <algorithm>
 #include <cstdlib>
 
 #include "plugins.h"
@@ -21,8 +20,6 @@ bool residentAsInt8() {
     return chosen == "int8";
 }
 
-constexpr int32_t kChooseItself = LRQ_TACTICS;  // LRQ_AUTO; TensorRT's tactics begin at 1
-
 class LinearPlugin : public Plugin {
 public:
     LinearPlugin(ops::Op const& op, Attributes given, LrqFormat format)
@@ -38,18 +35,6 @@ public:
         }
     }
 
-    // The builder times these and has the fastest set: kChooseItself, and what the kernels can do
-    // with the sizes it configured.
-    int32_t getNbTactics() noexcept override { return static_cast<int32_t>(mTactics.size()); }
-    int32_t getValidTactics(int32_t* tactics, int32_t count) noexcept override {
-        std::copy_n(mTactics.begin(), std::min<size_t>(mTactics.size(), count), tactics);
-        return 0;
-    }
-    int32_t setTactic(int32_t tactic) noexcept override {
-        mTactic = tactic == kChooseItself ? static_cast<int32_t>(LRQ_AUTO) : tactic;
-        return 0;
-    }
-
 protected:
     std::unique_ptr<Plugin> copy() const override {
         auto copied = std::make_unique<LinearPlugin>(*this);
@@ -58,15 +43,6 @@ protected:
     }
 
     void attach() override { mInt8 = residentAsInt8() && mWeight.format() != LRQ_INT8; }
-
-    void configure(Shapes const& shapes, LrqType type) override {
-        mTactics = {kChooseItself};
-        for (int32_t tactic = LRQ_AUTO + 1; tactic < LRQ_TACTICS; ++tactic) {
-            if (workspaceOf(shapes, type, tactic) >= 0) {
-                mTactics.push_back(tactic);
-            }
-        }
-    }
 
     void checkShapes(Shapes const& shapes) const override {
         Dims const& x = shapes[input("x")];
@@ -95,7 +71,11 @@ protected:
 
     // Always that of residency `packed`: then an engine runs with either.
     int64_t workspaceBytes(Shapes const& shapes, LrqType type) const override {
-        int64_t const bytes = workspaceOf(shapes, type, LRQ_AUTO);
+        alignas(16) static char somewhere[16];  // only which pointers are null matters
+        std::vector<void const*> const inputs(shapes.size(), somewhere);
+        LrqLinear linear = describe(shapes, inputs.data(), type);
+        linear.y = somewhere;
+        int64_t const bytes = lrqLinearWorkspace(&linear);
         if (bytes < 0) {
             throw PluginError(lrqKernelsError());
         }
@@ -105,7 +85,6 @@ protected:
     int32_t launch(Launch const& launch) const override {
         LrqLinear linear = describe(launch.shapes, launch.inputs, launch.type);
         linear.y = launch.output;
-        linear.tactic = mTactic;
         int64_t const workspaceBytes = lrqLinearWorkspace(&linear);
         int32_t const status = mInt8 ? makeResident(linear, launch.stream) : 0;
         return status != 0 ? status
@@ -119,17 +98,8 @@ private:
         return y;
     }
 
-    // -1: the kernels cannot do that.
-    int64_t workspaceOf(Shapes const& shapes, LrqType type, int32_t tactic) const {
-        alignas(16) static char somewhere[16];  // only which pointers are null matters
-        std::vector<void const*> const inputs(shapes.size(), somewhere);
-        LrqLinear linear = describe(shapes, inputs.data(), type);
-        linear.y = somewhere;
-        linear.tactic = tactic;
-        return lrqLinearWorkspace(&linear);
-    }
-
-    // All but where the result goes and how it is computed.
+    // All but where the result goes. The kernels choose by the sizes of each call how to compute
+    // it.
     LrqLinear describe(Shapes const& shapes, void const* const* inputs, LrqType type) const {
         char const* const levels = mWeight.levelsName();
         LrqLinear linear{};
@@ -174,8 +144,6 @@ private:
 
     Weight mWeight;
     int32_t mBlock{0};
-    std::vector<int32_t> mTactics{kChooseItself};
-    int32_t mTactic{LRQ_AUTO};
     bool mInt8{false};
     std::shared_ptr<ResidentWeight> mResident;
     mutable bool mDecoded{false};  // by this clone, which one context runs at a time

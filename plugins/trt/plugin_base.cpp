@@ -10,10 +10,14 @@ constexpr int32_t kFailed = -1;
 
 LrqType typeOf(DataType type) {
     switch (type) {
-    case DataType::kFLOAT: return LRQ_FLOAT;
-    case DataType::kHALF: return LRQ_HALF;
-    case DataType::kBF16: return LRQ_BFLOAT16;
-    default: throw PluginError("x is no FP32, FP16 or BF16 tensor");
+        case DataType::kFLOAT:
+            return LRQ_FLOAT;
+        case DataType::kHALF:
+            return LRQ_HALF;
+        case DataType::kBF16:
+            return LRQ_BFLOAT16;
+        default:
+            throw PluginError("x is no FP32, FP16 or BF16 tensor");
     }
 }
 
@@ -47,9 +51,12 @@ int32_t Plugin::input(char const* name) const {
 
 IPluginCapability* Plugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
     switch (type) {
-    case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
-    case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
-    case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+        case PluginCapabilityType::kCORE:
+            return static_cast<IPluginV3OneCore*>(this);
+        case PluginCapabilityType::kBUILD:
+            return static_cast<IPluginV3OneBuild*>(this);
+        case PluginCapabilityType::kRUNTIME:
+            return static_cast<IPluginV3OneRuntime*>(this);
     }
     return nullptr;
 }
@@ -61,14 +68,17 @@ IPluginV3* Plugin::clone() noexcept {
 // INT4 codes in storage; every other width, and words, are INT8.
 DataType Plugin::wantedType(ops::Element element, DataType activation) const {
     switch (element) {
-    case ops::Element::kActivation: return activation;
-    case ops::Element::kFloat: return DataType::kFLOAT;
-    case ops::Element::kInt8: return DataType::kINT8;
-    case ops::Element::kCodes:
-        return mAttributes.integer("bits") == 4 &&
-                       mAttributes.textOr("layout", "storage") == "storage"
-                   ? DataType::kINT4
-                   : DataType::kINT8;
+        case ops::Element::kActivation:
+            return activation;
+        case ops::Element::kFloat:
+            return DataType::kFLOAT;
+        case ops::Element::kInt8:
+            return DataType::kINT8;
+        case ops::Element::kCodes:
+            return mAttributes.integer("bits") == 4 &&
+                           mAttributes.textOr("layout", "storage") == "storage"
+                       ? DataType::kINT4
+                       : DataType::kINT8;
     }
     throw std::logic_error("an input of unknown element type");
 }
@@ -160,9 +170,7 @@ int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t i
     return guarded<int32_t>(name(), kFailed, [&] {
         checkCounts(inputCount, outputCount);
         check(shapesOf(inputs, inputCount, &DynamicPluginTensorDesc::min));
-        Shapes const largest = shapesOf(inputs, inputCount, &DynamicPluginTensorDesc::max);
-        check(largest);
-        configure(largest, typeOf(activationType(inputs[0].desc.type)));
+        check(shapesOf(inputs, inputCount, &DynamicPluginTensorDesc::max));
         return kDone;
     });
 }

@@ -105,8 +105,6 @@ protected:
     virtual int32_t launch(Launch const& launch) const = 0;
     // On the clone that belongs to an execution context, before its first enqueue.
     virtual void attach() {}
-    // The largest sizes that the engine is built for.
-    virtual void configure(Shapes const&, LrqType) {}
 
     ops::Op const& op() const { return *mOp; }
     Attributes const& attributes() const { return mAttributes; }

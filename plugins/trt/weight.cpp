@@ -32,9 +32,12 @@ Weight::Weight(Attributes const& attributes, LrqFormat format) {
 
 char const* Weight::levelsName() const {
     switch (format()) {
-    case LRQ_TWIN_LOG: return "exponents";
-    case LRQ_CODEBOOK: return "table";
-    case LRQ_INT8: return nullptr;
+        case LRQ_TWIN_LOG:
+            return "exponents";
+        case LRQ_CODEBOOK:
+            return "table";
+        case LRQ_INT8:
+            return nullptr;
     }
     throw std::logic_error("a weight of unknown format");
 }

@@ -32,9 +32,14 @@ public:
     Attribute attribute() {
         Attribute read{text(), {}};
         switch (number<uint8_t>()) {
-        case 0: read.value = number<int32_t>(); break;
-        case 1: read.value = number<float>(); break;
-        default: read.value = text();
+            case 0:
+                read.value = number<int32_t>();
+                break;
+            case 1:
+                read.value = number<float>();
+                break;
+            default:
+                read.value = text();
         }
         return read;
     }

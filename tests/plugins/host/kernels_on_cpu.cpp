@@ -31,17 +31,25 @@ int32_t refuse(lrq::Status status, std::string const& message) {
 
 float load(void const* data, int32_t type, int64_t index) {
     switch (type) {
-    case LRQ_HALF: return __half2float(static_cast<__half const*>(data)[index]);
-    case LRQ_BFLOAT16: return __bfloat162float(static_cast<__nv_bfloat16 const*>(data)[index]);
-    default: return static_cast<float const*>(data)[index];
+        case LRQ_HALF:
+            return __half2float(static_cast<__half const*>(data)[index]);
+        case LRQ_BFLOAT16:
+            return __bfloat162float(static_cast<__nv_bfloat16 const*>(data)[index]);
+        default:
+            return static_cast<float const*>(data)[index];
     }
 }
 
 void store(void* data, int32_t type, int64_t index, float value) {
     switch (type) {
-    case LRQ_HALF: static_cast<__half*>(data)[index] = __float2half(value); break;
-    case LRQ_BFLOAT16: static_cast<__nv_bfloat16*>(data)[index] = __float2bfloat16(value); break;
-    default: static_cast<float*>(data)[index] = value;
+        case LRQ_HALF:
+            static_cast<__half*>(data)[index] = __float2half(value);
+            break;
+        case LRQ_BFLOAT16:
+            static_cast<__nv_bfloat16*>(data)[index] = __float2bfloat16(value);
+            break;
+        default:
+            static_cast<float*>(data)[index] = value;
     }
 }
 
@@ -88,11 +96,20 @@ std::vector<float> prologue(LrqRotation const& rotation, int64_t token) {
     for (int64_t channel = 0; channel < channels; ++channel) {
         float& value = x[channel];
         switch (kind) {
-        case lrq::Prologue::kGelu: value = lrq::gelu(value); break;
-        case lrq::Prologue::kGeluTanh: value = lrq::geluTanh(value); break;
-        case lrq::Prologue::kSilu: value = lrq::silu(value); break;
-        case lrq::Prologue::kGeglu: value = lrq::geglu(value, x[channels + channel]); break;
-        default: break;
+            case lrq::Prologue::kGelu:
+                value = lrq::gelu(value);
+                break;
+            case lrq::Prologue::kGeluTanh:
+                value = lrq::geluTanh(value);
+                break;
+            case lrq::Prologue::kSilu:
+                value = lrq::silu(value);
+                break;
+            case lrq::Prologue::kGeglu:
+                value = lrq::geglu(value, x[channels + channel]);
+                break;
+            default:
+                break;
         }
     }
     x.resize(static_cast<size_t>(channels));
@@ -201,10 +218,6 @@ int32_t lrqDequantize(LrqWeight const* weight, float const* scale, float* dequan
 
 // The decoded weight, then the codes of x, then the scales of its tokens.
 int64_t lrqLinearWorkspace(LrqLinear const* linear) {
-    if (linear->tactic < 0 || linear->tactic > LRQ_ANY_SIZE) {
-        refuse(LRQ_BAD_TYPE, "the CPU has one tactic");
-        return -1;
-    }
     if (linear->x == nullptr || linear->y == nullptr || linear->rowScales == nullptr) {
         refuse(lrq::Status::kNullPointer, "x, y or the scales of rows are null");
         return -1;

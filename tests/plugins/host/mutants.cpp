@@ -44,9 +44,12 @@ IPluginV3OneRuntime& MutantPlugin::runtime() const {
 
 IPluginCapability* MutantPlugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
     switch (type) {
-    case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
-    case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
-    case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+        case PluginCapabilityType::kCORE:
+            return static_cast<IPluginV3OneCore*>(this);
+        case PluginCapabilityType::kBUILD:
+            return static_cast<IPluginV3OneBuild*>(this);
+        case PluginCapabilityType::kRUNTIME:
+            return static_cast<IPluginV3OneRuntime*>(this);
     }
     return nullptr;
 }
@@ -128,32 +131,22 @@ size_t MutantPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int
                : build().getWorkspaceSize(inputs, inputCount, outputs, outputCount);
 }
 
-int32_t MutantPlugin::getNbTactics() noexcept {
-    return build().getNbTactics();
-}
-int32_t MutantPlugin::getValidTactics(int32_t* tactics, int32_t count) noexcept {
-    int32_t const status = build().getValidTactics(tactics, count);
-    if (mKind == Kind::kWrongTactic && count > 0) {
-        tactics[0] = 0;
-    }
-    return status;
-}
-
 char const* MutantPlugin::getTimingCacheID() noexcept {
     switch (mKind) {
-    case Kind::kNoTimingId: return nullptr;
-    case Kind::kTimingIdOfShapes: mTimingId += getPluginName(); return mTimingId.c_str();
-    case Kind::kTimingIdOfOpAlone: return getPluginName();
-    default: return build().getTimingCacheID();
+        case Kind::kNoTimingId:
+            return nullptr;
+        case Kind::kTimingIdOfShapes:
+            mTimingId += getPluginName();
+            return mTimingId.c_str();
+        case Kind::kTimingIdOfOpAlone:
+            return getPluginName();
+        default:
+            return build().getTimingCacheID();
     }
 }
 
 char const* MutantPlugin::getMetadataString() noexcept {
     return build().getMetadataString();
-}
-
-int32_t MutantPlugin::setTactic(int32_t tactic) noexcept {
-    return runtime().setTactic(tactic);
 }
 
 int32_t MutantPlugin::onShapeChange(PluginTensorDesc const* inputs, int32_t inputCount,
@@ -181,12 +174,23 @@ int32_t MutantPlugin::enqueue(PluginTensorDesc const* inputs, PluginTensorDesc c
     int32_t const status =
         runtime().enqueue(inputs, outputs, inputData, outputData, workspace, stream);
     switch (mKind) {
-    case Kind::kWritesPastOutput: stain(outputData[0], bytesOf(outputs[0])); break;
-    case Kind::kWritesBeforeOutput: stain(outputData[0], -1); break;
-    case Kind::kOneWrongElement: stain(outputData[0], bytesOf(outputs[0]) - 1); break;
-    case Kind::kWritesPastWorkspace: stain(workspace, static_cast<int64_t>(mWorkspaceBytes)); break;
-    case Kind::kWritesInput: stain(inputData[0], 0); break;
-    default: break;
+        case Kind::kWritesPastOutput:
+            stain(outputData[0], bytesOf(outputs[0]));
+            break;
+        case Kind::kWritesBeforeOutput:
+            stain(outputData[0], -1);
+            break;
+        case Kind::kOneWrongElement:
+            stain(outputData[0], bytesOf(outputs[0]) - 1);
+            break;
+        case Kind::kWritesPastWorkspace:
+            stain(workspace, static_cast<int64_t>(mWorkspaceBytes));
+            break;
+        case Kind::kWritesInput:
+            stain(inputData[0], 0);
+            break;
+        default:
+            break;
     }
     return status;
 }

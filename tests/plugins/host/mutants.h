@@ -35,7 +35,6 @@ enum class Kind {
     kDoesNothing,
     kOneWrongElement,
     kFailsToRun,
-    kWrongTactic,
     // Of the creator.
     kFillsInLostFields,
     kDropsUnknownFields,
@@ -73,7 +72,6 @@ inline constexpr Mutant kMutants[] = {
     {Kind::kDoesNothing, "does_nothing"},
     {Kind::kOneWrongElement, "one_wrong_element"},
     {Kind::kFailsToRun, "fails_to_run"},
-    {Kind::kWrongTactic, "wrong_tactic"},
     {Kind::kFillsInLostFields, "fills_in_lost_fields"},
     {Kind::kDropsUnknownFields, "drops_unknown_fields"},
     {Kind::kListsNoFields, "lists_no_fields"},
@@ -111,11 +109,8 @@ public:
     size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t inputCount,
                             nvinfer1::DynamicPluginTensorDesc const* outputs,
                             int32_t outputCount) const noexcept override;
-    int32_t getNbTactics() noexcept override;
-    int32_t getValidTactics(int32_t* tactics, int32_t count) noexcept override;
     char const* getTimingCacheID() noexcept override;
     char const* getMetadataString() noexcept override;
-    int32_t setTactic(int32_t tactic) noexcept override;
     int32_t onShapeChange(nvinfer1::PluginTensorDesc const* inputs, int32_t inputCount,
                           nvinfer1::PluginTensorDesc const* outputs,
                           int32_t outputCount) noexcept override;
