@@ -73,7 +73,8 @@ protected:
     int64_t workspaceBytes(Shapes const& shapes, LrqType type) const override {
         alignas(16) static char somewhere[16];  // only which pointers are null matters
         std::vector<void const*> const inputs(shapes.size(), somewhere);
-        LrqLinear linear = describe(shapes, inputs.data(), type);
+        LrqLinear linear = describe(inputs.data(), type);
+        linear.tokens = Tokens(shapes[input("x")], nullptr, 0).counts();
         linear.y = somewhere;
         int64_t const bytes = lrqLinearWorkspace(&linear);
         if (bytes < 0) {
@@ -83,7 +84,8 @@ protected:
     }
 
     int32_t launch(Launch const& launch) const override {
-        LrqLinear linear = describe(launch.shapes, launch.inputs, launch.type);
+        LrqLinear linear = describe(launch.inputs, launch.type);
+        placeTokens(linear, launch.shapes);
         linear.y = launch.output;
         int64_t const workspaceBytes = lrqLinearWorkspace(&linear);
         int32_t const status = mInt8 ? makeResident(linear, launch.stream) : 0;
@@ -98,9 +100,9 @@ private:
         return y;
     }
 
-    // All but where the result goes. The kernels choose by the sizes of each call how to compute
-    // it.
-    LrqLinear describe(Shapes const& shapes, void const* const* inputs, LrqType type) const {
+    // All but its tokens and where the result goes. The kernels choose by the sizes of each call
+    // how to compute it.
+    LrqLinear describe(void const* const* inputs, LrqType type) const {
         char const* const levels = mWeight.levelsName();
         LrqLinear linear{};
         linear.x = inputs[input("x")];
@@ -112,15 +114,22 @@ private:
         linear.type = type;
         linear.actBits = attributes().integer("act_bits");
         if (hasInput("residual")) {
-            Dims const* const others[] = {&shapes[input("gate")]};
-            Tokens const tokens(outputShape(shapes[input("x")]), others, 1);
-            linear.tokens = tokens.counts();
-            linear.gate = tokens.modulation(*others[0], inputs[input("gate")]);
+            linear.gate.data = inputs[input("gate")];
             linear.residual = inputs[input("residual")];
-        } else {
-            linear.tokens = Tokens(shapes[input("x")], nullptr, 0).counts();
         }
         return linear;
+    }
+
+    // The tokens, cut so that the gate has a stride for each part.
+    void placeTokens(LrqLinear& linear, Shapes const& shapes) const {
+        if (!hasInput("residual")) {
+            linear.tokens = Tokens(shapes[input("x")], nullptr, 0).counts();
+            return;
+        }
+        Dims const* const others[] = {&shapes[input("gate")]};
+        Tokens const tokens(outputShape(shapes[input("x")]), others, 1);
+        linear.tokens = tokens.counts();
+        linear.gate = tokens.modulation(*others[0], linear.gate.data);
     }
 
     // Has `linear` read the resident weight, decoded on this context's first call. Every context

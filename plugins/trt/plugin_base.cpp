@@ -25,15 +25,6 @@ bool isActivation(DataType type) {
     return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
 }
 
-Shapes shapesOf(DynamicPluginTensorDesc const* inputs, int32_t count,
-                Dims DynamicPluginTensorDesc::* bound) {
-    Shapes shapes;
-    for (int32_t index = 0; index < count; ++index) {
-        shapes.push_back(inputs[index].*bound);
-    }
-    return shapes;
-}
-
 }  // namespace
 
 Plugin::Plugin(ops::Op const& op, Attributes attributes)
@@ -164,13 +155,17 @@ bool Plugin::supportsFormatCombination(int32_t position, DynamicPluginTensorDesc
     });
 }
 
-// TensorRT gives the sizes of the profile: what holds for the least and the largest ones.
+// Bounds of the profile are not checked against each other: TensorRT derives those of a tensor
+// inside the network, and they may be wider than its sizes will ever be.
 int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t inputCount,
                                 DynamicPluginTensorDesc const*, int32_t outputCount) noexcept {
     return guarded<int32_t>(name(), kFailed, [&] {
         checkCounts(inputCount, outputCount);
-        check(shapesOf(inputs, inputCount, &DynamicPluginTensorDesc::min));
-        check(shapesOf(inputs, inputCount, &DynamicPluginTensorDesc::max));
+        Shapes shapes;
+        for (int32_t index = 0; index < inputCount; ++index) {
+            shapes.push_back(inputs[index].desc.dims);
+        }
+        check(shapes);
         return kDone;
     });
 }
@@ -179,7 +174,10 @@ int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t i
 size_t Plugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t inputCount,
                                 DynamicPluginTensorDesc const*, int32_t) const noexcept {
     return guarded<size_t>(name(), 0, [&] {
-        Shapes const largest = shapesOf(inputs, inputCount, &DynamicPluginTensorDesc::max);
+        Shapes largest;
+        for (int32_t index = 0; index < inputCount; ++index) {
+            largest.push_back(inputs[index].max);
+        }
         LrqType const type = typeOf(activationType(inputs[0].desc.type));
         return static_cast<size_t>(workspaceBytes(largest, type));
     });

@@ -330,8 +330,13 @@ std::vector<PluginTensorDesc> Walk::descriptions() const {
 
 std::vector<DynamicPluginTensorDesc> Walk::dynamicDescriptions() const {
     std::vector<DynamicPluginTensorDesc> made;
-    for (PluginTensorDesc const& known : descriptions()) {
-        made.push_back({known, known.dims, known.dims, known.dims});
+    for (int32_t index = 0; index < inputCount(); ++index) {
+        PluginTensorDesc known = descriptions()[index];
+        Dims const sizes = known.dims;
+        for (int32_t axis = 0; isToken(mCase.inputs[index]) && axis + 1 < sizes.nbDims; ++axis) {
+            known.dims.d[axis] = -1;
+        }
+        made.push_back({known, sizes, sizes, sizes});
     }
     return made;
 }
@@ -388,13 +393,10 @@ void Walk::sizesAreConfigured(TimingIds& timings) {
     need(known.first->second == mCase.op + fields().text(), "shares its id with another node");
     char const* const metadata = build(*plugin).getMetadataString();
     need(metadata != nullptr && std::string(metadata).find(mCase.op) == 0, "has no metadata");
-    for (Dims DynamicPluginTensorDesc::* bound :
-         {&DynamicPluginTensorDesc::min, &DynamicPluginTensorDesc::max}) {
-        std::vector<DynamicPluginTensorDesc> wrong = inputs;
-        Dims& sizes = wrong[0].*bound;
-        sizes.d[sizes.nbDims - 1] += 1;
-        refused("a profile of wrong sizes", [&] { return configure(wrong) != 0; });
-    }
+    std::vector<DynamicPluginTensorDesc> wrong = inputs;
+    Dims& sizes = wrong[0].desc.dims;
+    sizes.d[sizes.nbDims - 1] += 1;
+    refused("wrong sizes to be configured for", [&] { return configure(wrong) != 0; });
 }
 
 void Walk::whatIsSerializedMakesTheSame() {
