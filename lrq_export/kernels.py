@@ -139,8 +139,8 @@ class Linear(ctypes.Structure):
 def split_tokens(lead: Sequence[int], shapes: Sequence[Sequence[int]]) -> tuple[Tokens, list[tuple[int, int]]] | None:
     """Number tokens (*lead,) so that each of `shapes` is one row of channels for every (outer, inner).
 
-    shapes: of contiguous tensors (..., channels) that broadcast to (*lead, channels). Returns the tokens and the strides
-    (outer, inner) of each, in elements; None if no cut of `lead` in two serves them all: then copy one to full size.
+    shapes: of contiguous tensors (..., channels) that broadcast to (*lead, channels). Returns the tokens and the
+    strides (outer, inner) of each, in elements; None if no cut of `lead` in two serves them all: copy one to full size.
     """
     for cut in range(len(lead) + 1):
         outer, inner = lead[:cut], lead[cut:]
@@ -175,10 +175,13 @@ def find_library(path: Path | None = None) -> Path:
         if candidate is not None:
             found = Path(candidate)
             if not found.is_file():
-                raise MissingError(f"{found}: there is no such library", hint="build it with `lrq-export plugins build`")
+                raise MissingError(
+                    f"{found}: there is no such library", hint="build it with `lrq-export plugins build`"
+                )
             return found
     raise MissingError(
-        f"{LIBRARY} is nowhere to be found", hint=f"run `lrq-export plugins build`, or name the library in ${ENVIRONMENT}"
+        f"{LIBRARY} is nowhere to be found",
+        hint=f"run `lrq-export plugins build`, or name the library in ${ENVIRONMENT}",
     )
 
 
@@ -227,9 +230,7 @@ class Kernels:
             raise KernelError("lrqLinearWorkspace", size, self._error())
         return size
 
-    def linear(
-        self, linear: Linear, workspace: int | None, workspace_bytes: int, stream: int | None = None
-    ) -> None:
+    def linear(self, linear: Linear, workspace: int | None, workspace_bytes: int, stream: int | None = None) -> None:
         self._call("lrqLinear", ctypes.byref(linear), workspace, workspace_bytes, stream)
 
     def _call(self, function: str, *arguments: object) -> None:

@@ -24,10 +24,9 @@ from lrq_export.kernels import Type
 
 KERNELS = Path(__file__).parents[2] / "plugins" / "kernels"
 EMULATOR = Path(__file__).parent / "emulator"
-FLAGS = (
-    "-std=c++17 -O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -fPIC -fvisibility=hidden "
-    "-DLRQ_EMULATED -DLRQ_ARCHITECTURES=80 -DLRQ_MOST_DECODED_BYTES=4096"
-).split()
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+DEFINES = ["-DLRQ_EMULATED", "-DLRQ_ARCHITECTURES=80", "-DLRQ_MOST_DECODED_BYTES=4096"]
+FLAGS = ["-std=c++17", "-O1", *WARNINGS, "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", *DEFINES]
 HOST = ("checks", "linear", "c_api", "instantiations")
 DEVICE = ("decode_weight", "few_tokens", "any_size")
 ELEMENTS = {"Float": "float", "Half": "Half", "Bfloat16": "Bfloat16"}

@@ -11,6 +11,7 @@ from kernel_machine import NOTHING, TYPES, nmse
 
 from graphs.ops import OPS, packing, words
 from graphs.ops.token_product import quantize_tokens
+from graphs.ops.twin_log_dequant import random_exponents
 from lrq_export.kernels import (
     Format,
     KernelError,
@@ -124,7 +125,7 @@ def calls(op: str) -> list[Call]:
     spec, rng = OPS[op], np.random.default_rng(0)
     names = [tensor.name for tensor in spec.inputs]
     return [
-        Call(op, dict(zip(names, e.inputs, strict=True)), spec.node_attributes(**e.attributes) | {})
+        Call(op, dict(zip(names, e.inputs, strict=True)), spec.node_attributes(**e.attributes))
         for e in spec.examples(rng)
     ]
 
@@ -137,12 +138,11 @@ def without_plugin_fields(call: Call) -> Call:
 def call_of(tokens: int, rows: int, cols: int, group_size: int, bits: int, op: str = "TwinLogLinear") -> Call:
     """A call of any size with codes in words."""
     spec, rng = OPS[op], np.random.default_rng(tokens + rows)
-    draw = getattr(__import__("graphs.ops", fromlist=["x"]), "twin_log_dequant").random_exponents
     codes = rng.integers(0, 1 << bits, (rows, cols))
     inputs = {
         "x": rng.standard_normal((tokens, cols), np.float32),
         "codes": words.prepack(codes, bits),
-        "exponents": draw(rng, rows, cols // group_size, bits),
+        "exponents": random_exponents(rng, rows, cols // group_size, bits),
         "scale": rng.uniform(0.001, 0.01, rows).astype(np.float32),
         "bias": rng.standard_normal(rows, np.float32),
     }
@@ -209,9 +209,13 @@ def test_large_weights_are_decoded_and_multiplied_in_parts(machine, bits):
     call = call_of(2, 600, 16, 16, bits, "TwinLogLinearResidual")
     call.tactic = Tactic.ANY_SIZE
     np.testing.assert_array_equal(call.run(machine, Type.FLOAT), call.reference(Type.FLOAT))
-    call.inputs["codes"] = np.frombuffer(packing.pack(words.unpack_words(call.inputs["codes"], bits, 16), bits).raw, np.uint8)
+    call.inputs["codes"] = np.frombuffer(
+        packing.pack(words.unpack_words(call.inputs["codes"], bits, 16), bits).raw, np.uint8
+    )
     call.layout = Layout.STORAGE
-    np.testing.assert_array_equal(call.run(machine, Type.FLOAT), call_of(2, 600, 16, 16, bits, call.op).reference(Type.FLOAT))
+    np.testing.assert_array_equal(
+        call.run(machine, Type.FLOAT), call_of(2, 600, 16, 16, bits, call.op).reference(Type.FLOAT)
+    )
 
 
 def test_a_fused_rotation_is_rounded_to_the_type_of_x_first(machine):
