@@ -79,7 +79,10 @@ constexpr int32_t chooseTile(
 
 // Rows of a weight that are decoded together: what stays in L2 between the decode that writes it and
 // the product that reads it. Shares of a weight are alike and whole tiles.
-constexpr int64_t kMostDecodedBytes = 24 * 1024 * 1024;
+#if !defined(LRQ_MOST_DECODED_BYTES)  // tests cut smaller weights
+#define LRQ_MOST_DECODED_BYTES (24 * 1024 * 1024)
+#endif
+constexpr int64_t kMostDecodedBytes = LRQ_MOST_DECODED_BYTES;
 constexpr int64_t kShareOfRows = 256;
 
 constexpr int64_t rowsDecodedAtOnce(int64_t rows, int64_t cols) {

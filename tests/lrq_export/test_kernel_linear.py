@@ -1,0 +1,137 @@
+"""A quantized model on torch.ops.lrq: what of it shows without a GPU, and on one that it computes the same."""
+
+import copy
+
+import pytest
+import torch
+
+import lrq_export.torch_ops as torch_ops
+from lrq_export.errors import MissingError, UsageError
+from lrq_export.kernel_linear import KernelLinear, form_of, put_on_kernels
+from lrq_export.kernels import ENVIRONMENT, Format, Layout, Tokens, find_library, split_tokens
+from lrq_export.quantized import QuantizedFile
+from lrq_export.torch_ops import WeightForm
+
+FORM = WeightForm(24, 64, 64, Format.TWIN_LOG, Layout.WORDS, 4).values()
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def meta(*shape, dtype=torch.float16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.fixture
+def quantized(package):
+    return QuantizedFile(package / "quantized.safetensors")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_and_types_are_known_without_a_gpu(dtype):
+    ops, x = torch.ops.lrq, meta(2, 5, 64, dtype=dtype)
+    codes, levels, scale = (
+        meta(24, 32, dtype=torch.int8),
+        meta(24, 1, 2, 3, dtype=torch.int8),
+        meta(24, dtype=torch.float32),
+    )
+    rotated = ops.rotate(x, None, 64)
+    assert (rotated.shape, rotated.dtype) == (x.shape, dtype)
+    assert ops.rotate(x, None, 32, 6).shape == (2, 5, 32)  # GEGLU takes half of the channels
+    quantized, scales = ops.rotate_quantize(x, None, 64, 8)
+    assert (quantized.shape, quantized.dtype) == (x.shape, torch.int8)
+    assert (scales.shape, scales.dtype) == ((2, 5, 1), torch.float32)
+    assert ops.decode(codes, levels, FORM).shape == (24, 64)
+    assert ops.dequantize(codes, levels, scale, FORM).dtype == torch.float32
+    y = ops.linear(x, codes, levels, scale, None, FORM, 8)
+    assert (y.shape, y.dtype) == ((2, 5, 24), dtype)
+    again = ops.linear_quantized(quantized, scales, codes, levels, scale, None, FORM, 8, dtype)
+    assert (again.shape, again.dtype) == ((2, 5, 24), dtype)
+
+
+def test_a_quantized_model_traces_with_its_layers_on_the_ops(quantized):
+    name = next(iter(quantized.records))
+    layer = KernelLinear(quantized.layer(name), act_bits=8, rotation=quantized.records[name].rotation())
+    program = torch.export.export(layer.to("meta"), (meta(3, layer.in_features, dtype=torch.bfloat16),))
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert sum("lrq.linear" in target for target in called) == 1
+
+
+def test_every_quantized_layer_of_a_model_is_replaced(quantized):
+    model = torch.nn.Module()
+    for name in quantized.records:
+        owner = model
+        for part in name.split(".")[:-1]:
+            if not hasattr(owner, part):
+                owner.add_module(part, torch.nn.Module())
+            owner = getattr(owner, part)
+        owner.add_module(name.split(".")[-1], torch.nn.Identity())
+    put_on_kernels(model, quantized)
+    assert all(isinstance(model.get_submodule(name), KernelLinear) for name in quantized.records)
+
+
+def test_scale_and_bias_stay_float32_in_a_half_model(quantized):
+    name = next(iter(quantized.records))
+    layer = KernelLinear(quantized.layer(name), torch.zeros(quantized.records[name].rows)).half()
+    assert (layer.scale.dtype, layer.bias.dtype) == (torch.float32, torch.float32)
+    assert layer.codes.dtype == torch.int8
+    assert form_of(quantized.layer(name)) == layer.form
+
+
+def test_half_of_a_norm_is_refused():
+    with pytest.raises(UsageError, match="scale and shift"):
+        torch_ops._run_rotation(torch.zeros(1, 8), None, 8, 1, torch.zeros(8), None, 0.0, None, None, 0)
+
+
+# lead, shapes of modulations, (outer, inner), strides
+SPLITS = [
+    ((2, 3), [(8,)], (1, 6), [(0, 0)]),
+    ((2, 3), [(2, 1, 8)], (2, 3), [(8, 0)]),
+    ((2, 3), [(3, 8), (1, 1, 8)], (2, 3), [(0, 8), (0, 0)]),
+    ((2, 3), [(2, 3, 8), (8,)], (1, 6), [(0, 8), (0, 0)]),
+    ((2, 3), [(2, 3, 8), (2, 1, 8)], (2, 3), [(24, 8), (8, 0)]),
+    ((4,), [(8,), (4, 8)], (1, 4), [(0, 0), (0, 8)]),
+    ((), [(8,)], (1, 1), [(0, 0)]),
+    ((2, 3, 5), [(2, 3, 1, 8)], (6, 5), [(8, 0)]),
+    ((2, 3, 5), [(2, 1, 5, 8)], None, None),
+]
+
+
+@pytest.mark.parametrize(("lead", "shapes", "counts", "strides"), SPLITS, ids=str)
+def test_modulations_are_rows_of_outer_and_inner_tokens(lead, shapes, counts, strides):
+    found = split_tokens(lead, shapes)
+    if counts is None:
+        assert found is None
+        return
+    tokens, got = found
+    assert ((tokens.outer_count, tokens.inner_count), got) == (counts, strides)
+    assert isinstance(tokens, Tokens)
+    for shape, (outer, inner) in zip(shapes, got, strict=True):
+        source = torch.arange(torch.Size(shape).numel()).reshape(shape)
+        view = source.as_strided((*counts, shape[-1]), (outer, inner, 1)).reshape(*lead, shape[-1])
+        assert torch.equal(view, source.expand(*lead, shape[-1]))
+
+
+def test_a_library_that_is_not_there_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "absent.so"))
+    with pytest.raises(MissingError, match=r"absent\.so: there is no such library"):
+        find_library()
+    monkeypatch.delenv(ENVIRONMENT)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(MissingError, match="plugins build"):
+        find_library()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_on_the_kernels_compute_what_the_quantized_layers_do(quantized, dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU and a torch that sees it")
+    for name in quantized.records:
+        reference = quantized.module(name)
+        record = quantized.records[name]
+        bias = None if record.bias is None else quantized.read(record.bias)
+        layer = KernelLinear(quantized.layer(name), bias, act_bits=record.act_bits, rotation=record.input_rotation())
+        x = torch.randn(33, reference.in_features).to(dtype)
+        needed = copy.deepcopy(reference)(x.float())
+        got = layer.cuda()(x.cuda()).cpu().float()
+        error = ((got - needed) ** 2).sum() / (needed**2).sum()
+        assert error < (1e-9 if dtype == torch.float32 else 1e-4)
