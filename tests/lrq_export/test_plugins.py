@@ -81,7 +81,7 @@ def test_what_is_missing_is_said_with_what_to_do(cache, cmake, cli, said, parts)
 
 def test_a_compiler_that_fails_is_quoted(cache, cmake, cli):
     cmake(f'echo "{CONFIGURED}"', 'echo "a.cu: error: no such thing"; exit 2')
-    cli("plugins", "build").refused(4, "compiling the plugins failed", "a.cu: error: no such thing")
+    cli("plugins", "build").refused(1, "compiling the plugins failed", "a.cu: error: no such thing")
 
 
 def test_without_cmake_its_package_is_named(cache, cli, monkeypatch, tmp_path):
