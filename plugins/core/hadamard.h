@@ -160,9 +160,9 @@ LRQ_HOST_DEVICE inline void butterflies(float (&values)[kSize]) {
     }
 }
 
-// x (block,) times H / sqrt(block), or H^T / sqrt(block) if `inverse`, in place; scratch (base,).
+// x (block,) times H / sqrt(block) in place, for a scale of 1 / sqrt(block); scratch (base.size,).
 inline void hadamardTransform(
-    float* x, HadamardFactors const& factors, float scale, bool inverse, float* scratch) {
+    float* x, HadamardFactors const& factors, float scale, float* scratch) {
     HadamardBase const& base = factors.base;
     int32_t const power = factors.power;
     for (int32_t row = 0; row < base.size; ++row) {
@@ -172,10 +172,8 @@ inline void hadamardTransform(
         for (int32_t to = 0; to < base.size; ++to) {
             float sum = 0.0f;
             for (int32_t from = 0; from < base.size; ++from) {
-                int32_t const sign =
-                    inverse ? hadamardEntry(base, to, from) : hadamardEntry(base, from, to);
                 float const value = x[from * power + col];
-                sum += sign > 0 ? value : -value;
+                sum += hadamardEntry(base, from, to) > 0 ? value : -value;
             }
             scratch[to] = sum * scale;
         }
