@@ -22,12 +22,6 @@ char const* lrqStatusText(int32_t status) {
             return "block has no Hadamard matrix or does not divide the channels";
         case lrq::Status::kBadValue:
             return "epsilon is negative or not finite";
-        case lrq::Status::kNotBuilt:
-            return "no kernel for these arguments was compiled in";
-        case lrq::Status::kBadWorkspace:
-            return "the workspace is too small or not aligned";
-        case lrq::Status::kCudaError:
-            return "CUDA refused a launch";
     }
     return "unknown status";
 }
