@@ -16,7 +16,7 @@ from graphs.ops import packing, words
 CORE = Path(__file__).resolve().parents[1] / "plugins" / "core"
 # Contraction would round sums of products once where they are defined as rounded twice.
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off")
-i32, i64, f32, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+i32, u32, i64, f32, pointer = ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 OK, NULL_POINTER, BAD_BITS, BAD_SIZE, BAD_GROUP, BAD_LEVELS, BAD_FORMAT, BAD_BLOCK, BAD_VALUE = range(9)
 INT8 = "int8"
@@ -63,6 +63,7 @@ ARGUMENTS = {
     "lrqDecodeByShifts": (pointer, pointer),
     "lrqDecodeByTable": (pointer, pointer),
     "lrqDecodeByWords": (pointer, pointer),
+    "lrqPermuteBytes": (u32, u32, u32),
     "lrqExpandTables": (pointer, pointer),
     "lrqHadamardMatrix": (i32, i32, pointer, i64),
     "lrqHadamardFactors": (i64, pointer),
@@ -81,6 +82,7 @@ def compile_core(folder: Path, options: Sequence[str] = ()) -> ctypes.CDLL:
     for name, arguments in ARGUMENTS.items():
         getattr(loaded, name).argtypes = arguments
     loaded.lrqStatusText.restype = ctypes.c_char_p
+    loaded.lrqPermuteBytes.restype = u32
     return loaded
 
 

@@ -1,7 +1,7 @@
 // The C interface of lrq_core: reference loops for parity tests and for CPU tools. Every function
-// checks its arguments, returns an lrq::Status as int32 and writes its output only when that is 0.
-// No exception leaves it, nothing is allocated, and no value of codes, levels or activations is
-// undefined. Outputs overlap no input.
+// with a pointer checks its arguments, returns an lrq::Status as int32 and writes its output only
+// when that is 0. No exception leaves it, nothing is allocated, and no value of codes, levels or
+// activations is undefined. Outputs overlap no input.
 #pragma once
 
 #include <stdint.h>
@@ -78,6 +78,9 @@ LRQ_EXPORT int32_t lrqDecodeByTable(LrqPackedWeight const* weight, int8_t* decod
 // w (rows, cols) as the GPU kernels decode it: a word at a time through tables in registers. The
 // same numbers for valid levels; levels are not checked, but clamped into -127..127.
 LRQ_EXPORT int32_t lrqDecodeByWords(LrqPackedWeight const* weight, int8_t* decoded);
+
+// A GPU's PRMT instruction, as the functions here compute it: permuteBytes of table_decode.h.
+LRQ_EXPORT uint32_t lrqPermuteBytes(uint32_t low, uint32_t high, uint32_t selectors);
 
 // tables (rows, groups, 2^bits). Not for INT8.
 LRQ_EXPORT int32_t lrqExpandTables(LrqPackedWeight const* weight, int8_t* tables);

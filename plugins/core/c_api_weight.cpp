@@ -340,6 +340,10 @@ int32_t lrqDecodeByWords(LrqPackedWeight const* weight, int8_t* decoded) {
     return lrq::code(lrq::Status::kOk);
 }
 
+uint32_t lrqPermuteBytes(uint32_t low, uint32_t high, uint32_t selectors) {
+    return lrq::permuteBytes(low, high, selectors);
+}
+
 int32_t lrqExpandTables(LrqPackedWeight const* weight, int8_t* tables) {
     lrq::Status const status = lrq::checkCodedWeight(weight);
     if (status != lrq::Status::kOk) {

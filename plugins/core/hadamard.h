@@ -141,25 +141,6 @@ LRQ_HOST_DEVICE inline void butterflies(float* values, int32_t size) {
     }
 }
 
-// The same for a size known at compile time: registers, once the loops are unrolled.
-template <int32_t kSize>
-LRQ_HOST_DEVICE inline void butterflies(float (&values)[kSize]) {
-    static_assert(kSize > 0 && (kSize & (kSize - 1)) == 0, "H_2^m");
-#if defined(__CUDA_ARCH__)
-#pragma unroll
-#endif
-    for (int32_t half = 1; half < kSize; half *= 2) {
-#if defined(__CUDA_ARCH__)
-#pragma unroll
-#endif
-        for (int32_t index = 0; index < kSize; ++index) {
-            if ((index & half) == 0) {
-                butterfly(values[index], values[index + half]);
-            }
-        }
-    }
-}
-
 // x (block,) times H / sqrt(block) in place, for a scale of 1 / sqrt(block); scratch (base.size,).
 inline void hadamardTransform(
     float* x, HadamardFactors const& factors, float scale, float* scratch) {

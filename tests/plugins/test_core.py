@@ -146,6 +146,18 @@ def test_any_shape_bits_and_groups_decode_to_the_reference(core, bits, rows, gro
     np.testing.assert_array_equal(packed(core, case.codes, bits, layout), case.weight.raw)
 
 
+@given(*[st.integers(0, 2**32 - 1)] * 3)
+def test_permuted_bytes_are_those_that_the_ptx_manual_says(core, low, high, selectors):
+    source = low.to_bytes(4, "little") + high.to_bytes(4, "little")
+    expected = []
+    for nibble in (selectors >> shift & 15 for shift in (0, 4, 8, 12)):
+        byte = source[nibble & 7]
+        expected.append(byte if nibble < 8 else 255 * (byte >> 7))  # prmt.b32: bit 3 replicates the sign
+    permuted = core.lrqPermuteBytes(low, high, selectors)
+    assert permuted.to_bytes(4, "little") == bytes(expected)
+    assert core.lrqPermuteBytes(low ^ 1, high, 0x3210) != core.lrqPermuteBytes(low, high, 0x3210)
+
+
 def test_the_two_layouts_hold_the_same_codes_and_are_not_mixed_up(core):
     codes = np.random.default_rng(0).integers(0, 8, (4, 64)).astype(np.uint8)
     exponents = random_exponents(np.random.default_rng(1), 4, 1, 3)

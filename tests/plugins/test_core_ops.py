@@ -135,6 +135,24 @@ def perturb(flat):
         flat[0] = (flat[0].astype(np.int8) ^ 1).astype(flat.dtype)
 
 
+FAR = np.float32([np.inf, 3e38, 1e20, 300, 89, 20, 9, 5.5, 3, 1, 1e-3, 1e-38, 1e-45, 0])
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name.endswith(("luRotate", "luTanhRotate"))])
+def test_activations_are_those_of_the_reference_as_far_as_floats_go(core, name):
+    x = np.concatenate([-FAR, FAR, np.float32([np.nan])])[:, None]
+    if name == "GegluRotate":
+        x = np.concatenate([np.ones_like(x), x], axis=1)
+    inputs, attributes = (x, np.ones(1, np.float32)), {"block": 1, "base": 1, "order": 0}
+    with np.errstate(all="ignore"):
+        expected = OPS[name].reference(*inputs, **attributes)
+    # erfc(t) changes by 2 t^2 eps where t is rounded: 1e-5 at -9, and below -13 the result is denormal
+    got = rotate(core, name, inputs, attributes)
+    np.testing.assert_allclose(got, expected, rtol=3e-5, atol=1e-36, equal_nan=True)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(got + np.float32(1e-4), expected, rtol=3e-5, atol=1e-36, equal_nan=True)
+
+
 LINEARS = [name for name in OPS if function_of(name) is linear]
 
 
