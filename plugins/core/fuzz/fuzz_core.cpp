@@ -61,8 +61,8 @@ private:
     size_t at_ = 0;
 };
 
-// An array of exactly `size` elements, so that AddressSanitizer guards both of its ends; filled from
-// one seed of the input, which is what keeps inputs short.
+// An array of exactly `size` elements, so that AddressSanitizer guards both of its ends; filled
+// from one seed of the input, which is what keeps inputs short.
 template <class T>
 class Buffer {
 public:
@@ -269,7 +269,8 @@ double squares(Buffer<float>& values) {
 }
 
 void fuzzRotation(Bytes& input) {
-    static constexpr int32_t kBlocks[] = {1, 2, 12, 20, 28, 36, 60, 64, 72, 76, 108, 128, 140, 1152};
+    static constexpr int32_t kBlocks[] = {1,  2,  12, 20,  28,  36,  60,
+                                          64, 72, 76, 108, 128, 140, 1152};
     int64_t const block = kBlocks[input.take(1) % (sizeof(kBlocks) / sizeof(kBlocks[0]))];
     int64_t const tokens = input.between(1, 3);
     int64_t const channels = block * input.between(1, 3);
@@ -288,13 +289,14 @@ void fuzzRotation(Bytes& input) {
                               block,    prologue,     1e-6f};
     bool const hostile = input.flip();
     if (hostile) {
-        switch (input.take(1) % 7) {
+        switch (input.take(1) % 8) {
             case 0: rotation.tokens = hostileDimension(input); break;
             case 1: rotation.channels = hostileDimension(input); break;
-            case 2: rotation.block = input.flip() ? input.integer() : input.between(-5, 5000); break;
-            case 3: rotation.prologue = static_cast<int32_t>(input.between(7, 300)); break;
-            case 4: rotation.prologue = -1 - (input.integer32() & INT32_MAX); break;
-            case 5: rotation.scale = nullptr; break;
+            case 2: rotation.block = input.between(-5, 5000); break;
+            case 3: rotation.block = input.integer(); break;
+            case 4: rotation.prologue = static_cast<int32_t>(input.between(7, 300)); break;
+            case 5: rotation.prologue = -1 - (input.integer32() & INT32_MAX); break;
+            case 6: rotation.scale = nullptr; break;
             default: rotation.epsilon = floats(1, input, false)[0];
         }
     }
