@@ -4,7 +4,8 @@
 //     v = base + step q,  f = v >> F,  r = v & (2^F - 1)
 //     m = SHIFT(M[r], f - I) - offset,  M[r] = round(2^(r / 2^F + I)),  right shifts round half up
 // and w = +-m by the code's sign bit. Every function here is defined for any value of its integer
-// arguments that its comment allows; nothing is read from a file without passing checkExponents.
+// arguments that its comment allows; what is read from a file passes checkExponents first, or is
+// decoded by decodeWeightClamped.
 #pragma once
 
 #include <cmath>
@@ -83,6 +84,20 @@ LRQ_HOST_DEVICE inline int8_t decodeWeight(
     return static_cast<int8_t>(sign != 0 ? -level : level);
 }
 
+LRQ_HOST_DEVICE inline int32_t clampLevel(int32_t level) {
+    return level > kMaxLevel ? kMaxLevel : level < -kMaxLevel ? -kMaxLevel : level;
+}
+
+// decodeWeight for exponents that nobody checked, as on a GPU: the same number for valid ones, and
+// one in -127..127 for any others.
+LRQ_HOST_DEVICE inline int8_t decodeWeightClamped(
+    GroupExponents const& group, int32_t code, int32_t bits, Mantissas const& mantissas) {
+    int32_t const sign = code >> (bits - 1);
+    int32_t const q = code & ((1 << (bits - 1)) - 1);
+    int32_t const level = clampLevel(decodeLevel(group.sides[sign], q, mantissas));
+    return static_cast<int8_t>(sign != 0 ? -level : level);
+}
+
 // Whether every step is >= 0 and every level in 0..127.
 LRQ_HOST_DEVICE inline bool checkExponents(
     GroupExponents const& group, int32_t bits, Mantissas const& mantissas) {
@@ -126,10 +141,25 @@ LRQ_HOST_DEVICE inline int8_t quantizeActivation(float x, float scale, int32_t l
     return static_cast<int8_t>(fminf(fmaxf(rounded, -bound), bound));
 }
 
-// y = (acc * s_token) * s_row + bias, each step rounded to float: compile without contraction.
+// y = (acc * s_token) * s_row + bias, each step rounded to float: on the host, compile without
+// contraction.
 LRQ_HOST_DEVICE inline float dequantizeSum(
     int32_t sum, float tokenScale, float rowScale, float bias) {
+#if defined(__CUDA_ARCH__)
+    float const inTokens = __fmul_rn(static_cast<float>(sum), tokenScale);
+    return __fadd_rn(__fmul_rn(inTokens, rowScale), bias);
+#else
     return static_cast<float>(sum) * tokenScale * rowScale + bias;
+#endif
+}
+
+// residual + gate * y, the end of a branch of a transformer block: two roundings to float.
+LRQ_HOST_DEVICE inline float addGated(float y, float gate, float residual) {
+#if defined(__CUDA_ARCH__)
+    return __fadd_rn(residual, __fmul_rn(gate, y));
+#else
+    return residual + gate * y;
+#endif
 }
 
 }  // namespace lrq

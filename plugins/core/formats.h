@@ -15,7 +15,7 @@ namespace lrq {
 
 constexpr int32_t kMaxLevel = 127;         // |w| fits INT8 with a sign
 constexpr int32_t kMaxFractionBits = 7;    // F: exponents are in units of 2^-F
-constexpr int32_t kMaxIntegerBits = 8;    // I: mantissas carry I bits before they are shifted
+constexpr int32_t kMaxIntegerBits = 8;     // I: mantissas carry I bits before they are shifted
 constexpr int32_t kMaxMantissas = 1 << kMaxFractionBits;
 constexpr int32_t kMaxTableSize = 1 << 4;  // 2^bits
 // M >= 1, so a shift by 8 is beyond kMaxLevel plus the largest offset, and so is any larger one.
@@ -29,10 +29,13 @@ constexpr int64_t kMaxProductCols = INT32_MAX / (128 * 128);
 enum class Status : int32_t {
     kOk = 0,
     kNullPointer = 1,
-    kBadBits = 2,       // bits, fraction_bits, integer_bits or act_bits out of range
-    kBadSize = 3,       // a dimension out of range, or a buffer of the wrong size
-    kBadGroup = 4,      // group_size does not divide cols
-    kBadExponents = 5,  // a negative step, or a level outside 0..127
+    kBadBits = 2,      // bits, fraction_bits, integer_bits or act_bits out of range
+    kBadSize = 3,      // a dimension out of range, or a buffer of the wrong size
+    kBadGroup = 4,     // group_size does not divide cols
+    kBadLevels = 5,    // a negative step, or a level outside 0..127; -128 in a table
+    kBadFormat = 6,    // a format, layout, prologue or type that does not exist
+    kBadBlock = 7,     // block has no Hadamard matrix, or does not divide the channels
+    kBadValue = 8,     // a negative or not finite epsilon
 };
 
 // One side (+ or -) of a group, as stored: v = base + step * q in units of 2^-F.
@@ -47,6 +50,13 @@ struct GroupExponents {
     SideExponents sides[2];  // [0]: positive, [1]: negative; indexed by the sign bit of a code
 };
 static_assert(sizeof(GroupExponents) == 6, "exponents are stored as (rows, groups, 2, 3) INT8");
+
+// Where codes lie: graphs/ops/packing.py or graphs/ops/words.py (words.h).
+enum class CodesLayout : int32_t { kStorage = 0, kWords = 1 };
+
+// What the integers of a weight are made of: graphs/ops/twin_log_dequant.py, codebook_dequant.py,
+// int8_dequant.py.
+enum class Format : int32_t { kTwinLog = 0, kCodebook = 1, kInt8 = 2 };
 
 // Packed codes are (rows, planes, elements); an element holds `per` fields of `width` bits, low
 // first, and plane p holds bits [width * p, width * (p + 1)) of every code.
@@ -78,7 +88,7 @@ LRQ_HOST_DEVICE constexpr int64_t elementsPerRow(int32_t bits, int64_t cols) {
 }
 
 // Bytes of all packed codes. INT4 elements are two a byte, without padding between rows.
-constexpr int64_t packedBytes(int32_t bits, int64_t rows, int64_t cols) {
+LRQ_HOST_DEVICE constexpr int64_t packedBytes(int32_t bits, int64_t rows, int64_t cols) {
     return (rows * layoutOf(bits).planes * elementsPerRow(bits, cols) * layoutOf(bits).width *
                 layoutOf(bits).per + 7) / 8;
 }
