@@ -12,6 +12,7 @@ import typer
 from lrq_export import __version__
 from lrq_export.engine_command import add_engines
 from lrq_export.errors import Interrupted, LrqError, UsageError
+from lrq_export.plugins_command import plugins
 from lrq_export.several_values import SeveralValues
 
 # Before torch is imported: its OpenMP threads then sleep while they wait. Spinning, they fight whatever else the
@@ -22,6 +23,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Compile a diffusion transformer into a low-bit deployable package.",
 )  # fmt: skip
+
+app.add_typer(plugins, name="plugins")
 
 Stage = Enum(
     "Stage", {name: name for name in ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")}
@@ -423,20 +426,10 @@ def _several_numbers(flag: str, given: list[str]) -> list[int]:
     return list(dict.fromkeys(_numbers(flag, ",".join(_values(flag, given)))))
 
 
-class _progress:
-    """Chooses how work shows itself, and takes the bar down when it ends."""
+def _progress(as_json: bool):
+    from lrq_export.progress import shown
 
-    def __init__(self, as_json: bool):
-        from lrq_export.progress import Bar, JsonLines
-
-        self.shown = JsonLines() if as_json else Bar()
-
-    def __enter__(self):
-        return self.shown
-
-    def __exit__(self, *_) -> None:
-        if hasattr(self.shown, "stop"):
-            self.shown.stop()
+    return shown(as_json)
 
 
 def main() -> None:
