@@ -1,9 +1,8 @@
 """A process of its own that has NVIDIA's library build one engine: python -m lrq_export.engine.tensorrt_worker JOB.
 
-JOB is a JSON file, as `lrq_export.engine.tensorrt` writes it. Polygraphy can drive TensorRT or TensorRT-RTX, one of them
-in a process; and what ends the process of a library that was not written to fail gently ends only this one. The answer
-is one JSON line on standard output, {"error": ...} for what a user can mend; TensorRT's own messages go to standard
-error.
+JOB is a JSON file, as `lrq_export.engine.tensorrt` writes it. Polygraphy can drive TensorRT or TensorRT-RTX, one of
+them in a process; and a library that ends its process instead of failing ends only this one. The answer is the last
+line on standard output, as JSON: what was built, or {"error": ...}.
 """
 
 import json
