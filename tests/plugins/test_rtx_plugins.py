@@ -13,7 +13,7 @@ import trt_build
 from onnx import helper, numpy_helper
 
 from graphs import names
-from graphs.ops import OPS, attach_bodies, lrq_nodes, packing, words
+from graphs.ops import OPS, attach_bodies, detach_bodies, lrq_nodes, packing, words
 from graphs.ops.codebook_dequant import random_table
 from graphs.ops.coded_weight import random_codes
 from graphs.ops.spec import Example
@@ -177,7 +177,8 @@ class Demo:
         self.traced = trace(family, dict(model.config), plan_layers(model, family, recipe))
         for step in (*PIPELINE, *TARGETS["tensorrt"]):
             step(self.traced)
-        write_model(folder / "model.onnx", self.traced.to_onnx(), rtx.random_weights(self.traced), bodies=False)
+        weights = rtx.random_weights(self.traced)
+        write_model(folder / "model.onnx", self.traced.to_onnx(), weights, complete=detach_bodies)
         self.model = onnx.load(folder / "model.onnx")
 
     def engine(self, model):

@@ -121,7 +121,7 @@ void rotate(std::vector<float>& x, lrq::HadamardFactors const& factors) {
     std::vector<float> scratch(static_cast<size_t>(factors.base.size));
     float const scale = 1.0f / std::sqrt(static_cast<float>(block));
     for (size_t first = 0; first < x.size(); first += block) {
-        lrq::hadamardTransform(x.data() + first, factors, scale, false, scratch.data());
+        lrq::hadamardTransform(x.data() + first, factors, scale, scratch.data());
     }
 }
 
