@@ -264,8 +264,14 @@ __device__ inline void storeTile(Product const& product, int64_t firstRow, int32
     }
 }
 
+// Blocks of a processor that registers must allow; 0: as ptxas likes. For few tokens it would rather
+// spill inside the loop than have fewer than three.
+constexpr int32_t leastBlocks(int32_t tokenTiles) {
+    return tokenTiles == 1 ? 2 : 0;
+}
+
 template <int32_t kBits, int32_t kTokenTiles>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, leastBlocks(kTokenTiles))
     multiplyPacked(Product const product, DecodeArguments const weight, int32_t type) {
     PackedTile<kBits, kTokenTiles> const tile{product, weight};
     LookupTable<kBits>* const tables = sharedMemory<LookupTable<kBits>>();
