@@ -4,6 +4,7 @@
     model.plan      the engine
     timing.cache    what TensorRT measured, for the next build of the same kind of GPU
     layers.json     the layers of the engine, as its inspector lists them
+    model_ctx.onnx  TensorRT: the engine as ONNX Runtime's TensorRT provider opens it
     build.json      sizes, options and versions; written last
 
 TensorRT-RTX builds for named compute capabilities on any machine. TensorRT builds for the GPU at hand, and needs it.
@@ -20,10 +21,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from graphs import names
 from graphs.passes import TARGETS
 from graphs.traced import TracedGraph
 from lrq_export.bind import write_for_plugins, write_standard
+from lrq_export.engine.ep_context import write_context
 from lrq_export.engine.profiles import Range, shapes_of
 from lrq_export.engine.tensorrt_worker import RTX
 from lrq_export.errors import CheckFailed, MissingError
@@ -115,6 +119,9 @@ def build_plan(traced: TracedGraph, quantized: QuantizedFile, folder: Path, requ
             f"{request.target}: {answer['error']}",
             hint="engine.plugins=never builds from standard ops" if nodes else "report this fault of lrq-export",
         )
+    if request.target == TENSORRT:
+        outputs = onnx.load(folder / MODEL, load_external_data=False).graph.output
+        write_context(folder, PLAN, request.specs, outputs, answer["version"])
     facts = answer | {
         "target": request.target, "plugins": library is not None, "nodes": len(nodes),
         "profiles": [{axis: list(sizes) for axis, sizes in ranges.items()} for ranges in request.profiles],
