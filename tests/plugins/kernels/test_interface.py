@@ -35,7 +35,7 @@ ENUMS = {"LrqType": Type, "LrqPrologue": Prologue, "LrqFormat": Format, "LrqCode
 
 @pytest.fixture(params=["emulated", "compiled"])
 def library(request):
-    """The checks of the emulated library, and of the real one where it has been compiled and there is no GPU to misuse."""
+    """The emulated library, and the real one where it has been compiled: neither may get as far as a device."""
     if request.param == "emulated":
         return request.getfixturevalue("emulated").kernels
     if kernels.ENVIRONMENT not in os.environ:
@@ -45,8 +45,8 @@ def library(request):
 
 def rotation(**changes) -> Rotation:
     fields = {
-        "x": HERE, "signs": HERE, "y": HERE, "token_scales": HERE, "tokens": Tokens(2, 3), "channels": 256, "block": 128,
-        "type": Type.HALF, "act_bits": 8,
+        "x": HERE, "signs": HERE, "y": HERE, "token_scales": HERE, "tokens": Tokens(2, 3), "channels": 256,
+        "block": 128, "type": Type.HALF, "act_bits": 8,
     }  # fmt: skip
     return Rotation(**fields | changes)
 
