@@ -2,14 +2,13 @@
 
     python tools/check_decode.py PACKAGE
 
-torch (`lrq_export.quant`), numpy (`graphs.ops`), the function body of the op in stock ONNX Runtime and, of Twin-Log
-codes, the C++ core of plugins/ compiled here with g++; in C++ by shifts and by table. The core has no codebooks yet.
+torch (`lrq_export.quant`), numpy (`graphs.ops`), the function body of the op in stock ONNX Runtime, and the C++ core of
+plugins/ compiled here with g++: by shifts (Twin-Log), by table, and a word at a time as the GPU kernels do.
 """
 
 import argparse
 import ctypes
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from core_library import compile_core, packed_weight
 from onnx import TensorProto, helper
 
 from graphs import names
@@ -28,25 +28,6 @@ from lrq_export.quant.codebook_weight import CodebookWeight
 from lrq_export.quantized import LayerTensors, QuantizedFile
 
 DEQUANT = {names.TWIN_LOG: "TwinLogDequant", names.CODEBOOK: "CodebookDequant"}
-CORE = Path(__file__).resolve().parents[1] / "plugins" / "core" / "c_api.cpp"
-FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
-POINTER, INT64, INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-
-
-class PackedWeight(ctypes.Structure):
-    """LrqPackedWeight of c_api.h."""
-
-    _fields_ = (
-        ("codes", POINTER), ("codes_bytes", INT64), ("exponents", POINTER), ("exponents_bytes", INT64),
-        ("rows", INT64), ("cols", INT64), ("group_size", INT64),
-        ("bits", INT32), ("fraction_bits", INT32), ("integer_bits", INT32),
-    )  # fmt: skip
-
-
-def compile_core(folder: Path) -> ctypes.CDLL:
-    library = folder / "liblrq_core.so"
-    subprocess.run(["g++", *FLAGS, str(CORE), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
 
 
 def in_torch(layer: LayerTensors) -> np.ndarray:
@@ -76,27 +57,25 @@ def in_onnxruntime(layer: LayerTensors) -> np.ndarray:
     return session.run(None, {})[0]
 
 
-def in_core(core: ctypes.CDLL, layer: LayerTensors, function: str) -> np.ndarray:
+def in_core(core: ctypes.CDLL, layer: LayerTensors) -> dict[str, np.ndarray]:
     record = layer.record
-    codes, exponents = np.frombuffer(layer.packed().raw, np.uint8), layer.exponents.numpy()
-    weight = PackedWeight(
-        codes.ctypes.data, codes.nbytes, exponents.ctypes.data, exponents.nbytes, record.rows, record.cols,
-        record.group_size, record.bits, names.FRACTION_BITS, names.INTEGER_BITS,
-    )  # fmt: skip
-    decoded = np.empty((record.rows, record.cols), np.int8)
-    status = getattr(core, function)(ctypes.byref(weight), POINTER(decoded.ctypes.data))
-    if status != 0:
-        sys.exit(f"{record.layer}: {function} returned status {status}")
-    return decoded
+    is_codebook = record.method == names.CODEBOOK
+    codes, levels = packing.unpack(layer.packed()), (layer.table if is_codebook else layer.exponents).numpy()
+    form = {"bits": record.bits, "group_size": record.group_size}
+    stored = packed_weight(codes, levels, **form)
+    in_words = packed_weight(codes, levels, **form, layout=names.WORDS)
+    decoded = {
+        "C++ table": stored.decode(core, "lrqDecodeByTable"),
+        "C++ words of storage": stored.decode(core, "lrqDecodeByWords"),
+        "C++ words": in_words.decode(core, "lrqDecodeByWords"),
+    }
+    return decoded if is_codebook else decoded | {"C++ shifts": stored.decode(core, "lrqDecodeByShifts")}
 
 
 def differences(layer: LayerTensors, core: ctypes.CDLL) -> dict[str, int]:
     """How many weights each decoder reads differently from numpy."""
     expected = layer.integer_weight().numpy()
-    decoded = {"torch": in_torch(layer), "ONNX body": in_onnxruntime(layer)}
-    if layer.record.method == names.TWIN_LOG:
-        decoded["C++ shifts"] = in_core(core, layer, "lrqDecodeByShifts")
-        decoded["C++ table"] = in_core(core, layer, "lrqDecodeByTable")
+    decoded = {"torch": in_torch(layer), "ONNX body": in_onnxruntime(layer), **in_core(core, layer)}
     return {name: int((values != expected).sum()) for name, values in decoded.items()}
 
 

@@ -141,10 +141,25 @@ LRQ_HOST_DEVICE inline int8_t quantizeActivation(float x, float scale, int32_t l
     return static_cast<int8_t>(fminf(fmaxf(rounded, -bound), bound));
 }
 
-// y = (acc * s_token) * s_row + bias, each step rounded to float: compile without contraction.
+// y = (acc * s_token) * s_row + bias, each step rounded to float: on the host, compile without
+// contraction.
 LRQ_HOST_DEVICE inline float dequantizeSum(
     int32_t sum, float tokenScale, float rowScale, float bias) {
+#if defined(__CUDA_ARCH__)
+    float const inTokens = __fmul_rn(static_cast<float>(sum), tokenScale);
+    return __fadd_rn(__fmul_rn(inTokens, rowScale), bias);
+#else
     return static_cast<float>(sum) * tokenScale * rowScale + bias;
+#endif
+}
+
+// residual + gate * y, the end of a branch of a transformer block: two roundings to float.
+LRQ_HOST_DEVICE inline float addGated(float y, float gate, float residual) {
+#if defined(__CUDA_ARCH__)
+    return __fadd_rn(residual, __fmul_rn(gate, y));
+#else
+    return residual + gate * y;
+#endif
 }
 
 }  // namespace lrq

@@ -29,10 +29,13 @@ constexpr int64_t kMaxProductCols = INT32_MAX / (128 * 128);
 enum class Status : int32_t {
     kOk = 0,
     kNullPointer = 1,
-    kBadBits = 2,       // bits, fraction_bits, integer_bits or act_bits out of range
-    kBadSize = 3,       // a dimension out of range, or a buffer of the wrong size
-    kBadGroup = 4,      // group_size does not divide cols
-    kBadExponents = 5,  // a negative step, or a level outside 0..127
+    kBadBits = 2,      // bits, fraction_bits, integer_bits or act_bits out of range
+    kBadSize = 3,      // a dimension out of range, or a buffer of the wrong size
+    kBadGroup = 4,     // group_size does not divide cols
+    kBadLevels = 5,    // a negative step, or a level outside 0..127; -128 in a table
+    kBadFormat = 6,    // a format, layout, prologue or type that does not exist
+    kBadBlock = 7,     // block has no Hadamard matrix, or does not divide the channels
+    kBadValue = 8,     // a negative or not finite epsilon
 };
 
 // One side (+ or -) of a group, as stored: v = base + step * q in units of 2^-F.

@@ -141,28 +141,9 @@ LRQ_HOST_DEVICE inline void butterflies(float* values, int32_t size) {
     }
 }
 
-// The same for a size known at compile time: registers, once the loops are unrolled.
-template <int32_t kSize>
-LRQ_HOST_DEVICE inline void butterflies(float (&values)[kSize]) {
-    static_assert(kSize > 0 && (kSize & (kSize - 1)) == 0, "H_2^m");
-#if defined(__CUDA_ARCH__)
-#pragma unroll
-#endif
-    for (int32_t half = 1; half < kSize; half *= 2) {
-#if defined(__CUDA_ARCH__)
-#pragma unroll
-#endif
-        for (int32_t index = 0; index < kSize; ++index) {
-            if ((index & half) == 0) {
-                butterfly(values[index], values[index + half]);
-            }
-        }
-    }
-}
-
-// x (block,) times H / sqrt(block), or H^T / sqrt(block) if `inverse`, in place; scratch (base,).
+// x (block,) times H / sqrt(block) in place, for a scale of 1 / sqrt(block); scratch (base.size,).
 inline void hadamardTransform(
-    float* x, HadamardFactors const& factors, float scale, bool inverse, float* scratch) {
+    float* x, HadamardFactors const& factors, float scale, float* scratch) {
     HadamardBase const& base = factors.base;
     int32_t const power = factors.power;
     for (int32_t row = 0; row < base.size; ++row) {
@@ -172,10 +153,8 @@ inline void hadamardTransform(
         for (int32_t to = 0; to < base.size; ++to) {
             float sum = 0.0f;
             for (int32_t from = 0; from < base.size; ++from) {
-                int32_t const sign =
-                    inverse ? hadamardEntry(base, to, from) : hadamardEntry(base, from, to);
                 float const value = x[from * power + col];
-                sum += sign > 0 ? value : -value;
+                sum += hadamardEntry(base, from, to) > 0 ? value : -value;
             }
             scratch[to] = sum * scale;
         }
