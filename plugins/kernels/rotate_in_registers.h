@@ -2,8 +2,8 @@
 // are written once, three bytes an element for 2-byte T. For blocks of 2^m channels up to 512.
 //
 // A thread owns runs of 16 consecutive channels: vectors of 16 bytes in and out. A block of H spans
-// block / 16 neighbouring lanes, so stages of a butterfly that join channels less than 16 apart stay
-// in a thread and the others are shuffles: log2(block) - 4 for each element.
+// block / 16 neighbouring lanes, so stages of a butterfly that join channels less than 16 apart
+// stay in a thread and the others are shuffles: log2(block) - 4 for each element.
 #pragma once
 
 #include "../core/activations.h"
@@ -20,8 +20,8 @@ constexpr int32_t kWarp = 32;      // lanes
 constexpr int32_t kMaxWarps = 32;  // of a block
 constexpr int32_t kWidestBlock = kRun * kWarp;
 
-// What is computed before the rotation, as far as the code for it differs: which of a kind it is, is
-// asked at run time, by all threads alike.
+// What is computed before the rotation, as far as the code for it differs: which of a kind it is,
+// is asked at run time, by all threads alike.
 enum class PrologueKind { kNone, kNorm, kActivation };
 
 constexpr PrologueKind kindOf(Prologue prologue) {
