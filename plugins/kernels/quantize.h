@@ -33,20 +33,21 @@ __device__ inline TokenQuantizer makeQuantizer(float peak, int32_t limit) {
     return {scale, 1.0f / scale, limit, isFast};
 }
 
-// The code in the low byte; the other bytes are anything.
-__device__ inline uint32_t quantizeFast(float x, TokenQuantizer const& quantizer) {
+// The code in the low byte; the other bytes are anything. `kIsFast` is quantizer.isFast, which is the
+// same for a whole token.
+template <bool kIsFast>
+__device__ inline uint32_t quantizeAs(float x, TokenQuantizer const& quantizer) {
+    if constexpr (!kIsFast) {
+        return static_cast<uint8_t>(quantizeActivation(x, quantizer.scale, quantizer.limit));
+    }
     float const estimate = x * quantizer.reciprocal;
     float const remainder = multiplyAdd(-estimate, quantizer.scale, x);
     float const quotient = multiplyAdd(remainder, quantizer.reciprocal, estimate);
     return static_cast<uint32_t>(bitsOf(quotient + kRoundToInteger));
 }
 
-__device__ inline uint32_t quantizeExactly(float x, TokenQuantizer const& quantizer) {
-    return static_cast<uint8_t>(quantizeActivation(x, quantizer.scale, quantizer.limit));
-}
-
 __device__ inline uint32_t quantize(float x, TokenQuantizer const& quantizer) {
-    return quantizer.isFast ? quantizeFast(x, quantizer) : quantizeExactly(x, quantizer);
+    return quantizer.isFast ? quantizeAs<true>(x, quantizer) : quantizeAs<false>(x, quantizer);
 }
 
 }  // namespace lrq
