@@ -36,7 +36,9 @@ class Status(IntEnum):
     BAD_BITS = 2
     BAD_SIZE = 3
     BAD_GROUP = 4
-    BAD_TYPE = 100
+    BAD_FORMAT = 6
+    BAD_BLOCK = 7
+    BAD_VALUE = 8
     MISALIGNED = 101
     BAD_WORKSPACE = 102
     NOT_COMPILED = 103

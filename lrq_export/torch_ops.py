@@ -14,7 +14,8 @@ Shapes are known without a GPU: torch.compile and torch.export see them. `form` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import cache
 
@@ -40,6 +41,7 @@ from lrq_export.kernels import (
 
 TYPES = {torch.float32: Type.FLOAT, torch.float16: Type.HALF, torch.bfloat16: Type.BFLOAT16}
 NORMS = (Prologue.LAYER_NORM, Prologue.RMS_NORM)
+ALIGNMENT, VECTOR = 256, 16  # bytes: where a workspace and where a tensor begins
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,10 @@ def _(x, signs, block, act_bits, prologue=0, scale=None, shift=None, epsilon=0.0
 
 @torch.library.custom_op("lrq::decode", mutates_args=(), device_types="cuda")
 def decode(codes: torch.Tensor, levels: torch.Tensor | None, form: Sequence[int]) -> torch.Tensor:
+    codes, levels = _ready(codes), _ready(levels)
     decoded = codes.new_empty(tuple(form[:2]), dtype=torch.int8)
-    with torch.cuda.device(codes.device):
-        kernels().decode(_weight(codes, levels, form), decoded.data_ptr(), _stream())
+    with _current(codes) as stream:
+        kernels().decode(_weight(codes, levels, form), decoded.data_ptr(), stream)
     return decoded
 
 
@@ -123,9 +126,10 @@ def _(codes, levels, form):
 def dequantize(
     codes: torch.Tensor, levels: torch.Tensor | None, scale: torch.Tensor, form: Sequence[int]
 ) -> torch.Tensor:
+    codes, levels, scale = _ready(codes), _ready(levels), _ready(scale)
     weight = codes.new_empty(tuple(form[:2]), dtype=torch.float32)
-    with torch.cuda.device(codes.device):
-        kernels().dequantize(_weight(codes, levels, form), scale.data_ptr(), weight.data_ptr(), _stream())
+    with _current(codes) as stream:
+        kernels().dequantize(_weight(codes, levels, form), scale.data_ptr(), weight.data_ptr(), stream)
     return weight
 
 
@@ -150,7 +154,7 @@ def linear(
     decoded: torch.Tensor | None = None,
     tactic: int = 0,
 ) -> torch.Tensor:
-    x, y = x.contiguous(), x.new_empty((*x.shape[:-1], form[0]))
+    x, y, signs = _ready(x), x.new_empty((*x.shape[:-1], form[0])), _ready(signs)
     if signs is not None and block == 0:
         raise UsageError("signs: got them without a block", hint="say block = 1 for signs alone")
     call = _linear(codes, levels, scale, bias, form, gate, residual, decoded, y, act_bits, tactic)
@@ -184,7 +188,7 @@ def linear_quantized(
 ) -> torch.Tensor:
     y = quantized.new_empty((*quantized.shape[:-1], form[0]), dtype=dtype)
     call = _linear(codes, levels, scale, bias, form, gate, residual, decoded, y, act_bits, tactic)
-    quantized, token_scales = quantized.contiguous(), token_scales.contiguous()
+    quantized, token_scales = _ready(quantized), _ready(token_scales)
     call.quantized, call.token_scales = quantized.data_ptr(), token_scales.data_ptr()
     _run_linear(call, y)
     return y
@@ -213,12 +217,23 @@ def _type(tensor: torch.Tensor) -> Type:
     return TYPES[tensor.dtype]
 
 
+def _ready(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor, or a copy of it that the kernels can load vectors from."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % VECTOR else tensor
+
+
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
+@contextmanager
+def _current(tensor: torch.Tensor) -> Iterator[int | None]:
+    """The stream to enqueue on, with the tensor's device as the current one."""
+    with torch.cuda.device(tensor.device):
+        yield torch.cuda.current_stream().cuda_stream
 
 
 def _weight(codes: torch.Tensor, levels: torch.Tensor | None, form: Sequence[int]) -> Weight:
@@ -229,7 +244,7 @@ def _modulated(
     lead: Sequence[int], tensors: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> tuple[Tokens, list[Modulation], list[torch.Tensor]]:
     """Tokens, one Modulation for each tensor, and the tensors that they point into."""
-    kept = [tensor.to(dtype).contiguous() for tensor in tensors]
+    kept = [_ready(tensor.to(dtype)) for tensor in tensors]
     split = split_tokens(lead, [tensor.shape for tensor in kept])
     if split is None:
         kept = [tensor.expand(*lead, tensor.shape[-1]).contiguous() for tensor in kept]
@@ -244,26 +259,28 @@ def _run_rotation(x, signs, block, prologue, scale, shift, epsilon, y, token_sca
         raise UsageError(
             f"scale and shift: got {len(given)} of them, needed both for a norm and none for another prologue"
         )
-    x = x.contiguous()
+    x = _ready(x)
     tokens, rows, _kept = _modulated(x.shape[:-1], given, x.dtype)
-    signs = None if signs is None else signs.to(x.dtype).contiguous()
+    signs = None if signs is None else _ready(signs.to(x.dtype))
     rotation = Rotation(
         x.data_ptr(), *(rows or (Modulation(), Modulation())), _address(signs), y.data_ptr(), _address(token_scales),
         tokens, y.shape[-1], block, prologue, epsilon, _type(x), act_bits,
     )  # fmt: skip
-    with torch.cuda.device(x.device):
-        kernels().rotate(rotation, _stream())
+    with _current(x) as stream:
+        kernels().rotate(rotation, stream)
 
 
 def _linear(codes, levels, scale, bias, form, gate, residual, decoded, y, act_bits, tactic) -> Linear:
     """A call but for its activations. `kept` on it holds what its pointers need until it has been enqueued."""
-    lead, modulation, kept = y.shape[:-1], Modulation(), []
+    codes, levels, scale, bias, decoded = kept = [_ready(t) for t in (codes, levels, scale, bias, decoded)]
+    lead, modulation = y.shape[:-1], Modulation()
     tokens = Tokens(1, math.prod(lead))
     if gate is not None:
-        tokens, [modulation], kept = _modulated(lead, [gate], y.dtype)
+        tokens, [modulation], rows = _modulated(lead, [gate], y.dtype)
+        kept += rows
     if residual is not None:
-        residual = residual.to(y.dtype).contiguous()
-        kept = [*kept, residual]
+        residual = _ready(residual.to(y.dtype))
+        kept.append(residual)
     call = Linear(
         weight=_weight(codes, levels, form), decoded=_address(decoded), row_scales=scale.data_ptr(),
         bias=_address(bias), gate=modulation, residual=_address(residual), y=y.data_ptr(), tokens=tokens,
@@ -276,6 +293,7 @@ def _linear(codes, levels, scale, bias, form, gate, residual, decoded, y, act_bi
 def _run_linear(call: Linear, y: torch.Tensor) -> None:
     library = kernels()
     size = library.workspace(call)
-    workspace = y.new_empty(size, dtype=torch.uint8)
-    with torch.cuda.device(y.device):
-        library.linear(call, workspace.data_ptr() if size else None, size, _stream())
+    workspace = y.new_empty(size + ALIGNMENT, dtype=torch.uint8)
+    address = -(-workspace.data_ptr() // ALIGNMENT) * ALIGNMENT
+    with _current(y) as stream:
+        library.linear(call, address, size, stream)

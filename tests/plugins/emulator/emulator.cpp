@@ -17,8 +17,8 @@ struct Barrier {
     int32_t generation = 0;
 };
 
-// Starts on a stack of its own; from then on jumps switch to it and back, which unlike swapcontext ask
-// nothing of the kernel.
+// Starts on a stack of its own; from then on jumps switch to it and back, which unlike swapcontext
+// ask nothing of the kernel.
 struct Thread {
     ucontext_t start;
     jmp_buf jump;

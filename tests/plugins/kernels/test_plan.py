@@ -1,4 +1,4 @@
-"""How products are cut up (plugins/kernels/plan.h): the numbers, by a compiled program of static assertions and a sweep."""
+"""How products are cut up (plugins/kernels/plan.h), by a compiled program of static assertions and a sweep."""
 
 import subprocess
 

@@ -1,15 +1,11 @@
-"""A quantized model on torch.ops.lrq: what of it shows without a GPU, and on one that it computes the same."""
-
-import copy
+"""torch.ops.lrq: what of it shows without kernels."""
 
 import pytest
 import torch
 
 import lrq_export.torch_ops as torch_ops
 from lrq_export.errors import MissingError, UsageError
-from lrq_export.kernel_linear import KernelLinear, form_of, put_on_kernels
 from lrq_export.kernels import ENVIRONMENT, Format, Layout, Tokens, find_library, split_tokens
-from lrq_export.quantized import QuantizedFile
 from lrq_export.torch_ops import WeightForm
 
 FORM = WeightForm(24, 64, 64, Format.TWIN_LOG, Layout.WORDS, 4).values()
@@ -18,11 +14,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def meta(*shape, dtype=torch.float16):
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-@pytest.fixture
-def quantized(package):
-    return QuantizedFile(package / "quantized.safetensors")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,35 +36,6 @@ def test_shapes_and_types_are_known_without_a_gpu(dtype):
     assert (y.shape, y.dtype) == ((2, 5, 24), dtype)
     again = ops.linear_quantized(quantized, scales, codes, levels, scale, None, FORM, 8, dtype)
     assert (again.shape, again.dtype) == ((2, 5, 24), dtype)
-
-
-def test_a_quantized_model_traces_with_its_layers_on_the_ops(quantized):
-    name = next(iter(quantized.records))
-    layer = KernelLinear(quantized.layer(name), act_bits=8, rotation=quantized.records[name].rotation())
-    program = torch.export.export(layer.to("meta"), (meta(3, layer.in_features, dtype=torch.bfloat16),))
-    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert sum("lrq.linear" in target for target in called) == 1
-
-
-def test_every_quantized_layer_of_a_model_is_replaced(quantized):
-    model = torch.nn.Module()
-    for name in quantized.records:
-        owner = model
-        for part in name.split(".")[:-1]:
-            if not hasattr(owner, part):
-                owner.add_module(part, torch.nn.Module())
-            owner = getattr(owner, part)
-        owner.add_module(name.split(".")[-1], torch.nn.Identity())
-    put_on_kernels(model, quantized)
-    assert all(isinstance(model.get_submodule(name), KernelLinear) for name in quantized.records)
-
-
-def test_scale_and_bias_stay_float32_in_a_half_model(quantized):
-    name = next(iter(quantized.records))
-    layer = KernelLinear(quantized.layer(name), torch.zeros(quantized.records[name].rows)).half()
-    assert (layer.scale.dtype, layer.bias.dtype) == (torch.float32, torch.float32)
-    assert layer.codes.dtype == torch.int8
-    assert form_of(quantized.layer(name)) == layer.form
 
 
 def test_half_of_a_norm_is_refused():
@@ -118,20 +80,3 @@ def test_a_library_that_is_not_there_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(MissingError, match="plugins build"):
         find_library()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_layers_on_the_kernels_compute_what_the_quantized_layers_do(quantized, dtype):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU and a torch that sees it")
-    for name in quantized.records:
-        reference = quantized.module(name)
-        record = quantized.records[name]
-        bias = None if record.bias is None else quantized.read(record.bias)
-        layer = KernelLinear(quantized.layer(name), bias, act_bits=record.act_bits, rotation=record.input_rotation())
-        x = torch.randn(33, reference.in_features).to(dtype)
-        needed = copy.deepcopy(reference)(x.float())
-        got = layer.cuda()(x.cuda()).cpu().float()
-        error = ((got - needed) ** 2).sum() / (needed**2).sum()
-        assert error < (1e-9 if dtype == torch.float32 else 1e-4)
