@@ -76,6 +76,13 @@ def test_tensorrt_root_wins(configure, cached, tmp_path):
     assert configure(TENSORRT_ROOT=str(tmp_path / "root")) == (f"{root} 10.16", "")
 
 
+def test_another_tensorrt_root_is_taken_the_next_time(configure, cached, tmp_path):
+    write_headers(cached / "v11.1" / "include", 11, 1)
+    assert configure()[0].endswith("11.1")
+    root = write_headers(tmp_path / "root" / "include", 10, 16)
+    assert configure(TENSORRT_ROOT=str(tmp_path / "root")) == (f"{root} 10.16", "")
+
+
 def test_a_wrong_tensorrt_root_is_not_passed_over(configure, cached, tmp_path):
     write_headers(cached / "v11.1" / "include", 11, 1)
     assert "TENSORRT_ROOT has no include/NvInfer.h" in configure(TENSORRT_ROOT=str(tmp_path / "nowhere"))[1]
