@@ -8,7 +8,6 @@ from typing import Any
 import onnx
 import onnx.printer
 
-from graphs.passes import PIPELINE
 from lrq_export.errors import UsageError
 from lrq_export.package import MODEL, QUANTIZED, load_manifest
 from lrq_export.quantized import QuantizedFile
@@ -69,16 +68,16 @@ def describe_passes(package: Path) -> Section:
 
 
 def graph_text(package: Path, stage: str) -> str:
-    """The graph after `trace` or a pass, as ONNX text. Raises UsageError for another name, with the nearest."""
-    names = ["trace", *(step.__name__ for step in PIPELINE)]
+    """The graph after `trace` or a pass that made the package, as ONNX text. Raises UsageError for another name."""
+    load_manifest(package)  # says what is wrong with anything that is no package
+    stages, outcomes = saved_graphs(package)
+    names = ["trace", *(row["name"] for row in outcomes)]
     if stage not in names:
         near = nearest(stage, names)
         raise UsageError(
             f"--dump-after: got {stage!r}, needed one of {', '.join(names)}",
             hint=f"did you mean {near}?" if near else None,
         )
-    load_manifest(package)  # says what is wrong with anything that is no package
-    stages, _ = saved_graphs(package)
     return onnx.printer.to_text(stages[names.index(stage)].to_onnx())
 
 

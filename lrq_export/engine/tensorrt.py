@@ -24,6 +24,8 @@ from typing import Any
 import onnx
 
 from graphs import names
+from graphs.checks import check
+from graphs.integer_data import check_same_integers, integer_layers
 from graphs.passes import TARGETS
 from graphs.traced import TracedGraph
 from lrq_export.bind import write_for_plugins, write_standard
@@ -86,9 +88,11 @@ def write_network(traced: TracedGraph, quantized: QuantizedFile, folder: Path, p
     if not plugins:
         write_standard(traced, quantized, folder / MODEL, **options)
         return []
-    lowered = traced.copy()
+    lowered, integers = traced.copy(), integer_layers(traced)
     for step in TARGETS[TENSORRT]:
         step(lowered)
+        check(lowered)
+        check_same_integers(integers, integer_layers(lowered))
     write_for_plugins(lowered, quantized, folder / MODEL, **options)
     return [node.name for node in lowered.graph.nodes if node.domain == names.DOMAIN]
 

@@ -195,3 +195,41 @@ def test_what_needs_no_pipeline_is_refused_before_it_runs(pipeline, opened, cli,
 def test_a_build_that_nothing_speaks_against_opens_the_pipeline(pipeline, opened, cli, tmp_path):
     cli("build", pipeline, "-o", tmp_path / "out", "--prompts", tmp_path / "prompts.txt").refused(5, "interrupted")
     assert opened == [pipeline]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Recipes that a build was asked for, instead of building."""
+    from lrq_export.compiler import BuildResult
+
+    recipes = []
+
+    def build(source, out, *, recipe, **_):
+        recipes.append(recipe)
+        return BuildResult(out, True, None, "load")
+
+    monkeypatch.setattr("lrq_export.compiler.build", build)
+    return recipes
+
+
+@pytest.mark.parametrize(
+    ("flags", "validation", "keep_going"),
+    [
+        ([], "full", False),
+        (["--validate", "fast"], "fast", False),
+        (["--validate", "full", "--set", "rewrite.validation=fast"], "full", False),
+        (["--keep-going"], "full", True),
+        (["--set", "rewrite.keep_going=true"], "full", True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_how_rewrites_are_proved_is_a_flag_and_a_recipe_key(tiny, cli, tmp_path, asked, flags, validation, keep_going):
+    assert cli("build", tiny.source, "-o", tmp_path / "out", *flags).code == 0
+    (recipe,) = asked
+    assert (recipe.rewrite.validation, recipe.rewrite.keep_going) == (validation, keep_going)
+
+
+def test_targets_are_a_flag_and_a_recipe_key(tiny, cli, tmp_path, asked):
+    cli("build", tiny.source, "-o", tmp_path / "a", "--target", "tensorrt-rtx", "--target", "onnxruntime")
+    cli("build", tiny.source, "-o", tmp_path / "b", "--set", 'engine.targets=["tensorrt"]')
+    assert [recipe.engine.targets for recipe in asked] == [("tensorrt-rtx", "onnxruntime"), ("tensorrt",)]
