@@ -23,7 +23,7 @@ import torch
 import lrq_export.torch_ops  # noqa: F401  registers torch.ops.lrq
 from graphs.ops import words
 from graphs.ops.twin_log_dequant import random_exponents
-from lrq_export.kernels import Format, Layout, Tactic
+from lrq_export.kernels import Format, KernelError, Layout, Tactic
 from lrq_export.torch_ops import WeightForm
 
 WARM_UP_SECONDS = 3.0  # until clocks have settled
@@ -295,7 +295,7 @@ def bench_tiles(bench: Bench, case: str, weight: PackedWeight, tokens: int, sets
         if tactic.name.startswith("TILE") or tactic == Tactic.AUTO:
             try:
                 call(0)
-            except RuntimeError:
+            except KernelError:
                 continue  # not in the list of this architecture
             contenders[tactic.name] = call
     bench.compare(case, contenders, sets)
