@@ -75,7 +75,7 @@ class BlockWork:
 
     rotations: int  # online
     fused: int  # of these, with the norm or activation before them
-    rotation_work: int
+    rotation_work: int  # that of channels which are equalized alone, without a rotation, among it
     linear_work: int
 
     @property
@@ -89,16 +89,16 @@ def work_by_block(traced: TracedGraph) -> dict[str, BlockWork]:
     rotations: dict[str, list[gs.Node]] = {}
     work: dict[str, int] = {}
     for node in traced.graph.nodes:
-        if is_lrq(node, *ROTATE_OPS) and node.attrs["block"] > 1:
+        if is_lrq(node, *ROTATE_OPS):
             readers = [weight for reader in _readers(node.outputs[0]) for weight in _layers(reader, traced)]
             rotations.setdefault(block_of(readers[0]) if readers else "", []).append(node)
         for layer, amount in _products(node, traced):
             work[block_of(layer)] = work.get(block_of(layer), 0) + amount
     return {
         block: BlockWork(
-            len(found := rotations.get(block, [])),
+            len(found := [node for node in rotations.get(block, []) if node.attrs["block"] > 1]),
             sum(node.op != "HadamardRotate" for node in found),
-            sum(map(rotation_work, found)),
+            sum(map(rotation_work, rotations.get(block, []))),
             work.get(block, 0),
         )
         for block in sorted(work.keys() | rotations.keys(), key=_natural)

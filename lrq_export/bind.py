@@ -14,7 +14,7 @@ import torch
 from graphs import names
 from graphs.expressions import RotateOutput
 from graphs.online import online_channels
-from graphs.ops import packing
+from graphs.ops import detach_bodies, inline_bodies, packing
 from graphs.passes.patterns import LINEAR_OPS, is_lrq, open_linear, operand
 from graphs.traced import LinearWeight, TracedGraph
 from lrq_export.calibrate.observed import Observed
@@ -139,7 +139,14 @@ def write_portable(traced: TracedGraph, quantized: QuantizedFile, path: Path, **
 
 def write_for_plugins(traced: TracedGraph, quantized: QuantizedFile, path: Path, **options) -> int:
     """Write the graph of a target whose plugins run every lrq node: no bodies, codes as each node reads them."""
-    return write_model(path, traced.to_onnx(), portable_weights(traced, quantized), bodies=False, **options)
+    weights = portable_weights(traced, quantized)
+    return write_model(path, traced.to_onnx(), weights, complete=detach_bodies, **options)
+
+
+def write_standard(traced: TracedGraph, quantized: QuantizedFile, path: Path, **options) -> int:
+    """Write the rewritten graph in standard ops alone: for TensorRT without plugins, which imports no body twice."""
+    weights = portable_weights(traced, quantized)
+    return write_model(path, traced.to_onnx(), weights, complete=inline_bodies, **options)
 
 
 def portable_weights(traced: TracedGraph, quantized: QuantizedFile) -> Iterator[WeightTensor]:

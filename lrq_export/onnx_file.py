@@ -46,18 +46,16 @@ def write_model(
     model: onnx.ModelProto,
     weights: Iterable[WeightTensor],
     *,
-    bodies: bool = True,
+    complete: Callable[[onnx.ModelProto], onnx.ModelProto] = attach_bodies,
     inline_limit: int = INLINE_LIMIT,
 ) -> int:
-    """Complete `model`, whose weights are graph inputs so far, and write it, with the bodies of its lrq nodes or not.
+    """Write `model`, whose weights are graph inputs so far, after `complete` has done to it what its lrq nodes need.
 
     `path` gets the graph; the weights go inside it, or into `path` + ".data" when they exceed `inline_limit` bytes.
     The data file is complete on disk before the graph that refers to it. Returns the bytes of the weights.
     """
     weights = list(weights)
-    model = _without_inputs(model, weights)
-    if bodies:
-        attach_bodies(model)
+    model = complete(_without_inputs(model, weights))
     model.ir_version = names.IR_VERSION
     model.producer_name = "lrq-export"
     total = sum(weight.size for weight in weights)

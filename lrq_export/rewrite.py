@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphs.checks import GraphError, check, check_preserved
+from graphs.integer_data import check_same_integers, integer_layers
 from graphs.passes import Pass
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
@@ -40,9 +41,10 @@ def rewrite(
 ) -> TracedGraph:
     """The graph after all passes; `traced` stays as it is. `done` gets the graph after each, and what became of it.
 
-    A pass must leave a graph that holds to `graphs.checks` and answers as before to an NMSE of `bound`. One that does
-    not raises CheckFailed, or with `keep_going` counts as if it had not run.
+    A pass must leave a graph that holds to `graphs.checks`, decodes the same integers and answers as before to an NMSE
+    of `bound`. One that does not raises CheckFailed, or with `keep_going` counts as if it had not run.
     """
+    integers = integer_layers(traced)
     answers: Answers | None = None
     for step in passes:
         after = traced.copy()
@@ -52,6 +54,8 @@ def rewrite(
             check_preserved(traced, after)
             measured = None
             if result.fired:
+                integers_now = integer_layers(after)
+                check_same_integers(integers, integers_now)
                 answers = proof.answers(traced) if answers is None else answers
                 now = proof.answers(after)
                 measured = difference(now, answers)
@@ -59,7 +63,7 @@ def rewrite(
                     raise GraphError(
                         "its answers", f"NMSE {measured:.1e} against those before it", f"at most {bound:g}"
                     )
-                answers = now
+                answers, integers = now, integers_now
                 traced = after  # a pass that did not fire has changed nothing, whatever it left behind
             outcome = Outcome(step.__name__, result, measured)
         except LrqError:  # of the source's weights: no pass is to blame

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import onnx
 import onnx.defs
+import onnx.inliner
 
 from graphs import names
 from graphs.ops.codebook_dequant import CODEBOOK_DEQUANT
@@ -81,6 +82,21 @@ def attach_bodies(model: onnx.ModelProto) -> onnx.ModelProto:
     _import_opsets(model)
     model.ir_version = names.IR_VERSION
     return model
+
+
+def inline_bodies(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in standard ops alone, each lrq node replaced by its body: for parsers that import no body twice.
+
+    Raises ValueError as `attach_bodies` does.
+    """
+    standard = onnx.ModelProto()
+    standard.CopyFrom(model)
+    functions = [(names.DOMAIN, op) for op in OPS]
+    standard = onnx.inliner.inline_selected_functions(attach_bodies(standard), functions)
+    kept = [entry for entry in standard.opset_import if entry.domain != names.DOMAIN]
+    del standard.opset_import[:]
+    standard.opset_import.extend(kept)
+    return standard
 
 
 def detach_bodies(model: onnx.ModelProto) -> onnx.ModelProto:

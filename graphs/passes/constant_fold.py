@@ -17,7 +17,11 @@ def constant_fold(traced: TracedGraph) -> PassResult:
     graph, before = traced.graph, len(traced.graph.nodes)
     graph.fold_constants(size_threshold=LARGEST, should_exclude_node=_is_lrq)
     traced.forget_unused()
-    return PassResult(before - len(graph.nodes))
+    result = PassResult(before - len(graph.nodes))
+    for node in graph.nodes:
+        if node.inputs and not _is_lrq(node) and all(isinstance(each, gs.Constant) for each in node.inputs):
+            result.skip(node, f"{node.op} of constants is larger than {LARGEST} bytes, or could not be computed")
+    return result
 
 
 def _is_lrq(node: gs.Node) -> bool:

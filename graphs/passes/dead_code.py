@@ -15,16 +15,18 @@ from graphs.traced import TracedGraph
 
 
 def dead_code(traced: TracedGraph) -> PassResult:
-    graph, before = traced.graph, len(traced.graph.nodes)
+    result, graph, before = PassResult(), traced.graph, len(traced.graph.nodes)
     for node in list(graph.nodes):
         if not hands_on(node):
             continue
         if is_graph_output(node.outputs[0], graph):
+            result.skip(node, f"{node.op} hands on its input as an output of the graph, which keeps its name")
             continue
         redirect_readers(node.outputs[0], node.inputs[0])
         remove_node(node, graph)
     traced.forget_unused()
-    return PassResult(before - len(graph.nodes))
+    result.fired = before - len(graph.nodes)
+    return result
 
 
 def hands_on(node: gs.Node) -> bool:

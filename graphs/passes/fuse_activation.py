@@ -19,6 +19,8 @@ def fuse_activation(traced: TracedGraph) -> PassResult:
     for rotation in [node for node in traced.graph.nodes if is_lrq(node, "HadamardRotate")]:
         found = activation(rotation.inputs[0])
         if found is None:
+            if (obstacle := _near_miss(rotation.inputs[0])) is not None:
+                result.skip(rotation, obstacle)
             continue
         if len(value_readers(rotation.inputs[0])) > 1 or is_graph_output(rotation.inputs[0], traced.graph):
             result.skip(rotation, "the activated tokens are also read elsewhere, unrotated")
@@ -57,6 +59,25 @@ def _halves(hidden: gs.Tensor, gate: gs.Tensor | None) -> gs.Tensor | None:
     last = split.attrs.get("axis", 0) in (-1, len(hidden.shape or ()) - 1)
     equal = bool(hidden.shape and gate.shape) and isinstance(gate.shape[-1], int) and hidden.shape[-1] == gate.shape[-1]
     return split.inputs[0] if in_order and last and equal else None
+
+
+def _near_miss(tensor: gs.Tensor) -> str | None:
+    """Why a product with an activation, which computes `tensor`, is none that a fused op has; None if it is no such."""
+    node = producer(tensor)
+    if node is None or node.domain or node.op != "Mul":
+        return None
+    for x, factor in (node.inputs, node.inputs[::-1]):
+        gate = sole_operand(factor, "Gelu")
+        if gate is None:
+            if sole_operand(factor, "Sigmoid") is not None:
+                return "a Sigmoid multiplies it, but of another tensor: no SiLU"
+            continue
+        if _halves(gate, x) is not None:
+            return "the first half of the channels is the gate, GegluRotate has it in the second"
+        if _halves(x, gate) is None:
+            return "a Gelu multiplies it, but the two are not the halves of one tensor's channels"
+        return "its Gelu is the approximate one, GegluRotate has the exact one"
+    return None
 
 
 def _approximate(activated: gs.Tensor) -> bool:

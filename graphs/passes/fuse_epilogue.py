@@ -37,6 +37,8 @@ def _fuse(linear: gs.Node, traced: TracedGraph) -> bool:
         gate, last = _other(reader, product), reader.outputs[0]
         reader = sole_consumer(last, traced.graph)
     if reader is None or reader.op != "Add":
+        if gate is not None:
+            raise NoMatch("it is multiplied by a gate, and nothing is added to that alone")
         return False
     residual, (y,) = _other(reader, last), reader.outputs
     if not residual.inputs and not any(residual is each for each in traced.model_inputs()):

@@ -3,8 +3,9 @@
     q = TwinLogLinear(x, Wq), k = TwinLogLinear(x, Wk), v = TwinLogLinear(x, Wv)
         ->  q, k, v = Split(TwinLogLinear(x, [Wq; Wk; Wv]), axis = -1)
 
-x is quantized once, and one wide product keeps more of the machine busy than three narrow ones. An attention is a
-product of a Softmax with values; its projections are the linear layers nearest above its queries, keys and values.
+x is quantized once, and one wide product keeps more of the machine busy than three narrow ones. An attention is one
+Attention node, or a product of a Softmax with values; its projections are the linear layers nearest above its queries,
+keys and values.
 Those of other attentions are left apart even where they read the same tensor (every block's text keys and values do):
 merged, all of them would be held from the first block to the last.
 """
@@ -25,8 +26,8 @@ from graphs.traced import TracedGraph
 def merge_projections(traced: TracedGraph) -> PassResult:
     result, graph = PassResult(), traced.graph
     taken: set[int] = set()
-    for softmax in [node for node in graph.nodes if node.op == "Softmax" and not node.domain]:
-        for siblings in _siblings(projections(softmax)):
+    for attention in [node for node in graph.nodes if node.op in ("Softmax", "Attention") and not node.domain]:
+        for siblings in _siblings(projections(attention)):
             obstacle = _obstacle(siblings, traced, taken)
             if obstacle is not None:
                 result.skip(siblings[0], obstacle)
@@ -39,19 +40,24 @@ def merge_projections(traced: TracedGraph) -> PassResult:
     return result
 
 
-def projections(softmax: gs.Node) -> list[gs.Node]:
-    """The linear layers nearest above queries, keys and values of the attention around `softmax`, in this order.
+def projections(attention: gs.Node) -> list[gs.Node]:
+    """The linear layers nearest above queries, keys and values of an Attention or Softmax node, in this order.
 
-    Empty unless the softmax is of a product, plus a mask perhaps, and multiplied with something.
+    Empty unless a softmax is of a product, plus a mask perhaps, and multiplied with something.
     """
+    operands = attention.inputs[:3] if attention.op == "Attention" else _around(attention)
+    return list({id(node): node for operand in operands for node in _nearest_linears(operand)}.values())
+
+
+def _around(softmax: gs.Node) -> tuple[gs.Tensor, ...]:
+    """Queries, keys and values of the attention around a softmax; empty if there is none."""
     scores = producer(softmax.inputs[0])
     if scores is not None and scores.op == "Add":
         scores = next((each for each in map(producer, scores.inputs) if each is not None and each.op == "MatMul"), None)
     mixed = [reader for reader in softmax.outputs[0].outputs if reader.op == "MatMul"]
     if scores is None or scores.op != "MatMul" or len(mixed) != 1 or mixed[0].inputs[0] is not softmax.outputs[0]:
-        return []
-    operands = (*scores.inputs, mixed[0].inputs[1])
-    return list({id(node): node for operand in operands for node in _nearest_linears(operand)}.values())
+        return ()
+    return (*scores.inputs, mixed[0].inputs[1])
 
 
 def _nearest_linears(tensor: gs.Tensor) -> Iterator[gs.Node]:

@@ -208,9 +208,9 @@ def test_folded_rotations_are_no_work_and_fused_ones_are(parse):
     }
 
 
-def test_equalizing_alone_is_no_rotation(parse):
+def test_equalizing_alone_is_work_but_no_rotation(parse):
     traced = named(parse(edited(MLP, ("rounded = Rotate<block = 24>", "rounded = Rotate<block = 1, equalized = 1>"))))
-    assert work_by_block(traced)["blocks.10"] == BlockWork(0, 0, 0, 2 * 36 * 24)
+    assert work_by_block(traced)["blocks.10"] == BlockWork(0, 0, 24, 2 * 36 * 24)
 
 
 def test_merged_layers_are_each_counted(parse):

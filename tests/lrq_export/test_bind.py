@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -15,7 +16,14 @@ from graphs.ops.words import unpack_words
 from graphs.passes import TARGETS, prepack
 from graphs.passes.patterns import CODED_OPS, codes_form, is_lrq, operand
 from lrq_export import bind
-from lrq_export.bind import moments_of, portable_weights, quantize_layer, write_for_plugins, write_portable
+from lrq_export.bind import (
+    moments_of,
+    portable_weights,
+    quantize_layer,
+    write_for_plugins,
+    write_portable,
+    write_standard,
+)
 from lrq_export.calibrate.run import observe
 from lrq_export.quant.bias_correction import corrected_bias
 from lrq_export.quant.rotation import Rotation
@@ -171,6 +179,31 @@ def test_a_prepacked_file_holds_the_codes_of_the_portable_one_bit_for_bit(of_bit
         assert packing.pack(codes, bits) == packing.from_tensor(portable[node.input[1]], bits, cols)
     for name in portable.keys() - {node.input[1] for node in readers}:
         np.testing.assert_array_equal(held[name], onnx.numpy_helper.to_array(portable[name]))
+
+
+@pytest.mark.parametrize("inline_limit", [0, 1 << 30])
+def test_in_standard_ops_alone_the_model_answers_the_same(of_bits, inline_limit, tmp_path):
+    traced, quantized = of_bits
+    write_portable(traced, quantized, tmp_path / "portable.onnx", inline_limit=inline_limit)
+    write_standard(traced, quantized, tmp_path / "standard.onnx", inline_limit=inline_limit)
+    standard = onnx.load(tmp_path / "standard.onnx", load_external_data=False)
+    onnx.checker.check_model(tmp_path / "standard.onnx", full_check=True)
+    assert not standard.functions
+    assert {entry.domain for entry in standard.opset_import} == {node.domain for node in standard.graph.node} == {""}
+    sizes, answers = {"height": 8, "width": 12, "text": 5}, []
+    options = onnxruntime.SessionOptions()  # what an optimizer fuses differs by names, and with it the last bit
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for name in ("portable", "standard"):
+        session = onnxruntime.InferenceSession(tmp_path / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+        shapes = {
+            each.name: [size if isinstance(size, int) else sizes.get(size, 2) for size in each.shape]
+            for each in session.get_inputs()
+        }
+        rng = np.random.default_rng(0)
+        feeds = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+        answers.append(session.run(None, feeds)[0])
+    assert answers[0].std() > 0
+    np.testing.assert_array_equal(*answers)
 
 
 def test_codes_in_another_layout_than_the_graph_asks_for_reach_no_file(of_bits, tmp_path, monkeypatch):

@@ -1,13 +1,14 @@
 """Passes that are wrong do not get through: a proof refuses each, and the build stops or goes on without it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from graphs.expressions import RotateOutput
 from graphs.passes import PIPELINE
-from graphs.passes.patterns import is_lrq, redirect_readers
+from graphs.passes.patterns import codes_form, is_lrq, redirect_readers
 from graphs.passes.result import PassResult
 from lrq_export.errors import CheckFailed
 from lrq_export.models import family_of
@@ -103,6 +104,24 @@ def does_not_fit(traced, node):
     return False
 
 
+def reads_three_bits(traced, node):
+    """Node and table agree, so the graph is whole; in floating point nothing changes."""
+    if not is_lrq(node, "TwinLogDequant"):
+        return False
+    codes = node.inputs[0]
+    node.attrs["bits"], traced.linears[codes.name] = 3, replace(traced.linears[codes.name], bits=3)
+    codes.dtype, codes.shape = codes_form(node)
+    return True
+
+
+def rounds_activations_to_six_bits(traced, node):
+    codes = next((tensor.name for tensor in node.inputs if tensor.name in traced.linears), None)
+    if codes is None:
+        return False
+    traced.linears[codes] = replace(traced.linears[codes], act_bits=6)
+    return True
+
+
 def crashes(traced, node):
     raise IndexError("list index out of range")
 
@@ -115,6 +134,8 @@ WRONG = {
     gives_another_shape: "is declared",
     names_the_output_otherwise: "the graph's outputs",
     does_not_fit: "does not divide",
+    reads_three_bits: "the integer data of .* integers differ, row",
+    rounds_activations_to_six_bits: "the integer data of .*: activations of 6 bits, needed 8",
     crashes: "list index out of range",
 }
 

@@ -117,6 +117,8 @@ NOT = {
         "what Split divides is also read elsewhere"),
     "what is divided is an output": (
         parts(("[batch, 4, 24] z", "[batch, 4, 24] z, float[batch, 6, 24] bent")), "what Split divides is also read"),
+    "an unrotated part is an output": (
+        parts(("[batch, 4, 24] z", "[batch, 4, 24] z, float[batch, 2, 24] a")), "what it rotates is an output"),
     "a rotated part is an output": (
         parts(("[batch, 4, 24] z", "[batch, 4, 24] z, float[batch, 4, 24] rb")), "the rotated tensor is an output"),
     "a block in two sources": (channels(("block = 12", "block = 72")), "blocks of 72 channels straddle the parts"),

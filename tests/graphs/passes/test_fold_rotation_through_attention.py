@@ -152,6 +152,23 @@ REFUSALS = {
         [("24] x)", "24] x, float[24] b)"), (V, "u = Linear<rows = 24, cols = 24, bias = 0>(x) v = Add(u, b)")],
         "the layer's bias is not a weight of its own",
     ),
+    "heads share their values": (
+        [("k = Linear<rows = 24", "k = Linear<rows = 12"), ("v = Linear<rows = 24", "v = Linear<rows = 12"),
+         ("k4 = Reshape(k, split)", "k4 = Reshape(k, one)"), ("v4 = Reshape(v, split)", "v4 = Reshape(v, one)"),
+         ("<int64[4] split", "<int64[4] one = {0, 0, 1, 12}, int64[4] split")],
+        "attention shares its values between heads",
+    ),
+    "two parts of one layer": (
+        [(V, "uw = Linear<rows = 48, cols = 24>(x) u, w = Split<axis = -1, num_outputs = 2>(uw) "
+             "v = Concat<axis = 1>(u, w)"),
+         ("k = Linear<rows = 24, cols = 24>(x)", "l = Linear<rows = 24, cols = 24>(x) k = Concat<axis = 1>(l, l)")],
+        "two parts of one weight compute what it rotates",
+    ),
+    "a part of a part": (
+        [(V, "uv = Linear<rows = 96, cols = 24>(x) u, w = Split<axis = -1, num_outputs = 2>(uv) "
+             "v, s = Split<axis = -1, num_outputs = 2>(w)")],
+        "Split takes a part of a part",
+    ),
     "signs are computed": (
         [("24] x)", "24] x, float[24] s)"),
          (WHOLE_HEAD + "(merged)", "lrq.HadamardRotate<block = 12, base = 12, order = 11>(merged, s)")],

@@ -85,6 +85,8 @@ def test_fusing_again_does_nothing(case):
     assert traced.to_onnx() == before
 
 
+NO_SILU = "a Sigmoid multiplies it, but of another tensor: no SiLU"
+NO_HALVES = "a Gelu multiplies it, but the two are not the halves of one tensor's channels"
 ELSEWHERE = "the activated tokens are also read elsewhere, unrotated"
 NOT = {
     "read elsewhere": (
@@ -98,29 +100,33 @@ NOT = {
     "another activation": (bent((GELU, "g = Relu(a)")), None),
     "no activation": (bent((GELU, ""), ("(g)", "(x)")), None),
     "the sigmoid alone": (bent((GELU, "g = Sigmoid(a)")), None),
-    "the sigmoid of another tensor": (bent((GELU, "s = Sigmoid(x) g = Mul(a, s)")), None),
+    "the sigmoid of another tensor": (bent((GELU, "s = Sigmoid(x) g = Mul(a, s)")), NO_SILU),
     "the sigmoid of a multiple": (
-        bent((GELU, "m = Mul(a, a) s = Sigmoid(m) g = Mul(a, s)")), None),
+        bent((GELU, "m = Mul(a, a) s = Sigmoid(m) g = Mul(a, s)")), NO_SILU),
     "plus the sigmoid": (bent((GELU, SILU.replace("Mul", "Add"))), None),
     "something between": (bent(("(g)", "(t)"), ("r =", "t = Neg(g) r =")), None),
-    "Geglu with a tanh": (gated((ACTIVE, f"active = Gelu{TANH}(gate)")), None),
-    "halves swapped": (gated((SPLIT, SPLIT.replace("hidden, gate", "gate, hidden"))), None),
-    "one half twice": (gated((ACTIVE, "active = Gelu(hidden)")), None),
+    "Geglu with a tanh": (
+        gated((ACTIVE, f"active = Gelu{TANH}(gate)")),
+        "its Gelu is the approximate one, GegluRotate has the exact one"),
+    "halves swapped": (gated((SPLIT, SPLIT.replace("hidden, gate", "gate, hidden"))),
+        "the first half of the channels is the gate, GegluRotate has it in the second"),
+    "one half twice": (gated((ACTIVE, "active = Gelu(hidden)")), NO_HALVES),
     "gated by another activation": (gated((ACTIVE, "active = Relu(gate)")), None),
     "gated by a SiLU": (gated((ACTIVE, "s = Sigmoid(gate) active = Mul(gate, s)")), None),
     "halves of the tokens": (
         gated((SPLIT, "hidden, gate = Split<axis = 1, num_outputs = 2>(both)"), ("tokens, 24] x", "8, 24] x"),
-              ("tokens, 24] y", "4, 24] y"), ("width = 36", "width = 72"), ("cols = 36", "cols = 72")), None),
+              ("tokens, 24] y", "4, 24] y"), ("width = 36", "width = 72"), ("cols = 36", "cols = 72")), NO_HALVES),
     "two of three parts": (
         gated((SPLIT, "hidden, gate, rest = Split<axis = -1, num_outputs = 3>(both)"), ("rows = 72", "rows = 108")),
-        None),
+        NO_HALVES),
     "unequal parts": (
-        gated(("{36, 36}", "{36, 1}"), ("rows = 72", "rows = 37")), None),
+        gated(("{36, 36}", "{36, 1}"), ("rows = 72", "rows = 37")), NO_HALVES),
     "two tensors": (
-        gated((SPLIT, "hidden = Relu(both) gate = Linear<rows = 36, cols = 24>(x)"), ("rows = 72", "rows = 36")), None),
+        gated((SPLIT, "hidden = Relu(both) gate = Linear<rows = 36, cols = 24>(x)"), ("rows = 72", "rows = 36")),
+        NO_HALVES),
     "channels of two Splits": (
         gated((SPLIT, f"{SPLIT} negative = Neg(both) other, last = Split<axis = -1>(negative, halves)"),
-              (ACTIVE, "active = Gelu(last)")), None),
+              (ACTIVE, "active = Gelu(last)")), NO_HALVES),
 }  # fmt: skip
 
 

@@ -128,6 +128,7 @@ def test_opening_what_is_open_does_nothing(parse):
     assert traced.to_onnx() == before
 
 
+GATE_ALONE = "it is multiplied by a gate, and nothing is added to that alone"
 CONSTANT = "what is added to it is a constant or weight, no residual"
 NOT = {
     "a constant": (edited((SUM, "sum = Add(gated, row)")), CONSTANT),
@@ -155,16 +156,16 @@ NOT = {
         edited(("float[batch, 1, 24] gate", "float[1, batch, 1, 24] gate"), ("=> (float[", "=> (float[1, ")),
         "the gate has shape (1, batch, 1, 24)"),
     "the linear is an output": (edited(and_output("u")), None),
-    "the gated linear is an output": (edited(and_output("gated")), None),
+    "the gated linear is an output": (edited(and_output("gated")), GATE_ALONE),
     "the linear is read elsewhere": (edited((SUM, "b = Neg(u) sum = Add(gated, b)")), None),
-    "the gated linear is read elsewhere": (edited((SUM, "b = Neg(gated) sum = Add(gated, b)")), None),
+    "the gated linear is read elsewhere": (edited((SUM, "b = Neg(gated) sum = Add(gated, b)")), GATE_ALONE),
     "added to itself": (PLAIN.replace("Add(u, x)", "Add(u, u)"), None),
     "times itself": (edited((GATE, "gated = Mul(u, u)")), None),
-    "gated and added to itself": (edited((SUM, "sum = Add(gated, gated)")), None),
-    "gated twice": (edited((SUM, "again = Mul(gated, gate) sum = Add(again, x)")), None),
-    "subtracted": (edited((SUM, "sum = Sub(x, gated)")), None),
-    "an activation between": (edited((SUM, "bent = Relu(gated) sum = Add(bent, x)")), None),
-    "a gate and no residual": (edited((SUM, ""), ("Neg(sum)", "Neg(gated)")), None),
+    "gated and added to itself": (edited((SUM, "sum = Add(gated, gated)")), GATE_ALONE),
+    "gated twice": (edited((SUM, "again = Mul(gated, gate) sum = Add(again, x)")), GATE_ALONE),
+    "subtracted": (edited((SUM, "sum = Sub(x, gated)")), GATE_ALONE),
+    "an activation between": (edited((SUM, "bent = Relu(gated) sum = Add(bent, x)")), GATE_ALONE),
+    "a gate and no residual": (edited((SUM, ""), ("Neg(sum)", "Neg(gated)")), GATE_ALONE),
     "activations in floating point": (edited((LINEAR, LINEAR.replace("rows", "act_bits = 16, rows"))), None),
     "kept in floating point": (edited((LINEAR, LINEAR.replace("Linear", "Kept"))), None),
 }  # fmt: skip

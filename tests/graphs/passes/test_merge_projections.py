@@ -88,6 +88,29 @@ def test_merges_what_meets_in_an_attention_and_keeps_the_function(case, differen
     assert difference(before, traced) <= 1e-12
 
 
+FUSED = """
+fused (float[batch, tokens, 24] x, float[batch, text, 24] c) => (float[batch, tokens, 24] y)
+{
+    q = Linear<rows = 24, cols = 24>(x)
+    k = Linear<rows = 24, cols = 24>(SOURCE)
+    v = Linear<rows = 24, cols = 24>(SOURCE)
+    y = Attention<q_num_heads = 2, kv_num_heads = 2>(q, k, v)
+}
+"""
+
+
+@pytest.mark.parametrize(("source", "merged"), [("x", ("q", "k", "v")), ("c", ("k", "v"))])
+def test_merges_what_meets_in_an_attention_of_one_node(parse, difference, source, merged):
+    traced = parse(FUSED.replace("SOURCE", source), opset=23)
+    make_linear(traced)
+    before = traced.copy()
+    assert merge_projections(traced).fired == 1
+    assert stacked_layers(traced) == [merged]
+    check(traced)
+    check_preserved(before, traced)
+    assert difference(before, traced) <= 1e-12
+
+
 def test_merging_again_does_nothing(case):
     traced, _ = case
     merge_projections(traced)

@@ -42,6 +42,8 @@ class Block:
     modulated: bool = False
     gated: bool = False
     activation: str = "gelu"
+    values: str = "apart"  # packed (with queries and keys, or keys alone, in one layer) or shared (one head for all)
+    observed: bool = False  # what the attention mixes is an output of the network too
 
     def text(self, p: str, x: str, c: str, y: str, d: str) -> str:
         """From image tokens `x` and text tokens `c` to those after the block, `y` and `d`."""
@@ -71,21 +73,29 @@ class Block:
 
     def attention(self, p: str, source: str, text: str | None = None) -> str:
         if text is None:
-            read = {"q": p + "n", "k": source, "v": source}
-            projected = " ".join(self.linear(p + role, tensor, 24) for role, tensor in read.items())
+            projected = self.projected(p, p + "n", source)
         else:
-            projected = " ".join(
-                f"{self.linear(f'{p}i{role}', source, 24)} {self.linear(f'{p}t{role}', text, 24)} "
-                f"{p}{role} = Concat<axis = 1>({p}t{role}, {p}i{role})"
-                for role in "qkv"
-            )
+            joined = " ".join(f"{p}{role} = Concat<axis = 1>({p}t{role}, {p}i{role})" for role in "qkv")
+            projected = f"{self.projected(p + 'i', source, source)} {self.projected(p + 't', text, text)} {joined}"
+        split, split_values = (f"split{self.width}", f"split{self.width}{'_shared' * (self.values == 'shared')}")
         return f"""
             {projected}
-            {p}q4 = Reshape({p}q, split{self.width}) {p}k4 = Reshape({p}k, split{self.width})
-            {p}v4 = Reshape({p}v, split{self.width}) {p}qh = Transpose<perm = [0, 2, 1, 3]>({p}q4)
+            {p}q4 = Reshape({p}q, {split}) {p}k4 = Reshape({p}k, {split_values})
+            {p}v4 = Reshape({p}v, {split_values}) {p}qh = Transpose<perm = [0, 2, 1, 3]>({p}q4)
             {p}kh = Transpose<perm = [0, 2, 3, 1]>({p}k4) {p}vh = Transpose<perm = [0, 2, 1, 3]>({p}v4)
             {p}scores = MatMul({p}qh, {p}kh) {p}p = Softmax({p}scores) {p}mixed = MatMul({p}p, {p}vh)
             {p}back = Transpose<perm = [0, 2, 1, 3]>({p}mixed) {p}merged = Reshape({p}back, merge)"""
+
+    def projected(self, p: str, x: str, source: str) -> str:
+        """Queries of x, keys and values of the source, by layers of their own or one that all or some share."""
+        if self.values != "packed":
+            rows = self.width if self.values == "shared" else 24
+            keys = " ".join(self.linear(p + role, source, rows) for role in "kv")
+            return f"{self.linear(p + 'q', x, 24)} {keys}"
+        if x == source:
+            return f"{self.linear(p + 'qkv', x, 72)} {p}q, {p}k, {p}v = Split<axis = -1, num_outputs = 3>({p}qkv)"
+        keys = f"{self.linear(p + 'kv', source, 48)} {p}k, {p}v = Split<axis = -1, num_outputs = 2>({p}kv)"
+        return f"{self.linear(p + 'q', x, 24)} {keys}"
 
     def hidden(self, p: str) -> str:
         return f"{self.linear(p + 'a', p + 'n', 48)} {ACTIVATIONS[self.activation].format(x=p + 'a', y=p + 'g')}"
@@ -108,13 +118,28 @@ class Block:
     @property
     def folds(self) -> int:
         """Rotations before output projections that attention lets through, whole or in part."""
-        if self.kind == "mlp" or self.width % self.block:
+        if self.kind == "mlp" or self.width % self.block or self.is_observed:
+            return 0
+        if self.values == "shared" and self.width < 24:
             return 0
         return int(self.kind != "parallel" or self.seeds[1] is None)
 
     @property
+    def is_observed(self) -> bool:
+        return self.observed and self.kind != "mlp"
+
+    @property
+    def merged(self) -> int:
+        """Groups of projections that become one layer."""
+        if self.kind == "mlp" or self.values == "packed":
+            return 0
+        return 2 if self.kind == "joint" else 1
+
+    @property
     def rotated_outputs(self) -> int:
         """Rotations before the output projection that remain."""
+        if self.kind == "joint" and self.is_observed:
+            return 2  # of image and text apart: what they are parts of stays as it is
         if self.kind != "parallel":
             return 1 - self.folds
         return 1 if self.folds or self.seeds[1] is not None else 2  # else one for each part of what is concatenated
@@ -134,6 +159,8 @@ def blocks(draw):
         modulated=draw(st.booleans()),
         gated=draw(st.booleans()),
         activation=draw(st.sampled_from(list(ACTIVATIONS))),
+        values=draw(st.sampled_from(["apart", "packed", "shared"])),
+        observed=draw(st.sampled_from([False, False, True])),
     )
 
 
@@ -150,12 +177,18 @@ TENSORS = f"""
 
 
 def network(each: list[Block]) -> str:
-    splits = ", ".join(f"int64[4] split{width} = {{0, 0, {24 // width}, {width}}}" for width in WIDTHS)
+    splits = ", ".join(
+        f"int64[4] split{width}{name} = {{0, 0, {heads}, {width}}}"
+        for width in WIDTHS
+        for name, heads in (("", 24 // width), ("_shared", 1))
+    )
     body = "\n".join(block.text(f"b{i}_", f"x{i}", f"c{i}", f"x{i + 1}", f"c{i + 1}") for i, block in enumerate(each))
     count = len(each)
+    tokens = ["both" if block.kind == "joint" else "tokens" for block in each]
+    observed = [f", float[batch, {tokens[i]}, 24] b{i}_merged" for i, block in enumerate(each) if block.is_observed]
     return f"""
         network (float[batch, tokens, 24] x0, float[batch, text, 24] c0, float[batch, 1, 24] condition)
-            => (float[batch, tokens, 24] x{count}, float[batch, text, 24] c{count})
+            => (float[batch, tokens, 24] x{count}, float[batch, text, 24] c{count}{"".join(observed)})
         <{splits}, {TENSORS}> {{ texts = Shape<start = 1, end = 2>(c0) {body} }}
     """
 
@@ -180,7 +213,7 @@ def test_keeps_the_function_of_a_network_without_rotations(parse, difference, ea
     fired = rewrite(traced)
     assert fired["fold_rotation_into_producer"] == sum(block.folds for block in each)
     assert fired["make_linear"] == len(traced.linears)
-    assert fired["merge_projections"] == sum(MERGED[block.kind] for block in each)
+    assert fired["merge_projections"] == sum(block.merged for block in each)
     if not any(block.kind == "joint" for block in each):  # what Slice leaves of one has no known size here
         assert fired["fuse_epilogue"] == len(each)
     assert sum(node.op in ROTATE_OPS for node in traced.graph.nodes) == remaining(each)
@@ -195,9 +228,6 @@ def remaining(each: list[Block]) -> int:
             texts.add((version, block.seeds[0]))
         version += block.kind == "joint"
     return len(each) + len(texts) + sum(block.rotated_outputs for block in each)
-
-
-MERGED = {"self": 1, "cross": 1, "joint": 2, "parallel": 1, "mlp": 0}
 
 
 @given(NETWORKS)

@@ -1,7 +1,7 @@
 """NVIDIA's own parser and builder take the whole graph of every family, our plugins absent (no GPU needed).
 
 The parser gives the layer of a DequantizeLinear the very name of its node, and refuses a name that it has seen. So a
-body that begins with one is imported once; a graph with more layers goes in with its bodies inlined by onnx.
+body that begins with one is imported once; a graph with more layers goes in with its bodies in their places.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnx_graphsurgeon as gs
 import pytest
 import torch
@@ -19,7 +18,7 @@ import torch
 from graphs import names
 from graphs.ops import detach_bodies, lrq_nodes
 from graphs.passes import PIPELINE
-from lrq_export.bind import assemble, quantize_layers, write_portable
+from lrq_export.bind import assemble, quantize_layers, write_portable, write_standard
 from lrq_export.checkpoint import open_checkpoint
 from lrq_export.models.base import SAMPLES
 from lrq_export.quantized import QuantizedFile
@@ -59,20 +58,30 @@ def rewritten(model, tiny):
 
 
 @pytest.fixture(scope="module")
-def portable(model, rewritten, tiny, tmp_path_factory) -> onnx.ModelProto:
-    """What a package holds as model.onnx: quantized weights of a random model, bodies attached."""
+def quantized(model, rewritten, tiny, tmp_path_factory) -> QuantizedFile:
+    """The weights of a random model."""
     folder = tmp_path_factory.mktemp("bound")
     model.new().save_pretrained(folder / "model")
     plans = model.plans(tiny.recipe())
     quantize_layers(rewritten, plans, open_checkpoint(folder / "model"), Uncalibrated(plans), folder)
     assemble(rewritten, folder, folder / "quantized.safetensors")
-    write_portable(rewritten, QuantizedFile(folder / "quantized.safetensors"), folder / "model.onnx")
-    return onnx.load(folder / "model.onnx")
+    return QuantizedFile(folder / "quantized.safetensors")
 
 
 @pytest.fixture(scope="module")
-def inlined(portable) -> onnx.ModelProto:
-    return onnx.inliner.inline_local_functions(portable)
+def portable(rewritten, quantized, tmp_path_factory) -> onnx.ModelProto:
+    """What a package holds as model.onnx."""
+    path = tmp_path_factory.mktemp("portable") / "model.onnx"
+    write_portable(rewritten, quantized, path)
+    return onnx.load(path)
+
+
+@pytest.fixture(scope="module")
+def standard(rewritten, quantized, tmp_path_factory) -> onnx.ModelProto:
+    """The same in standard ops alone."""
+    path = tmp_path_factory.mktemp("standard") / "model.onnx"
+    write_standard(rewritten, quantized, path)
+    return onnx.load(path)
 
 
 class Parsed:
@@ -100,8 +109,8 @@ class Parsed:
 
 
 @pytest.fixture(scope="module")
-def parsed(inlined):
-    return Parsed(inlined)
+def parsed(standard):
+    return Parsed(standard)
 
 
 def test_every_node_is_imported_and_none_by_a_plugin(parsed, portable):
@@ -158,9 +167,9 @@ def test_the_plugins_are_absent(portable):
     assert "Plugin not found" in reason
 
 
-def test_an_op_that_tensorrt_does_not_import_would_be_seen(inlined):
+def test_an_op_that_tensorrt_does_not_import_would_be_seen(standard):
     """Else the first test would show nothing."""
-    graph = gs.import_onnx(inlined)
+    graph = gs.import_onnx(standard)
     timestep = next(tensor for tensor in graph.inputs if tensor.name == "timestep")
     (whole,) = graph.layer(op="Cast", inputs=[timestep], outputs=["whole"], attrs={"to": onnx.TensorProto.INT32})
     (flipped,) = graph.layer(op="BitwiseNot", inputs=[whole], outputs=["flipped"])
@@ -170,7 +179,7 @@ def test_an_op_that_tensorrt_does_not_import_would_be_seen(inlined):
 
 
 def test_a_body_with_codes_is_imported_once_only(portable):
-    """A limit of the parser, and why bodies are inlined here. When this fails, model.onnx may go in as it is."""
+    """A limit of the parser, and why `write_standard` is there. When this fails, model.onnx may go in as it is."""
     assert {function.domain for function in portable.functions} == {names.DOMAIN}
     ((_, reason), *_) = Parsed(portable).errors
     assert "[Dequantize]" in reason

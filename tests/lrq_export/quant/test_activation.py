@@ -22,7 +22,8 @@ def test_equals_numpy(x, bits):
     q, scale = quantize_tokens(torch.from_numpy(x), bits)
     np.testing.assert_array_equal(scale.numpy(), s)
     np.testing.assert_array_equal(q.numpy(), np.clip(np.rint(x / s), -top, top))
-    assert np.abs(q.numpy() * s - x).max() <= 0.5001 * s.max()
+    normal = s[:, 0] >= np.finfo(np.float32).tiny  # below, a step itself is off by up to a half
+    assert (np.abs(q.numpy() * s - x) <= 0.5001 * s)[normal].all()
 
 
 def test_halves_round_to_even_and_the_largest_reaches_the_top():
