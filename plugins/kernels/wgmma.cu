@@ -84,7 +84,8 @@ using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, M
                                                     cutlass::gemm::PersistentScheduler>;
 using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-typename Biased<float>::Arguments biased(Product const& product) {
+template <class Output>
+typename Biased<Output>::Arguments biased(Product const& product) {
     typename InTokens::Arguments const inTokens{{}, {product.tokenScales}, {}};
     typename InRows::Arguments const inRows{inTokens, {product.rowScales}, {}};
     return {inRows, {product.bias}, {}};
@@ -93,10 +94,10 @@ typename Biased<float>::Arguments biased(Product const& product) {
 template <class AnyTree>
 typename AnyTree::Arguments treeOf(Product const& product) {
     if constexpr (std::is_same_v<AnyTree, GatedSum>) {
-        typename GatedProduct::Arguments const gated{biased(product), {product.gate}, {}};
+        typename GatedProduct::Arguments const gated{biased<float>(product), {product.gate}, {}};
         return {gated, {}, {}};
     } else {
-        return biased(product);
+        return biased<Element>(product);
     }
 }
 
