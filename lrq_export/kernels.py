@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 
+from lrq_export import plugins
 from lrq_export.errors import LrqError, MissingError
 
 ENVIRONMENT = "LRQ_KERNELS"
-LIBRARY = "liblrq_kernels.so"
 
 
 class KernelError(LrqError):
@@ -171,25 +171,20 @@ STRUCTS = (Tokens, Modulation, Rotation, Weight, Linear)
 
 
 def find_library(path: Path | None = None) -> Path:
-    """Where liblrq_kernels is: the argument, $LRQ_KERNELS, or where `lrq-export plugins build` puts it."""
-    candidates = [path, os.environ.get(ENVIRONMENT) or None, *_built()]
-    for candidate in candidates:
-        if candidate is not None:
-            found = Path(candidate)
-            if not found.is_file():
-                raise MissingError(
-                    f"{found}: there is no such library", hint="build it with `lrq-export plugins build`"
-                )
-            return found
-    raise MissingError(
-        f"{LIBRARY} is nowhere to be found",
-        hint=f"run `lrq-export plugins build`, or name the library in ${ENVIRONMENT}",
-    )
-
-
-def _built() -> list[Path]:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrq-export" / "plugins"
-    return sorted(folder.rglob(LIBRARY), key=lambda path: path.stat().st_mtime, reverse=True)[:1]
+    """Where liblrq_kernels is: the argument, $LRQ_KERNELS, beside the plugins that $LRQ_PLUGINS or a build has."""
+    named = path or os.environ.get(ENVIRONMENT)
+    if named is not None and not Path(named).is_file():
+        raise MissingError(f"{named}: there is no such library", hint="build it with `lrq-export plugins build`")
+    if named is not None:
+        return Path(named)
+    built = plugins.find_library() or plugins.default_folder() / "lib" / plugins.LIBRARY
+    beside = built.parent / plugins.KERNELS
+    if not beside.is_file():
+        raise MissingError(
+            f"{plugins.KERNELS} has not been built",
+            hint=f"run `lrq-export plugins build`, or name the library in ${ENVIRONMENT}",
+        )
+    return beside
 
 
 class Kernels:

@@ -72,7 +72,8 @@ using Kernel = typename cutlass::gemm::kernel::DefaultGemmWithVisitor<
     cutlass::arch::OpMultiplyAddSaturate, kEpilogueStages>::GemmKernel;
 using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-typename Biased<float>::Arguments biased(Product const& product) {
+template <class Output>
+typename Biased<Output>::Arguments biased(Product const& product) {
     typename InTokens::Arguments const inTokens{{}, {product.tokenScales}, {}};
     typename InRows::Arguments const inRows{inTokens, {product.rowScales}, {}};
     return {inRows, {product.bias}, {}};
@@ -81,11 +82,11 @@ typename Biased<float>::Arguments biased(Product const& product) {
 template <class AnySum>
 typename AnySum::Arguments sumOf(Product const& product) {
     if constexpr (std::is_same_v<AnySum, GatedSum>) {
-        typename GatedProduct::Arguments const gated{biased(product), {product.gate}, {}};
+        typename GatedProduct::Arguments const gated{biased<float>(product), {product.gate}, {}};
         Element* const residual = static_cast<Element*>(const_cast<void*>(product.residual));
         return {gated, {residual, Element(0), {product.stride, _1{}, 0}}, {}};
     } else {
-        return biased(product);
+        return biased<Element>(product);
     }
 }
 

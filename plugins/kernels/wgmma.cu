@@ -84,7 +84,8 @@ using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, M
                                                     cutlass::gemm::PersistentScheduler>;
 using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-typename Biased<float>::Arguments biased(Product const& product) {
+template <class Output>
+typename Biased<Output>::Arguments biased(Product const& product) {
     typename InTokens::Arguments const inTokens{{}, {product.tokenScales}, {}};
     typename InRows::Arguments const inRows{inTokens, {product.rowScales}, {}};
     return {inRows, {product.bias}, {}};
@@ -93,10 +94,10 @@ typename Biased<float>::Arguments biased(Product const& product) {
 template <class AnyTree>
 typename AnyTree::Arguments treeOf(Product const& product) {
     if constexpr (std::is_same_v<AnyTree, GatedSum>) {
-        typename GatedProduct::Arguments const gated{biased(product), {product.gate}, {}};
+        typename GatedProduct::Arguments const gated{biased<float>(product), {product.gate}, {}};
         return {gated, {}, {}};
     } else {
-        return biased(product);
+        return biased<Element>(product);
     }
 }
 
@@ -123,7 +124,8 @@ bool LRQ_LAUNCHER(Product const& product, Device const& device, cudaStream_t str
     arguments.epilogue.dD = output;
     arguments.hw_info.sm_count = device.processors;
 
-    if (Gemm::get_workspace_size(arguments) != 0) {
+    if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess ||
+        Gemm::get_workspace_size(arguments) != 0) {
         return false;
     }
     Gemm gemm;

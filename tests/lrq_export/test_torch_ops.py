@@ -77,6 +77,16 @@ def test_a_library_that_is_not_there_is_named(monkeypatch, tmp_path):
     with pytest.raises(MissingError, match=r"absent\.so: there is no such library"):
         find_library()
     monkeypatch.delenv(ENVIRONMENT)
+    monkeypatch.delenv("LRQ_PLUGINS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(MissingError, match="plugins build"):
         find_library()
+
+
+def test_a_library_lies_where_it_is_named_or_beside_the_plugins(monkeypatch, tmp_path):
+    for name in ("liblrq_plugins.so", "liblrq_kernels.so"):
+        (tmp_path / name).touch()
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.setenv("LRQ_PLUGINS", str(tmp_path))
+    assert find_library() == tmp_path / "liblrq_kernels.so"
+    assert find_library(tmp_path / "liblrq_plugins.so") == tmp_path / "liblrq_plugins.so"
