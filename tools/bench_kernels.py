@@ -23,12 +23,18 @@ import torch
 import lrq_export.torch_ops  # noqa: F401  registers torch.ops.lrq
 from graphs.ops import words
 from graphs.ops.twin_log_dequant import random_exponents
-from lrq_export.kernels import Format, Layout, Tactic
+from lrq_export.kernels import Format, KernelError, Layout, Tactic
 from lrq_export.torch_ops import WeightForm
 
 WARM_UP_SECONDS = 3.0  # until clocks have settled
 BAR_DEVICE = "H200"
+DEVICE = "cuda"
+# rows and columns of weights, tokens, channels and blocks: all that a test on a CPU replaces by something small
 FLUX = {"ffn-up": (12288, 3072), "ffn-down": (3072, 12288), "out": (3072, 3072), "single-in": (21504, 3072)}
+FLUX_TOKENS = 4608
+PIXART, PIXART_TOKENS = (4608, 1152), 8192
+ROTATIONS = ((3072, 128), (3072, 256), (12288, 256), (1152, 128))
+FEW, FEW_TOKENS = (18432, 3072), (1, 4, 16, 64)
 LRQ = torch.ops.lrq
 
 
@@ -119,7 +125,7 @@ class Bench:
         self.report.bars.append(Bar(what, value, limit, at_least))
 
     def warm_up(self) -> None:
-        a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+        a = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         while True:
@@ -174,7 +180,7 @@ class PackedWeight:
         scale = rng.uniform(0.001, 0.01, rows).astype(np.float32)
         bias = rng.standard_normal(rows, np.float32)
         arrays = (codes, random_exponents(rng, rows, 1, bits), scale, bias)
-        return cls(*(torch.from_numpy(array).cuda() for array in arrays), form)
+        return cls(*(torch.from_numpy(array).to(DEVICE) for array in arrays), form)
 
     def linear(self, x: torch.Tensor, **options: object) -> torch.Tensor:
         return LRQ.linear(x, self.codes, self.levels, self.scale, self.bias, self.form, 8, **options)
@@ -189,7 +195,7 @@ class PackedWeight:
 
 
 def randn(*shape: int, sets: int = 1) -> list[torch.Tensor]:
-    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
+    return [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(sets)]
 
 
 def bench_decode(bench: Bench) -> None:
@@ -200,7 +206,7 @@ def bench_decode(bench: Bench) -> None:
         moved = rows * cols + weight.codes.numel()
         sets = bench.sets(moved)
         codes = [weight.codes.clone() for _ in range(sets)]
-        sources = [torch.empty(moved // 2, dtype=torch.uint8, device="cuda") for _ in range(sets)]
+        sources = [torch.empty(moved // 2, dtype=torch.uint8, device=DEVICE) for _ in range(sets)]
         targets = [torch.empty_like(source) for source in sources]
         times = bench.compare(
             f"decode {bits}-bit {rows}x{cols}",
@@ -216,11 +222,11 @@ def bench_decode(bench: Bench) -> None:
 
 def bench_rotate(bench: Bench) -> None:
     """Rotate and quantize beside a copy that moves three bytes an element."""
-    for cols, block in ((3072, 128), (3072, 256), (12288, 256), (1152, 128)):
-        tokens, moved = 4608, 3 * 4608 * cols
+    for cols, block in ROTATIONS:
+        tokens, moved = FLUX_TOKENS, 3 * FLUX_TOKENS * cols
         sets = bench.sets(moved)
-        x, signs = randn(tokens, cols, sets=sets), torch.ones(cols, device="cuda", dtype=torch.bfloat16)
-        sources = [torch.empty(moved // 2, dtype=torch.uint8, device="cuda") for _ in range(sets)]
+        x, signs = randn(tokens, cols, sets=sets), torch.ones(cols, device=DEVICE, dtype=torch.bfloat16)
+        sources = [torch.empty(moved // 2, dtype=torch.uint8, device=DEVICE) for _ in range(sets)]
         targets = [torch.empty_like(source) for source in sources]
         times = bench.compare(
             f"rotate and quantize {tokens}x{cols}, block {block}",
@@ -237,7 +243,7 @@ def bench_rotate(bench: Bench) -> None:
 
 def fp8_product(tokens: int, rows: int, cols: int, sets: int) -> Callable[[int], object] | None:
     """torch._scaled_mm of FP8, None where this GPU or torch has none."""
-    one = torch.ones((), device="cuda")
+    one = torch.ones((), device=DEVICE)
     a = [t.to(torch.float8_e4m3fn) for t in randn(tokens, cols, sets=sets)]
     b = [t.to(torch.float8_e4m3fn).t() for t in randn(rows, cols, sets=sets)]
 
@@ -274,7 +280,7 @@ def product_contenders(weight: PackedWeight, tokens: int, sets: int) -> dict[str
 
 def bench_product(bench: Bench) -> None:
     """The INT8 product with its epilogue beside bf16, FP8 and torch._int_mm; then every tile."""
-    tokens = 4608
+    tokens = FLUX_TOKENS
     for name, (rows, cols) in FLUX.items():
         weight = PackedWeight.random(rows, cols, 4)
         sets = bench.sets(rows * cols + 3 * tokens * cols)
@@ -295,7 +301,7 @@ def bench_tiles(bench: Bench, case: str, weight: PackedWeight, tokens: int, sets
         if tactic.name.startswith("TILE") or tactic == Tactic.AUTO:
             try:
                 call(0)
-            except RuntimeError:
+            except KernelError:
                 continue  # not in the list of this architecture
             contenders[tactic.name] = call
     bench.compare(case, contenders, sets)
@@ -303,7 +309,8 @@ def bench_tiles(bench: Bench, case: str, weight: PackedWeight, tokens: int, sets
 
 def bench_linear(bench: Bench) -> None:
     """A whole layer, rotation, quantization, decode and product, beside bf16 and its INT8-resident twin."""
-    cases = [(4608, *shape, name, 1.45) for name, shape in FLUX.items()] + [(8192, 4608, 1152, "PixArt ffn-up", 1.35)]
+    cases = [(FLUX_TOKENS, *shape, name, 1.45) for name, shape in FLUX.items()]
+    cases.append((PIXART_TOKENS, *PIXART, "PixArt ffn-up", 1.35))
     for tokens, rows, cols, name, limit in cases:
         weight, block = PackedWeight.random(rows, cols, 4), 256 if cols % 256 == 0 else 128
         sets = bench.sets(2 * (tokens + rows) * cols)
@@ -326,9 +333,9 @@ def bench_linear(bench: Bench) -> None:
 def bench_few(bench: Bench) -> None:
     """Few tokens: adaLN, time and text projections."""
     for bits in (4, 3):
-        rows, cols = 18432, 3072
+        rows, cols = FEW
         weight = PackedWeight.random(rows, cols, bits)
-        for tokens in (1, 4, 16, 64):
+        for tokens in FEW_TOKENS:
             sets = bench.sets(weight.codes.numel())
             x, w = randn(tokens, cols, sets=sets), randn(rows, cols, sets=sets)
             packed = [

@@ -33,6 +33,15 @@ constexpr Instantiation kInstantiations[] = {
 
 }  // namespace
 
+Family familyOf(Device const& device) {
+    for (Instantiation const& one : kInstantiations) {
+        if (one.family == Family::kWgmma && device.architecture == 90) {
+            return Family::kWgmma;
+        }
+    }
+    return Family::kImma;
+}
+
 ProductLauncher findLauncher(Family family, int32_t tactic, int32_t type, bool isGated) {
     TileShape const* const shape = tileShapeOf(tactic);
     for (Instantiation const& one : kInstantiations) {

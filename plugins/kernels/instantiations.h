@@ -8,9 +8,9 @@ namespace lrq {
 // Hopper has an instruction of its own; everything else multiplies with mma.sync.
 enum class Family : int32_t { kImma, kWgmma };
 
-constexpr Family familyOf(Device const& device) {
-    return device.architecture == 90 ? Family::kWgmma : Family::kImma;
-}
+// What a device multiplies with: mma.sync on Hopper too, if the library was compiled for plain
+// sm_90.
+Family familyOf(Device const& device);
 
 // Tiles of tokens that form a cluster, see wgmma.cu.
 constexpr int32_t clusterOf(Family family) {

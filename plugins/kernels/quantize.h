@@ -33,8 +33,8 @@ __device__ inline TokenQuantizer makeQuantizer(float peak, int32_t limit) {
     return {scale, 1.0f / scale, limit, isFast};
 }
 
-// The code in the low byte; the other bytes are anything. `kIsFast` is quantizer.isFast, which is the
-// same for a whole token.
+// The code in the low byte; the other bytes are anything. `kIsFast` is quantizer.isFast, which is
+// the same for a whole token.
 template <bool kIsFast>
 __device__ inline uint32_t quantizeAs(float x, TokenQuantizer const& quantizer) {
     if constexpr (!kIsFast) {

@@ -123,7 +123,8 @@ bool LRQ_LAUNCHER(Product const& product, Device const& device, cudaStream_t str
     arguments.epilogue.dD = output;
     arguments.hw_info.sm_count = device.processors;
 
-    if (Gemm::get_workspace_size(arguments) != 0) {
+    if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess ||
+        Gemm::get_workspace_size(arguments) != 0) {
         return false;
     }
     Gemm gemm;

@@ -198,6 +198,23 @@ def test_nothing_to_do_is_done_without_a_device(library):
     library.linear(linear(tokens=Tokens(3, 0), x=HERE), None, 0)
 
 
+def test_without_a_device_a_call_says_so():
+    import torch
+
+    if kernels.ENVIRONMENT not in os.environ or torch.cuda.is_available():
+        pytest.skip(f"needs compiled kernels (set {kernels.ENVIRONMENT}) and no GPU")
+    library = Kernels(Path(os.environ[kernels.ENVIRONMENT]))
+    assert library.architectures() == sorted(library.architectures()) != []
+    for call in (
+        lambda: library.rotate(rotation()),
+        lambda: library.decode(weight(), HERE),
+        lambda: library.linear(linear(), HERE, 1 << 40),
+    ):
+        with pytest.raises(KernelError, match="no CUDA device") as error:
+            call()
+        assert error.value.status == Status.CUDA_ERROR
+
+
 def test_no_struct_at_all_is_refused(library):
     functions = library._library
     assert functions.lrqRotate(None, None) == Status.NULL_POINTER

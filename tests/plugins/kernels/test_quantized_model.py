@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import kernel_machine
 import pytest
 import torch
@@ -14,7 +12,6 @@ from lrq_export.kernel_linear import KernelLinear, put_on_kernels
 from lrq_export.quant.linear import QuantizedLinear
 from lrq_export.quantized import ONLINE, LayerRecord, QuantizedFile, write_quantized
 
-OPS = ("rotate", "rotate_quantize", "decode", "dequantize", "linear", "linear_quantized")
 TOLERANCE = {
     torch.float32: 1e-6,
     torch.bfloat16: 1e-3,
@@ -59,23 +56,13 @@ def quantized(tmp_path_factory):
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    """Where torch.ops.lrq runs; on the CPU by the emulator, which the ops have no kernel for outside this test."""
+def device(request):
+    """Where torch.ops.lrq runs."""
     if request.param == "cuda":
         kernel_machine.cuda_machine()
-        return request.param
-    library = request.getfixturevalue("emulated").kernels
-    monkeypatch.setattr(torch_ops, "kernels", lambda: library)
-    monkeypatch.setattr(torch_ops, "_current", no_stream)
-    for name in OPS:
-        op = getattr(torch_ops, name)
-        op.register_kernel("cpu", op._init_fn)
+    else:
+        request.getfixturevalue("ops_on_cpu")
     return request.param
-
-
-@contextmanager
-def no_stream(tensor):
-    yield None
 
 
 def layer_of(quantized, name, **options):
