@@ -60,6 +60,8 @@ protected:
         }
     }
 
+    void checkTokens(Shapes const& shapes) const override { tokensOf(shapes); }
+
     std::vector<OutputAxis> outputAxes(Shapes const& shapes) const override {
         std::vector<OutputAxis> axes;
         for (int32_t axis = 0; axis + 1 < shapes[input("x")].nbDims; ++axis) {
@@ -85,7 +87,11 @@ protected:
 
     int32_t launch(Launch const& launch) const override {
         LrqLinear linear = describe(launch.inputs, launch.type);
-        placeTokens(linear, launch.shapes);
+        Tokens const tokens = tokensOf(launch.shapes);
+        linear.tokens = tokens.counts();
+        if (hasInput("residual")) {
+            linear.gate = tokens.modulation(launch.shapes[input("gate")], linear.gate.data);
+        }
         linear.y = launch.output;
         int64_t const workspaceBytes = lrqLinearWorkspace(&linear);
         int32_t const status = mInt8 ? makeResident(linear, launch.stream) : 0;
@@ -120,16 +126,14 @@ private:
         return linear;
     }
 
-    // The tokens, cut so that the gate has a stride for each part.
-    void placeTokens(LrqLinear& linear, Shapes const& shapes) const {
+    // Cut so that the gate, if there is one, has a stride for each part.
+    Tokens tokensOf(Shapes const& shapes) const {
+        Dims const y = outputShape(shapes[input("x")]);
         if (!hasInput("residual")) {
-            linear.tokens = Tokens(shapes[input("x")], nullptr, 0).counts();
-            return;
+            return {y, nullptr, 0};
         }
         Dims const* const others[] = {&shapes[input("gate")]};
-        Tokens const tokens(outputShape(shapes[input("x")]), others, 1);
-        linear.tokens = tokens.counts();
-        linear.gate = tokens.modulation(*others[0], linear.gate.data);
+        return {y, others, 1};
     }
 
     // Has `linear` read the resident weight, decoded on this context's first call. Every context

@@ -195,7 +195,9 @@ int32_t Plugin::onShapeChange(PluginTensorDesc const* inputs, int32_t inputCount
                               PluginTensorDesc const*, int32_t outputCount) noexcept {
     return guarded<int32_t>(name(), kFailed, [&] {
         checkCounts(inputCount, outputCount);
-        check(known(inputs));
+        Shapes const shapes = known(inputs);
+        check(shapes);
+        checkTokens(shapes);
         return kDone;
     });
 }

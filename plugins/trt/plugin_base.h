@@ -98,6 +98,8 @@ protected:
     virtual std::unique_ptr<Plugin> copy() const = 0;
     // Throws where known sizes disagree with the attributes or each other. x has an axis.
     virtual void checkShapes(Shapes const& shapes) const = 0;
+    // Throws where tensors broadcast in a way that the kernels do not read. All sizes are known.
+    virtual void checkTokens(Shapes const&) const {}
     virtual std::vector<OutputAxis> outputAxes(Shapes const& shapes) const = 0;
     // All sizes are known; of the workspace they are the largest there will be.
     virtual int64_t workspaceBytes(Shapes const&, LrqType) const { return 0; }

@@ -46,6 +46,12 @@ protected:
         }
     }
 
+    void checkTokens(Shapes const& shapes) const override {
+        if (isNorm()) {
+            tokensOf(shapes);
+        }
+    }
+
     std::vector<OutputAxis> outputAxes(Shapes const& shapes) const override {
         std::vector<OutputAxis> axes;
         int32_t const last = shapes[input("x")].nbDims - 1;
@@ -61,7 +67,6 @@ protected:
     }
 
     int32_t launch(Launch const& launch) const override {
-        Dims const& x = launch.shapes[input("x")];
         LrqRotation rotation{};
         rotation.x = launch.inputs[input("x")];
         rotation.signs = launch.inputs[input("signs")];
@@ -71,21 +76,26 @@ protected:
         rotation.prologue = mPrologue;
         rotation.type = launch.type;
         if (isNorm()) {
-            Dims const& scale = launch.shapes[input("scale")];
-            Dims const& shift = launch.shapes[input("shift")];
-            Dims const* const others[] = {&scale, &shift};
-            Tokens const tokens(x, others, 2);
+            Tokens const tokens = tokensOf(launch.shapes);
             rotation.tokens = tokens.counts();
-            rotation.scale = tokens.modulation(scale, launch.inputs[input("scale")]);
-            rotation.shift = tokens.modulation(shift, launch.inputs[input("shift")]);
+            rotation.scale =
+                tokens.modulation(launch.shapes[input("scale")], launch.inputs[input("scale")]);
+            rotation.shift =
+                tokens.modulation(launch.shapes[input("shift")], launch.inputs[input("shift")]);
             rotation.epsilon = attributes().real("epsilon");
         } else {
-            rotation.tokens = Tokens(x, nullptr, 0).counts();
+            rotation.tokens = Tokens(launch.shapes[input("x")], nullptr, 0).counts();
         }
         return lrqRotate(&rotation, launch.stream);
     }
 
 private:
+    // Of a norm: cut so that scale and shift have a stride for each part.
+    Tokens tokensOf(Shapes const& shapes) const {
+        Dims const* const others[] = {&shapes[input("scale")], &shapes[input("shift")]};
+        return {shapes[input("x")], others, 2};
+    }
+
     bool isNorm() const { return mPrologue == LRQ_LAYER_NORM || mPrologue == LRQ_RMS_NORM; }
     // x has the channels so many times.
     int32_t halves() const { return mPrologue == LRQ_GEGLU ? 2 : 1; }

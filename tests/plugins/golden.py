@@ -49,13 +49,27 @@ def all_cases() -> list[Case]:
 
 
 def for_plugins(spec: OpSpec, rng: np.random.Generator) -> Iterator[Example]:
-    """Of a linear op: codes in words, and a rotation in the node."""
+    """More axes than the op's own examples have; of a linear op, codes in words and a rotation in the node."""
     own = {attribute.name for attribute in spec.attributes}
+    if spec.inputs[0].type == "T":
+        yield in_four_axes(spec, spec.examples(rng)[-1], rng)
     for example in spec.examples(rng) if "rotation" in own else []:
         if "layout" in own:
             yield in_words(spec, example)
         block = math.gcd(example.attributes["cols"], 8)
         yield Example(example.inputs, {**example.attributes, "rotation": "hadamard", "block": block})
+
+
+def in_four_axes(spec: OpSpec, example: Example, rng: np.random.Generator) -> Example:
+    """Random tokens (2, 2, 3), and what broadcasts to them given for the first axis only."""
+    lead = {"x": (2, 2, 3), "residual": (2, 2, 3), "scale": (2, 1, 1), "shift": (2, 1, 1), "gate": (2, 1, 1)}
+    inputs = [
+        rng.standard_normal((*lead[tensor.name], array.shape[-1]), np.float32)
+        if tensor.type == "T" and tensor.name in lead
+        else array
+        for tensor, array in zip(spec.inputs, example.inputs, strict=True)
+    ]
+    return Example(tuple(inputs), example.attributes)
 
 
 def in_words(spec: OpSpec, example: Example) -> Example:

@@ -17,6 +17,7 @@ import pytest
 import trt_build
 
 from graphs.ops import OPS
+from graphs.ops.spec import Example
 
 MUTANTS = re.findall(r'\{Kind::k\w+, "(\w+)"\}', (trt_build.HOST / "mutants.h").read_text())
 
@@ -125,6 +126,18 @@ def test_the_messages_reach_a_program_of_tensorrt_10(library, headers, tmp_path)
     golden.write_cases(tmp_path / "cases", cases)
     found = run(trt_build.build_host(tmp_path, tens[-1]), library, tmp_path / "cases")
     assert (found.returncode, found.stderr) == (0, ""), found.stdout
+
+
+@pytest.mark.parametrize("name", ["LayerNormRotate", "TwinLogLinearResidual"])
+def test_what_broadcasts_over_axes_apart_is_refused(library, host, tmp_path, name):
+    """Over the first and the last axis of tokens, but not the one between: there is no stride for that."""
+    (case,) = [each for each in golden.all_cases() if each.label.startswith(name) and each.label.endswith(".float")
+               and each.example.inputs[0].ndim == 4]  # fmt: skip
+    at = [tensor.name for tensor in case.spec.inputs].index("gate" if name.endswith("Residual") else "shift")
+    inputs = list(case.example.inputs)
+    inputs[at] = np.ones((2, 1, 3, inputs[at].shape[-1]), np.float32)
+    golden.write_cases(tmp_path / "cases", [replace(case, example=Example(tuple(inputs), case.example.attributes))])
+    assert "in a way that the kernels do not read" in run(host, library, tmp_path / "cases").stdout
 
 
 def test_an_op_without_a_plugin_is_seen(library, host, tmp_path):

@@ -6,7 +6,7 @@ import onnx
 import pytest
 import trt_build
 
-from graphs.ops import lrq_nodes
+from graphs.ops import detach_bodies, lrq_nodes
 from graphs.passes import PIPELINE, TARGETS
 from lrq_export.models.base import SAMPLES
 from lrq_export.onnx_file import write_model
@@ -52,7 +52,7 @@ def for_tensorrt(rewritten, tmp_path) -> onnx.ModelProto:
     lowered = rewritten.copy()
     for rewrite in TARGETS["tensorrt"]:
         rewrite(lowered)
-    return written(lowered, tmp_path, bodies=False)
+    return written(lowered, tmp_path, complete=detach_bodies)
 
 
 def size_range(model, extent: int | str) -> tuple[int, int, int]:
