@@ -11,6 +11,7 @@ import typer
 
 from lrq_export import __version__
 from lrq_export.errors import Interrupted, LrqError, UsageError
+from lrq_export.serve_command import register
 from lrq_export.several_values import SeveralValues
 
 # Before torch is imported: its OpenMP threads then sleep while they wait. Spinning, they fight whatever else the
@@ -21,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Compile a diffusion transformer into a low-bit deployable package.",
 )  # fmt: skip
+register(app)
 
 Stage = Enum(
     "Stage", {name: name for name in ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")}

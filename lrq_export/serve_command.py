@@ -1,0 +1,61 @@
+"""`lrq-export serve`, `serve-config` and `bench`: a package at work."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lrq_export.errors import UsageError
+
+Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines.")]
+Name = Annotated[str | None, typer.Option(help="Name of the model; default: the package's folder.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one run; default: as ONNX Runtime chooses.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(serve)
+
+
+def serve(
+    package: Package,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    name: Name = None,
+    workers: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 1,
+    threads: Threads = None,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that wait; beyond them the answer is 503.")] = 16,
+    limit: Annotated[
+        list[str] | None, typer.Option(metavar="DIMENSION=SIZE", help="Largest size of a dimension, e.g. samples=8.")
+    ] = None,
+    body_limit: Annotated[int, typer.Option(min=1, help="MiB of a request.")] = 64,
+    body_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that a request's body may take.")] = 30.0,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="On SIGTERM: not ready, but serving, for so long before it stops.")
+    ] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Serve a package over the Open Inference Protocol v2 (KServe v2 REST), with metrics at /metrics."""
+    from lrq_export.serving.server import serve as run
+
+    def report(event: dict[str, Any]) -> None:
+        lines = {"serving": "serving {model} at {url}", "drained": "drained: {answered} requests were answered"}
+        print(json.dumps(event) if as_json else lines[event["event"]].format(**event), flush=True)
+
+    run(
+        package, host=host, port=port, name=name, threads=threads, limits=_limits(limit or []), report=report,
+        workers=workers, queue=queue, body_bytes=body_limit << 20, body_seconds=body_seconds,
+        drain_seconds=drain_seconds,
+    )  # fmt: skip
+
+
+def _limits(pairs: list[str]) -> dict[str, int]:
+    limits = {}
+    for pair in pairs:
+        dimension, _, size = pair.partition("=")
+        if not size.isdecimal() or int(size) < 1:
+            raise UsageError(f"--limit: got {pair!r}, needed DIMENSION=SIZE", hint="e.g. --limit samples=8")
+        limits[dimension] = int(size)
+    return limits
