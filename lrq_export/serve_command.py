@@ -17,6 +17,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one run; de
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(serve)
+    app.command()(serve_config)
 
 
 def serve(
@@ -49,6 +50,42 @@ def serve(
         workers=workers, queue=queue, body_bytes=body_limit << 20, body_seconds=body_seconds,
         drain_seconds=drain_seconds,
     )  # fmt: skip
+
+
+def serve_config(
+    package: Package,
+    triton: Annotated[Path, typer.Option(help="Folder of the Triton model repository.")],
+    kserve: Annotated[Path | None, typer.Option(help="YAML file for a KServe InferenceService.")] = None,
+    storage_uri: Annotated[
+        str, typer.Option(help="Where the cluster finds the repository.")
+    ] = "pvc://models/lrq-export",
+    name: Name = None,
+    model_version: Annotated[int, typer.Option(min=1, help="Version to write; Triton serves the latest.")] = 1,
+    max_batch: Annotated[int, typer.Option(min=0, help="Samples of a batch of requests; 0: no batching.")] = 8,
+    instances: Annotated[int, typer.Option(min=1, help="Copies of the model that Triton runs at a time.")] = 1,
+    threads: Threads = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="model.onnx instead of the engine: right on processors without VNNI.")
+    ] = False,
+    link: Annotated[bool, typer.Option("--link", help="Hard links instead of copies.")] = False,
+    plugins: Annotated[list[Path] | None, typer.Option(help="Plugin library of the TensorRT plan, to copy.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write an NVIDIA Triton model repository for a package, and a KServe service over it."""
+    from lrq_export.serving.repository import Layout, write_kserve, write_repository
+    from lrq_export.serving.server import check_name
+
+    layout = Layout(
+        check_name(name or package.resolve().name), model_version, max_batch, instances, threads, portable, link,
+        tuple(plugins or ()),
+    )  # fmt: skip
+    if triton.resolve().is_relative_to(package.resolve()):
+        raise UsageError(f"{triton}: lies in the package, which an added file makes invalid", hint="write beside it")
+    models = write_repository(package, triton, layout)
+    if kserve is not None:
+        write_kserve(kserve, layout, storage_uri)
+    written = [*map(str, models), *([] if kserve is None else [str(kserve)])]
+    print(json.dumps({"event": "written", "files": written}) if as_json else "\n".join(written))
 
 
 def _limits(pairs: list[str]) -> dict[str, int]:

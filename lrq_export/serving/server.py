@@ -95,10 +95,14 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that takes connections already. Raises UsageError for an address that cannot be had."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address, family=family, backlog=2048)
+        listener = socket.create_server(address, family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"{host}:{port}: cannot listen: {reason}", hint="choose another --host or --port") from None
+    # Connections inherit it. asyncio, which would set it, takes such a socket for none of TCP; without it the kernel
+    # keeps an answer's body back until its headers are acknowledged: 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def url_of(listener: socket.socket) -> str:

@@ -1,9 +1,4 @@
-"""An NVIDIA Triton model repository for a package: config.pbtxt, the model file, and what to start Triton with.
-
-    DIR/README.md   NAME/config.pbtxt   NAME/1/model.onnx   (NAME-tensorrt/config.pbtxt   NAME-tensorrt/1/model.plan)
-
-config.pbtxt is a `ModelConfig` of Triton's model_config.proto, in protobuf's text form.
-"""
+"""Triton's description of a model: a `ModelConfig` of its model_config.proto, as protobuf text and as JSON."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,6 +6,7 @@ from typing import Any
 
 from lrq_export.serving.protocol import TensorInfo
 
+BATCH_DELAY = 1000  # microseconds that a request waits for others of its shape
 TRITON_TYPES = {"FP16": "TYPE_FP16", "FP32": "TYPE_FP32", "FP64": "TYPE_FP64", "BOOL": "TYPE_BOOL"} | {
     name: f"TYPE_{name}" for name in ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
 }
@@ -48,7 +44,13 @@ def model_config(
     return config
 
 
-BATCH_DELAY = 1000  # microseconds that a request waits for others of its shape
+def tensorrt_config(name: str, instances: int = 1) -> dict[str, Any]:
+    """The `ModelConfig` of a plan. Its inputs, outputs and batch are left out: Triton reads them from the plan."""
+    return {
+        "name": name, "platform": "tensorrt_plan", "backend": "tensorrt",
+        "version_policy": {"latest": {"num_versions": 1}},
+        "instance_group": [{"kind": Enumerated("KIND_GPU"), "count": instances}],
+    }  # fmt: skip
 
 
 def _tensor(info: TensorInfo, batched: bool) -> dict[str, Any]:
