@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(serve)
     app.command()(serve_config)
+    app.command()(bench)
 
 
 def serve(
@@ -86,6 +87,47 @@ def serve_config(
         write_kserve(kserve, layout, storage_uri)
     written = [*map(str, models), *([] if kserve is None else [str(kserve)])]
     print(json.dumps({"event": "written", "files": written}) if as_json else "\n".join(written))
+
+
+def bench(
+    package: Package,
+    source: Annotated[Path | None, typer.Option(help="The source folder, for baselines in fp32 and bf16.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Samples of a run; may be given again.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Turns that are timed.")] = 30,
+    threads: Threads = None,
+    require_speedup: Annotated[
+        float | None, typer.Option(help="Exit with 1 unless a target is so many times as fast as the fastest baseline.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Time each target of a package beside the floating-point model, turn by turn in one process."""
+    from lrq_export.bench import bench as run
+    from lrq_export.bench import require_speedup as check
+
+    if require_speedup is not None and source is None:
+        raise UsageError("--require-speedup: nothing to compare with", hint="pass --source")
+    report = run(package, source=source, batches=tuple(batch or [1]), runs=runs, threads=threads)
+    if as_json:
+        for row in report["rows"]:
+            print(json.dumps({"event": "row"} | row))
+        print(json.dumps({"event": "machine"} | report["machine"]))
+    else:
+        _show_bench(report["rows"])
+    if require_speedup is not None:
+        check(report, require_speedup)
+
+
+def _show_bench(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    target = Column("target", no_wrap=True)
+    table = Table("batch", target, "p50 ms", "p90 ms", "p99 ms", "per s", "peak MiB", "speedup")
+    for row in rows:
+        numbers = [f"{row[key]:,.2f}" for key in ("p50_ms", "p90_ms", "p99_ms", "samples_per_second")]
+        speedup = "–" if row["speedup"] is None else f"{row['speedup']:.2f}"
+        table.add_row(str(row["batch"]), row["target"], *numbers, f"{row['peak_mib']:,.0f}", speedup)
+    Console().print(table)
 
 
 def _limits(pairs: list[str]) -> dict[str, int]:
