@@ -1,5 +1,8 @@
 """What the server counts, as Prometheus reads it."""
 
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import generate_latest as page_of
+
 from lrq_export.serving.admission import Admission
 
 # Seconds. A denoising step takes milliseconds on a small model, and minutes on a video model without a GPU.
@@ -12,8 +15,6 @@ class Metrics:
     """Counters of one server, in a registry of their own."""
 
     def __init__(self, admission: Admission):
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("lrq_requests", "Infer requests that arrived.", registry=registry)
         self.answered = Counter("lrq_answered", "Infer requests answered with tensors.", registry=registry)
@@ -32,6 +33,4 @@ class Metrics:
 
     def render(self) -> tuple[str, bytes]:
         """Content type and page."""
-        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-
-        return CONTENT_TYPE_LATEST, generate_latest(self.registry)
+        return CONTENT_TYPE_LATEST, page_of(self.registry)

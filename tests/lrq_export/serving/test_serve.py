@@ -16,7 +16,7 @@ import tritonclient.http as triton
 
 from lrq_export.runtime import load
 
-SLOW = {"batch": 6, "size": 48}  # some tenths of a second, so that several are inside at a time
+SLOW = {"batch": 8, "size": 64}  # some tenths of a second, so that several are inside at a time
 
 
 @contextmanager
@@ -158,15 +158,30 @@ def test_hostile_requests_get_a_4xx_and_the_server_lives_on(address, client, res
 def test_nothing_is_computed_for_a_client_that_left(address, client):
     """It sends a whole request and goes, while two others keep the session busy."""
     body, length = client.generate_request_body(as_inputs(arrays()))
-    with triton.InferenceServerClient(address, concurrency=2) as busy:
-        pending = [busy.async_infer("tiny", as_inputs(arrays(**SLOW))) for _ in range(2)]
-        wait_for_metric(address, "lrq_running 1.0", "lrq_queue_depth 1.0")
-        host, port = address.split(":")
-        with socket.create_connection((host, int(port))) as leaving:
-            head = f"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-            leaving.sendall(f"{head}Inference-Header-Content-Length: {length}\r\n\r\n".encode() + body)
-        wait_for_metric(address, 'lrq_failures_total{reason="gone"} 1.0')
-        assert all(each.get_result().as_numpy("sample") is not None for each in pending)
+    threads, answered = start_slow_requests(address, 2)
+    wait_for_metric(address, "lrq_running 1.0", "lrq_queue_depth 1.0")
+    host, port = address.split(":")
+    with socket.create_connection((host, int(port))) as leaving:
+        head = f"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        leaving.sendall(f"{head}Inference-Header-Content-Length: {length}\r\n\r\n".encode() + body)
+    wait_for_metric(address, 'lrq_failures_total{reason="gone"} 1.0')
+    for thread in threads:
+        thread.join(60)
+    assert sorted(answered) == [0, 1]
+
+
+def start_slow_requests(address, count):
+    """So many clients with a request each; what they are answered, by the seed of the request."""
+    answered = {}
+
+    def ask(seed):
+        with triton.InferenceServerClient(address) as client:
+            answered[seed] = client.infer("tiny", as_inputs(arrays(**SLOW, seed=seed))).as_numpy("sample")
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads, answered
 
 
 def wait_for_metric(address, *lines):
@@ -179,15 +194,7 @@ def wait_for_metric(address, *lines):
 def stopped_under_load(package, signals):
     """Exit code, and which of three requests inside were answered, of a server that gets `signals` meanwhile."""
     with server(package, "--name", "tiny", "--threads", "1", "--queue", "4") as (process, address):
-        answered = {}
-
-        def ask(seed):
-            with triton.InferenceServerClient(address) as client:
-                answered[seed] = client.infer("tiny", as_inputs(arrays(**SLOW, seed=seed))).as_numpy("sample")
-
-        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(3)]
-        for thread in threads:
-            thread.start()
+        threads, answered = start_slow_requests(address, 3)
         wait_for_metric(address, "lrq_requests_total 3.0")
         for number in signals:
             process.send_signal(number)
@@ -213,6 +220,14 @@ def test_a_second_signal_ends_it_at_once_and_says_so(package):
     code, answered = stopped_under_load(package, [signal.SIGTERM, signal.SIGINT])
     assert code == 5
     assert len(answered) < 3
+
+
+@pytest.mark.parametrize("library", ["uvicorn", "fastapi", "prometheus_client"])
+def test_a_library_that_is_missing_is_named_with_its_extra(package, cli, monkeypatch, library):
+    for name in [name for name in sys.modules if name.startswith("lrq_export.serving.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    cli("serve", package).refused(4, library, "lrq-export[serve]")
 
 
 def test_a_port_that_is_taken_and_a_bad_name_are_usage_errors(package, cli):
