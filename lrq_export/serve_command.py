@@ -14,7 +14,7 @@ Name = Annotated[str | None, typer.Option(help="Name of the model; default: the 
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one run; default: as ONNX Runtime chooses.")]
 
 
-def register(app: typer.Typer) -> None:
+def add_serving(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(serve)
     app.command()(serve_config)
