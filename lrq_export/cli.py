@@ -13,6 +13,7 @@ from lrq_export import __version__
 from lrq_export.engine_command import add_engines
 from lrq_export.errors import Interrupted, LrqError, UsageError
 from lrq_export.plugins_command import plugins
+from lrq_export.serve_command import add_serving
 from lrq_export.several_values import SeveralValues
 
 # Before torch is imported: its OpenMP threads then sleep while they wait. Spinning, they fight whatever else the
@@ -23,8 +24,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Compile a diffusion transformer into a low-bit deployable package.",
 )  # fmt: skip
-
 app.add_typer(plugins, name="plugins")
+add_serving(app)
 
 Stage = Enum(
     "Stage", {name: name for name in ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")}

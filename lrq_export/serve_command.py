@@ -1,0 +1,140 @@
+"""`lrq-export serve`, `serve-config` and `bench`: a package at work."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lrq_export.errors import UsageError
+
+Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines.")]
+Name = Annotated[str | None, typer.Option(help="Name of the model; default: the package's folder.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one run; default: as ONNX Runtime chooses.")]
+
+
+def add_serving(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(serve)
+    app.command()(serve_config)
+    app.command()(bench)
+
+
+def serve(
+    package: Package,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    name: Name = None,
+    workers: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 1,
+    threads: Threads = None,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that wait; beyond them the answer is 503.")] = 16,
+    limit: Annotated[
+        list[str] | None, typer.Option(metavar="DIMENSION=SIZE", help="Largest size of a dimension, e.g. samples=8.")
+    ] = None,
+    body_limit: Annotated[int, typer.Option(min=1, help="MiB of a request.")] = 64,
+    body_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that a request's body may take.")] = 30.0,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="On SIGTERM: not ready, but serving, for so long before it stops.")
+    ] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Serve a package over the Open Inference Protocol v2 (KServe v2 REST), with metrics at /metrics."""
+    from lrq_export.serving.server import serve as run
+
+    def report(event: dict[str, Any]) -> None:
+        lines = {"serving": "serving {model} at {url}", "drained": "drained: {answered} requests were answered"}
+        print(json.dumps(event) if as_json else lines[event["event"]].format(**event), flush=True)
+
+    run(
+        package, host=host, port=port, name=name, threads=threads, limits=_limits(limit or []), report=report,
+        workers=workers, queue=queue, body_bytes=body_limit << 20, body_seconds=body_seconds,
+        drain_seconds=drain_seconds,
+    )  # fmt: skip
+
+
+def serve_config(
+    package: Package,
+    triton: Annotated[Path, typer.Option(help="Folder of the Triton model repository.")],
+    kserve: Annotated[Path | None, typer.Option(help="YAML file for a KServe InferenceService.")] = None,
+    storage_uri: Annotated[
+        str, typer.Option(help="Where the cluster finds the repository.")
+    ] = "pvc://models/lrq-export",
+    name: Name = None,
+    model_version: Annotated[int, typer.Option(min=1, help="Version to write; Triton serves the latest.")] = 1,
+    max_batch: Annotated[int, typer.Option(min=0, help="Samples of a batch of requests; 0: no batching.")] = 8,
+    instances: Annotated[int, typer.Option(min=1, help="Copies of the model that Triton runs at a time.")] = 1,
+    threads: Threads = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="model.onnx instead of the engine: right on processors without VNNI.")
+    ] = False,
+    link: Annotated[bool, typer.Option("--link", help="Hard links instead of copies.")] = False,
+    plugins: Annotated[list[Path] | None, typer.Option(help="Plugin library of the TensorRT plan, to copy.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write an NVIDIA Triton model repository for a package, and a KServe service over it."""
+    from lrq_export.serving.repository import Layout, write_kserve, write_repository
+    from lrq_export.serving.server import check_name
+
+    layout = Layout(
+        check_name(name or package.resolve().name), model_version, max_batch, instances, threads, portable, link,
+        tuple(plugins or ()),
+    )  # fmt: skip
+    if triton.resolve().is_relative_to(package.resolve()):
+        raise UsageError(f"{triton}: lies in the package, which an added file makes invalid", hint="write beside it")
+    models = write_repository(package, triton, layout)
+    if kserve is not None:
+        write_kserve(kserve, layout, storage_uri)
+    written = [*map(str, models), *([] if kserve is None else [str(kserve)])]
+    print(json.dumps({"event": "written", "files": written}) if as_json else "\n".join(written))
+
+
+def bench(
+    package: Package,
+    source: Annotated[Path | None, typer.Option(help="The source folder, for baselines in fp32 and bf16.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Samples of a run; may be given again.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Turns that are timed.")] = 30,
+    threads: Threads = None,
+    require_speedup: Annotated[
+        float | None, typer.Option(help="Exit with 1 unless a target is so many times as fast as the fastest baseline.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Time each target of a package beside the floating-point model, turn by turn in one process."""
+    from lrq_export.bench import bench as run
+    from lrq_export.bench import require_speedup as check
+
+    if require_speedup is not None and source is None:
+        raise UsageError("--require-speedup: nothing to compare with", hint="pass --source")
+    report = run(package, source=source, batches=tuple(batch or [1]), runs=runs, threads=threads)
+    if as_json:
+        for row in report["rows"]:
+            print(json.dumps({"event": "row"} | row))
+        print(json.dumps({"event": "machine"} | report["machine"]))
+    else:
+        _show_bench(report["rows"])
+    if require_speedup is not None:
+        check(report, require_speedup)
+
+
+def _show_bench(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    target = Column("target", no_wrap=True)
+    table = Table("batch", target, "p50 ms", "p90 ms", "p99 ms", "per s", "peak MiB", "speedup")
+    for row in rows:
+        numbers = [f"{row[key]:,.2f}" for key in ("p50_ms", "p90_ms", "p99_ms", "samples_per_second")]
+        speedup = "–" if row["speedup"] is None else f"{row['speedup']:.2f}"
+        table.add_row(str(row["batch"]), row["target"], *numbers, f"{row['peak_mib']:,.0f}", speedup)
+    Console().print(table)
+
+
+def _limits(pairs: list[str]) -> dict[str, int]:
+    limits = {}
+    for pair in pairs:
+        dimension, _, size = pair.partition("=")
+        if not size.isdecimal() or int(size) < 1:
+            raise UsageError(f"--limit: got {pair!r}, needed DIMENSION=SIZE", hint="e.g. --limit samples=8")
+        limits[dimension] = int(size)
+    return limits

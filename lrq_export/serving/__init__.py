@@ -1,0 +1,1 @@
+"""Serve a package over the Open Inference Protocol v2, and write what Triton and KServe need to serve it."""

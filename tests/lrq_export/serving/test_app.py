@@ -1,0 +1,226 @@
+"""The routes and the queue over a model that answers when it is told to, and the requests that are refused."""
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from lrq_export.errors import UsageError
+from lrq_export.models.base import SAMPLES, InputSpec
+from lrq_export.serving.admission import LONGEST_WAIT, Admission
+from lrq_export.serving.app import Bounds, Service, create_app
+from lrq_export.serving.model import ServedModel
+from lrq_export.serving.protocol import JSON_LENGTH, RefusedError
+
+SPECS = {
+    "x": InputSpec((SAMPLES, 2, "width"), multiple_of=2), "t": InputSpec((SAMPLES,)),
+    "mask": InputSpec((SAMPLES, "width"), optional=True), "label": InputSpec((SAMPLES,), classes=10, optional=True),
+}  # fmt: skip
+X = np.arange(8, dtype=np.float32).reshape(1, 2, 4) / 3
+
+
+class Doubling:
+    """A session that answers 2x, once `gate` is open."""
+
+    def __init__(self):
+        self.gate, self.entered, self.fed = threading.Event(), threading.Semaphore(0), []
+        self.gate.set()
+        self.error = None
+
+    def get_inputs(self):
+        return [SimpleNamespace(name=name, type="tensor(float)", shape=spec.shape) for name, spec in SPECS.items()]
+
+    def get_outputs(self):
+        return [SimpleNamespace(name="y", type="tensor(float)", shape=SPECS["x"].shape)]
+
+    def run(self, names, fed):
+        self.fed.append(fed)
+        self.entered.release()
+        assert self.gate.wait(20)
+        if self.error:
+            raise self.error
+        return [2 * fed["x"]]
+
+
+@contextmanager
+def serving(limits=None, **bounds):
+    session = Doubling()
+    service = Service(ServedModel(SimpleNamespace(session=session, specs=SPECS), "double", limits), Bounds(**bounds))
+    with TestClient(create_app(service)) as client:
+        yield client, session, service
+    session.gate.set()
+    service.close()
+
+
+def inputs(x=X, t=None, **more):
+    arrays = {"x": x, "t": np.full(len(x), 5, np.float32) if t is None else t} | more
+    return [
+        {"name": name, "datatype": "FP32", "shape": list(array.shape), "data": array.reshape(-1).tolist()}
+        for name, array in arrays.items()
+    ]
+
+
+def infer(client, x=X, **more):
+    return client.post("/v2/models/double/infer", json={"inputs": inputs(x, **more)})
+
+
+def metric(client, name, **labels):
+    text = ",".join(f'{key}="{value}"' for key, value in labels.items())
+    wanted = f"{name}{{{text}}}" if text else name
+    (line,) = [line for line in client.get("/metrics").text.splitlines() if line.rsplit(" ", 1)[0] == wanted]
+    return float(line.rsplit(" ", 1)[1])
+
+
+def test_health_and_metadata():
+    with serving() as (client, _, service):
+        assert client.get("/v2/health/live").status_code == client.get("/v2/health/ready").status_code == 200
+        assert client.get("/v2").json()["extensions"] == ["binary_tensor_data", "model_configuration"]
+        for path in ("/v2/models/double", "/v2/models/double/versions/1"):
+            assert client.get(f"{path}/ready").status_code == 200
+            found = client.get(path).json()
+            assert found["inputs"][0] == {"name": "x", "datatype": "FP32", "shape": [-1, 2, -1]}
+            assert client.get(f"{path}/config").json()["max_batch_size"] == 0
+        service.draining = True
+        assert client.get("/v2/health/live").status_code == 200
+        assert client.get("/v2/health/ready").status_code == 503
+
+
+@pytest.mark.parametrize(
+    "path", ["/v2/models/other", "/v2/models/double/versions/2", "/v3", "/v2/models/double/infer/x"]
+)
+def test_what_is_not_there_is_404_in_one_line(path):
+    with serving() as (client, _, _):
+        answer = client.get(path)
+        assert answer.status_code == 404
+        assert list(answer.json()) == ["error"]
+
+
+def test_an_answer_is_the_session_s():
+    with serving() as (client, session, _):
+        (output,) = infer(client).json()["outputs"]
+        assert np.array(output["data"], np.float32).tobytes() == (2 * X).tobytes()
+        assert session.fed[0]["mask"].tolist() == [[1, 1, 1, 1]]
+        assert metric(client, "lrq_requests_total") == metric(client, "lrq_answered_total") == 1
+        assert metric(client, "lrq_request_seconds_count") == metric(client, "lrq_run_seconds_count") == 1
+
+
+NOT_TAKEN = {
+    "a multiple that is none": ({"x": X[:, :, :3]}, "multiple of 2"),
+    "samples that differ": ({"t": np.zeros(2, np.float32)}, "samples"),
+    "a timestep for all": ({"x": np.repeat(X, 2, 0), "t": np.zeros(1, np.float32)}, "needed [2]"),
+    "a mask of another width": ({"mask": np.ones((1, 6), np.float32)}, "width"),
+    "no such class": ({"label": np.array([10], np.float32)}, "labels"),
+    "infinite": ({"x": np.full_like(X, np.inf)}, "finite"),
+    "not a number": ({"t": np.full(1, np.nan, np.float32)}, "finite"),
+    "too many samples": ({"x": np.repeat(X, 3, 0)}, "at most 2"),
+}
+
+
+@pytest.mark.parametrize(("arrays", "part"), NOT_TAKEN.values(), ids=NOT_TAKEN.keys())
+def test_what_the_model_does_not_take_is_refused(arrays, part):
+    arrays = {"x": X} | arrays
+    arrays.setdefault("t", np.full(len(arrays["x"]), 5, np.float32))
+    entries, blob = [], b""
+    for name, array in arrays.items():
+        blob += array.tobytes()
+        parameters = {"binary_data_size": array.nbytes}
+        entries.append({"name": name, "datatype": "FP32", "shape": list(array.shape), "parameters": parameters})
+    text = json.dumps({"inputs": entries}).encode()
+    with serving(limits={"samples": 2}) as (client, session, _):
+        answer = client.post("/v2/models/double/infer", content=text + blob, headers={JSON_LENGTH: str(len(text))})
+        assert answer.status_code == 400
+        assert part in answer.json()["error"]
+        assert len(answer.json()["error"].splitlines()) == 1
+        assert session.fed == []
+        assert metric(client, "lrq_failures_total", reason="invalid") == 1
+
+
+def test_a_missing_input_is_named():
+    with serving() as (client, _, _):
+        answer = client.post("/v2/models/double/infer", json={"inputs": inputs()[:1]})
+        assert (answer.status_code, answer.json()["error"].partition(":")[0]) == (400, "t")
+
+
+def test_a_limit_on_a_dimension_that_is_none_is_a_usage_error():
+    with pytest.raises(UsageError, match="needed one of samples, width"), serving(limits={"depth": 1}):
+        pass
+
+
+def test_a_full_queue_says_when_to_come_back_and_loses_nobody():
+    with serving(workers=1, queue=2) as (client, session, service):
+        session.gate.clear()
+        answers = [None] * 3
+
+        def ask(index):
+            answers[index] = infer(client, X + index)
+
+        threads = [threading.Thread(target=ask, args=(index,)) for index in range(3)]
+        for thread in threads:
+            thread.start()
+        assert session.entered.acquire(timeout=20)
+        wait_for(lambda: service.admission.inside == 3)
+        assert (metric(client, "lrq_running"), metric(client, "lrq_queue_depth")) == (1, 2)
+        refused = infer(client)
+        assert refused.status_code == 503
+        assert 1 <= int(refused.headers["Retry-After"]) <= LONGEST_WAIT
+        assert "queue is full" in refused.json()["error"]
+        assert client.get("/v2/health/ready").status_code == 200  # busy is not broken
+        session.gate.set()
+        for thread in threads:
+            thread.join(20)
+        for index, answer in enumerate(answers):
+            (output,) = answer.json()["outputs"]
+            assert np.array(output["data"], np.float32).tobytes() == (2 * (X + np.float32(index))).tobytes()
+        assert infer(client).status_code == 200
+        assert metric(client, "lrq_failures_total", reason="busy") == 1
+        assert service.admission.inside == service.admission.running == 0
+
+
+def wait_for(condition, seconds=20):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_a_session_that_fails_is_500_and_the_next_request_is_served():
+    with serving(queue=0) as (client, session, _):
+        session.error = RuntimeError("out of\nmemory")
+        answer = infer(client)
+        assert (answer.status_code, answer.json()) == (500, {"error": "the session failed: out of memory"})
+        session.error = None
+        assert infer(client).status_code == 200
+        assert metric(client, "lrq_failures_total", reason="failed") == 1
+
+
+def test_bodies_have_a_limit_declared_or_not():
+    with serving(body_bytes=1000) as (client, _, _):
+        declared = client.post("/v2/models/double/infer", content=b"x" * 1001)
+        chunked = client.post("/v2/models/double/infer", content=(b"x" * 400 for _ in range(3)))
+        assert [each.status_code for each in (declared, chunked)] == [413, 413]
+        assert metric(client, "lrq_failures_total", reason="too large") == 2
+
+
+def test_compressed_bodies_and_two_lengths_are_refused():
+    with serving() as (client, _, _):
+        packed = client.post("/v2/models/double/infer", content=b"x", headers={"Content-Encoding": "gzip"})
+        twice = client.post("/v2/models/double/infer", content=b"{}", headers=[(JSON_LENGTH, "1"), (JSON_LENGTH, "2")])
+        assert (packed.status_code, twice.status_code) == (415, 400)
+
+
+def test_retry_after_follows_the_queue():
+    admission = Admission(workers=2, queue=6)
+    assert admission.seconds_until_free() == 1
+    admission.running = 1
+    admission.done(3.0)
+    admission.inside = 8
+    assert admission.seconds_until_free() == 12
+    with pytest.raises(RefusedError) as caught, admission.admitted():
+        pass
+    assert caught.value.headers == {"Retry-After": "12"}
+    assert admission.inside == 8

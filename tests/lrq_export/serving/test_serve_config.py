@@ -1,0 +1,145 @@
+"""The Triton repository parses with NVIDIA's own messages and says of the model what the session says."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import tritonclient
+import yaml
+from google.protobuf import json_format, text_format
+
+from lrq_export.errors import UsageError
+from lrq_export.models.flux import Flux
+from lrq_export.serving import repository
+from lrq_export.serving.repository import Layout, write_kserve, write_repository
+from lrq_export.serving.triton import config_json, config_text, model_config
+
+
+@pytest.fixture(scope="module")
+def messages():
+    """tritonclient's model_config_pb2, without the gRPC that its package asks for."""
+    path = Path(tritonclient.__file__).parent / "grpc" / "model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def parsed(messages):
+    def parse(model: Path):
+        return text_format.Parse((model / "config.pbtxt").read_text(), messages.ModelConfig())
+
+    return parse
+
+
+def test_the_repository_describes_the_session(package, parsed, tmp_path):
+    (model,) = write_repository(package, tmp_path / "repository", Layout("tiny", threads=2, instances=3))
+    config = parsed(model)
+    session = onnxruntime.InferenceSession(str(model / "1" / "model.onnx"))
+    assert (config.name, config.backend, config.platform) == ("tiny", "onnxruntime", "onnxruntime_onnx")
+    assert config.max_batch_size == 8
+    assert config.HasField("dynamic_batching")
+    assert config.version_policy.latest.num_versions == 1
+    assert [(group.kind, group.count) for group in config.instance_group] == [(2, 3)]  # KIND_CPU
+    assert config.parameters["session.x64quantprecision"].string_value == "1"
+    assert config.parameters["intra_op_thread_count"].string_value == "2"
+    for described, values in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        assert [each.name for each in described] == [each.name for each in values]
+        for each, value in zip(described, values, strict=True):
+            assert each.data_type == 11  # TYPE_FP32
+            rest = [size if isinstance(size, int) else -1 for size in value.shape[1:]]
+            assert list(each.dims) == (rest or [1])
+            assert each.HasField("reshape") == (not rest)
+    assert (model / "1" / "model.onnx").read_bytes() == (package / "engine/onnxruntime/model.onnx").read_bytes()
+    assert "VNNI" in (tmp_path / "repository" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("old", "new"), [("TYPE_FP32", "TYPE_F32"), ("dims", "dimensions"), ("[-1", "[-1,,")])
+def test_a_config_that_is_none_does_not_parse(package, messages, tmp_path, old, new):
+    """The twin: NVIDIA's message refuses what it does not know."""
+    (model,) = write_repository(package, tmp_path / "repository", Layout("tiny"))
+    text = (model / "config.pbtxt").read_text()
+    assert old in text
+    with pytest.raises(text_format.ParseError):
+        text_format.Parse(text.replace(old, new, 1), messages.ModelConfig())
+
+
+def test_the_served_config_is_the_same_message(messages, package):
+    outputs = repository._outputs(package / "model.onnx")
+    config = model_config('odd "name"', outputs, outputs, max_batch=4, parameters={"a\nb": 'c"d'})
+    from_text = text_format.Parse(config_text(config), messages.ModelConfig())
+    assert from_text == json_format.ParseDict(config_json(config), messages.ModelConfig())
+    assert from_text.parameters["a\nb"].string_value == 'c"d'
+
+
+def test_inputs_that_samples_share_are_not_batched(package, parsed, tmp_path, monkeypatch):
+    widths = {"in_channels": 16, "joint_attention_dim": 8, "pooled_projection_dim": 8}
+    specs = Flux().inputs(widths | {"axes_dims_rope": (2, 2, 4), "guidance_embeds": True})
+    shared = type("Family", (), {"inputs": lambda self, config: specs})()
+    monkeypatch.setattr(repository, "family_of", lambda name: shared)
+    (model,) = write_repository(package, tmp_path, Layout("tiny"))
+    config = parsed(model)
+    assert config.max_batch_size == 0
+    assert not config.HasField("dynamic_batching")
+    assert [len(each.dims) for each in config.input] == [len(spec.shape) for spec in specs.values()]
+    assert not any(each.HasField("reshape") for each in config.input)
+
+
+def test_a_version_is_added_and_never_replaced(package, tmp_path):
+    write_repository(package, tmp_path, Layout("tiny"))
+    with pytest.raises(UsageError, match="--model-version 2"):
+        write_repository(package, tmp_path, Layout("tiny"))
+    write_repository(package, tmp_path, Layout("tiny", version=2, link=True))
+    assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == ["1", "2", "config.pbtxt"]
+    assert (tmp_path / "tiny/2/model.onnx").samefile(package / "engine/onnxruntime/model.onnx")
+
+
+def test_the_portable_model_needs_no_option(package, parsed, tmp_path):
+    (model,) = write_repository(package, tmp_path, Layout("tiny", portable=True))
+    assert dict(parsed(model).parameters) == {}
+    assert any(node.domain == "lrq" for node in onnx.load(model / "1/model.onnx").graph.node)
+    assert "VNNI" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_plan_becomes_a_model_of_its_own(package, parsed, copy_of, reseal, tmp_path):
+    with_plan = copy_of(package, "with-plan")
+    (with_plan / "engine/tensorrt").mkdir()
+    (with_plan / "engine/tensorrt/model.plan").write_bytes(b"a plan")
+    reseal(with_plan)
+    library = tmp_path / "liblrq_plugins.so"
+    library.write_bytes(b"a library")
+    models = write_repository(with_plan, tmp_path / "r", Layout("tiny", plugins=(library,)))
+    config = parsed(models[1])
+    assert (config.name, config.backend) == ("tiny-tensorrt", "tensorrt")
+    assert config.instance_group[0].kind == 1  # KIND_GPU
+    assert (models[1] / "1/model.plan").read_bytes() == b"a plan"
+    assert (models[1] / "plugins/liblrq_plugins.so").read_bytes() == b"a library"
+    readme = (tmp_path / "r/README.md").read_text()
+    assert "--backend-config=tensorrt,plugins=tiny-tensorrt/plugins/liblrq_plugins.so" in readme
+    with pytest.raises(UsageError, match="--plugins"):
+        write_repository(package, tmp_path / "s", Layout("tiny", plugins=(library,)))
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("Tiny_W4.a8", "tiny-w4-a8"), ("4bit", "m-4bit"), ("a" * 90, "a" * 63)])
+def test_the_kserve_service_has_a_name_that_kubernetes_takes(name, wanted, tmp_path):
+    write_kserve(tmp_path / "k.yaml", Layout(name), "s3://bucket/models: #1")
+    service = yaml.safe_load((tmp_path / "k.yaml").read_text())
+    assert (service["apiVersion"], service["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
+    assert service["metadata"]["name"] == wanted
+    model = service["spec"]["predictor"]["model"]
+    assert (model["modelFormat"], model["protocolVersion"]) == ({"name": "triton"}, "v2")
+    assert model["storageUri"] == "s3://bucket/models: #1"
+
+
+def test_the_command_writes_both_and_refuses_the_package_itself(package, cli, tmp_path):
+    repository, service = tmp_path / "repository", tmp_path / "service.yaml"
+    done = cli("serve-config", package, "--triton", repository, "--kserve", service, "--name", "tiny", "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["files"] == [str(repository / "tiny"), str(service)]
+    assert service.exists()
+    cli("serve-config", package, "--triton", package / "triton").refused(2, "lies in the package")
+    cli("serve-config", package / "graphs", "--triton", tmp_path / "x").refused(3, "not an lrq-export package")
