@@ -28,7 +28,17 @@ Stage = Enum(
 Validation = Enum("Validation", {name: name for name in ("full", "fast")})
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines instead of tables and bars.")]
 CTRL_C = 130  # what typer makes of a KeyboardInterrupt
-Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.")]
+
+
+def _admitted(package: Path) -> Path:
+    """The package, checked before a command imports what takes long or could be attacked."""
+    from lrq_export.admit import admit
+
+    admit(package)
+    return package
+
+
+Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.", callback=_admitted)]
 
 
 @app.callback(invoke_without_command=True)
@@ -265,9 +275,6 @@ def _verified(package: Path, source: Path | None, as_json: bool) -> tuple[dict, 
 
 def _check_output(package: Path, out: Path) -> None:
     """Raise UsageError, before any work, for an output that cannot be written or would spoil the package."""
-    from lrq_export.package import load_manifest
-
-    load_manifest(package)  # what is no package is said first
     if out.is_dir():
         raise UsageError(f"{out}: is a folder, needed the name of a file", hint="name a file in it")
     if out.resolve().is_relative_to(package.resolve()):

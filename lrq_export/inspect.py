@@ -9,8 +9,9 @@ import onnx
 import onnx.printer
 
 from graphs.passes import PIPELINE
+from lrq_export.admit import admit
 from lrq_export.errors import UsageError
-from lrq_export.package import MODEL, QUANTIZED, load_manifest
+from lrq_export.package import MODEL, QUANTIZED
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import nearest
 from lrq_export.saved_graphs import saved_graphs
@@ -29,7 +30,7 @@ class Section:
 
 def describe(package: Path) -> Section:
     """The package at a glance: source, recipe, ops of model.onnx, sizes."""
-    manifest = load_manifest(package)
+    manifest = admit(package)
     model = onnx.load(package / MODEL, load_external_data=False)
     ops = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
     inputs = {value.name: _shape(value) for value in model.graph.input}
@@ -58,6 +59,7 @@ def describe(package: Path) -> Section:
 
 def describe_passes(package: Path) -> Section:
     """How often each rewrite fired and, for every near miss, which node and why."""
+    admit(package)
     _, passes = saved_graphs(package)
     lines = []
     for row in passes:
@@ -77,13 +79,14 @@ def graph_text(package: Path, stage: str) -> str:
             f"--dump-after: got {stage!r}, needed one of {', '.join(names)}",
             hint=f"did you mean {near}?" if near else None,
         )
-    load_manifest(package)  # says what is wrong with anything that is no package
+    admit(package)
     stages, _ = saved_graphs(package)
     return onnx.printer.to_text(stages[names.index(stage)].to_onnx())
 
 
 def describe_layers(package: Path) -> Section:
     """One line a quantized layer: size, bits, how its input is rotated and why, its weight error."""
+    admit(package)
     records = QuantizedFile(package / QUANTIZED).records
     width = max(len(name) for name in records)
     lines = [
