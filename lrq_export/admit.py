@@ -17,7 +17,7 @@ from lrq_export.recipe import Recipe
 from lrq_export.tensor_header import read_header
 from lrq_export.untrusted_json import read_json_object
 
-SESSION = "session.json"
+SESSION, BUILD = "session.json", "build.json"
 # What session.json may set: none of these names a file, loads code or writes anything.
 SESSION_OPTIONS = frozenset(
     {"session.x64quantprecision", "session.disable_quant_qdq", "session.force_spinning_stop",
@@ -98,6 +98,10 @@ def _check_file(package: Path, name: str, files: dict[str, Any]) -> None:
         _check_engine(path)
     elif place.name == SESSION:
         _check_session(path)
+    elif place.name == BUILD and place.parent.name in ENGINE_STARTS:
+        got = read_json_object(path).get("target")
+        if got != place.parent.name:
+            raise InputError(f"{path}: got the target {got!r}, needed {place.parent.name}", hint="build it again")
 
 
 def _check_engine(path: Path) -> None:

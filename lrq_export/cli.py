@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from lrq_export import __version__
+from lrq_export.engine_command import add_engines
 from lrq_export.errors import Interrupted, LrqError, UsageError
+from lrq_export.plugins_command import plugins
 from lrq_export.several_values import SeveralValues
 
 # Before torch is imported: its OpenMP threads then sleep while they wait. Spinning, they fight whatever else the
@@ -21,6 +23,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Compile a diffusion transformer into a low-bit deployable package.",
 )  # fmt: skip
+
+app.add_typer(plugins, name="plugins")
 
 Stage = Enum(
     "Stage", {name: name for name in ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")}
@@ -50,8 +54,15 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 @app.command()
 def build(
-    source: Annotated[Path, typer.Argument(help="Folder in diffusers layout: a transformer, or a whole pipeline.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the package.")],
+    source: Annotated[
+        Path, typer.Argument(help="Folder in diffusers layout, a transformer or a whole pipeline; or a package.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder of the package; a package as SOURCE is its own.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Engine to build: onnxruntime, tensorrt, tensorrt-rtx. May be repeated.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="w4a8 (default), w3a8, w4a6, w3a6 or w8a8.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe in TOML; overrides the preset.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="One recipe key, e.g. weights.bits=3.")] = None,
@@ -70,9 +81,17 @@ def build(
     """Quantize, trace, rewrite, bind and verify SOURCE into a package."""
     from lrq_export.calibrate.pipeline import record_prompts
     from lrq_export.compiler import build as run
+    from lrq_export.engine.targets import finish_elsewhere
     from lrq_export.recipe import load_recipe
 
     overrides = _overrides(set_ or [])
+    if target is not None:
+        overrides["engine.targets"] = json.dumps(_values("--target", target))
+    if out is None:
+        given = {"--preset": preset, "--recipe": recipe, "--calibration": calibration, "--prompts": prompts,
+                 "--conditions": conditions, "--validate": validate, "--keep-going": keep_going}  # fmt: skip
+        add_engines(source, overrides, [flag for flag, value in given.items() if value is not None], as_json)
+        return
     if validate is not None:
         overrides["rewrite.validation"] = validate.value
     if keep_going:
@@ -104,6 +123,8 @@ def build(
         _show_report(result.report, as_json)
         if not as_json:
             print(f"package: {result.out}\nreport:  {result.out / 'report.html'}")
+    if result.missing and result.passed:
+        raise finish_elsewhere(out, result.missing, settings.engine.targets)
     raise typer.Exit(0 if result.passed else 1)
 
 
@@ -412,20 +433,10 @@ def _several_numbers(flag: str, given: list[str]) -> list[int]:
     return list(dict.fromkeys(_numbers(flag, ",".join(_values(flag, given)))))
 
 
-class _progress:
-    """Chooses how work shows itself, and takes the bar down when it ends."""
+def _progress(as_json: bool):
+    from lrq_export.progress import shown
 
-    def __init__(self, as_json: bool):
-        from lrq_export.progress import Bar, JsonLines
-
-        self.shown = JsonLines() if as_json else Bar()
-
-    def __enter__(self):
-        return self.shown
-
-    def __exit__(self, *_) -> None:
-        if hasattr(self.shown, "stop"):
-            self.shown.stop()
+    return shown(as_json)
 
 
 def main() -> None:

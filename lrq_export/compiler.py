@@ -22,7 +22,8 @@ from lrq_export.calibrate.observed import Observed
 from lrq_export.calibrate.run import observe
 from lrq_export.calibrate.statistics import Moments
 from lrq_export.engine.onnxruntime import build_engine
-from lrq_export.errors import CheckFailed, InputError, UsageError
+from lrq_export.engine.targets import build_targets, lacking
+from lrq_export.errors import CheckFailed, InputError, MissingError, UsageError
 from lrq_export.machine import libraries, versions
 from lrq_export.package import (
     MODEL,
@@ -67,6 +68,7 @@ class BuildResult:
     report: dict[str, Any] | None
     stopped_after: str | None = None
     up_to_date: bool = False
+    missing: tuple[MissingError, ...] = ()  # why engines that the recipe asks for could not be built here
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Job:
     workspace: Workspace
     progress: Progress
     timings: dict[str, float] = field(default_factory=dict)
+    missing: list[MissingError] = field(default_factory=list)
 
     @property
     def compensates(self) -> bool:
@@ -176,14 +179,14 @@ def _run(job: Job, until: str, key: str) -> BuildResult:
         if STAGES.index(name) <= last:
             run(job)
     if until != STAGES[-1]:
-        return BuildResult(job.path, True, None, until)
+        return BuildResult(job.path, True, None, until, missing=tuple(job.missing))
     report, samples = _verify(job)
     write_json_atomic(job.path / REPORT, report)
     graphs = (load_graph(job.path / TRACE), rewritten_graph(job.path))
     write_report_page(job.path / REPORT_PAGE, report, samples, graphs)
     write_manifest(job.path, _facts(job, key))
     job.workspace.commit()
-    return BuildResult(job.workspace.out, _all_passed(report), report)
+    return BuildResult(job.workspace.out, _all_passed(report), report, missing=tuple(job.missing))
 
 
 def _all_passed(report: dict[str, Any]) -> bool:
@@ -279,11 +282,16 @@ def _quantize(job: Job) -> None:
 
 
 def _engine(job: Job) -> None:
-    folder = job.path / ONNXRUNTIME_ENGINE
-    if (folder / "session.json").exists():  # written last
+    """ONNX Runtime's engine, which the checks are made with, then those of other targets."""
+    folder, settings = job.path / ONNXRUNTIME_ENGINE, job.recipe.engine
+    whole = (folder / "session.json").exists()  # written last
+    if whole and not lacking(job.path, settings.targets):
         return
-    with stage(job.progress, "engine", job.timings):
-        build_engine(rewritten_graph(job.path), QuantizedFile(job.path / QUANTIZED), folder)
+    with stage(job.progress, "engine", job.timings, 1 + len(lacking(job.path, settings.targets))):
+        if not whole:
+            build_engine(rewritten_graph(job.path), QuantizedFile(job.path / QUANTIZED), folder)
+            job.progress.advance("onnxruntime")
+        job.missing += build_targets(job.path, job.source.config, settings, job.progress)
 
 
 def _verify(job: Job) -> tuple[dict[str, Any], Any]:

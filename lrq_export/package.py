@@ -44,6 +44,7 @@ REPORT = "report.json"
 REPORT_PAGE = "report.html"
 # Hold timings, so they differ between two builds of the same inputs; no other file may.
 TIMED_FILES = frozenset({REPORT, REPORT_PAGE})
+TIMED_ENGINES = "engine/tensorrt"  # begins the names of engines whose kernels were chosen by a clock
 
 TEMPORARY = ".lrq-writing"  # suffix of a file that is not finished
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -151,7 +152,8 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Seal a package: write manifest.json with `facts`, and hash and size of every other file. Returns it.
 
     Takes from everyone but owner and group the right to write, which a umask of 0 leaves them.
-    `content_sha256` covers names and bytes of all files but TIMED_FILES: the same inputs give the same digest.
+    `content_sha256` covers names and bytes of all files but those that clocks have a part in (TIMED_FILES, and engines
+    of TensorRT): the same inputs give the same digest.
     Raises ValueError when a fact is NaN or takes a name of the manifest's own.
     """
     own = {"format": FORMAT, "schema": SCHEMA}
@@ -380,7 +382,8 @@ def _digest_of_input(path: Path) -> str:
 
 
 def _content_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = [f"{files[name]['sha256']} {name}\n" for name in sorted(files) if name not in TIMED_FILES]
+    same = [name for name in sorted(files) if name not in TIMED_FILES and not name.startswith(TIMED_ENGINES)]
+    lines = [f"{files[name]['sha256']} {name}\n" for name in same]
     return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
 
 

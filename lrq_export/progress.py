@@ -75,8 +75,16 @@ class Bar:
         task = self.bars.tasks[self.task]
         self.bars.update(self.task, completed=task.total, what="")
 
-    def stop(self) -> None:
-        self.bars.stop()
+
+@contextmanager
+def shown(as_json: bool):
+    """How work shows itself on the command line; the bar is taken down when it ends."""
+    progress = JsonLines() if as_json else Bar()
+    try:
+        yield progress
+    finally:
+        if isinstance(progress, Bar):
+            progress.bars.stop()
 
 
 @contextmanager

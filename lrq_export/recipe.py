@@ -118,6 +118,30 @@ class Gates(Table):
         return None if value == UNSET else value
 
 
+class Engine(Table):
+    """Which engines a package holds beside ONNX Runtime's, and how TensorRT builds its own."""
+
+    targets: Annotated[tuple[Literal["onnxruntime", "tensorrt", "tensorrt-rtx"], ...], Strict(False)] = Field(
+        ("onnxruntime",), description="engines to build; onnxruntime, which checks are made with, always is"
+    )
+    profiles: Annotated[tuple[Pattern, ...], Strict(False)] = Field(
+        (), description='sizes to build TensorRT engines for, each "AXIS=LEAST:USUAL:LARGEST ..."; none: as recorded'
+    )
+    plugins: Literal["auto", "always", "never"] = Field(
+        "auto", description="whether TensorRT runs our plugins or the ops' bodies; auto: plugins if they are compiled"
+    )
+    compute_capabilities: Annotated[tuple[Literal["75", "80", "86", "89", "120", "121"], ...], Strict(False)] = Field(
+        (), description="GPUs that tensorrt-rtx builds for; none: its own choice"
+    )
+    hardware: Literal["this", "same_compute_capability", "ampere_plus"] = Field(
+        "this", description="GPUs that an engine of tensorrt runs on"
+    )
+    optimization: Annotated[int, Field(ge=0, le=5)] = Field(3, description="how long TensorRT looks for fast kernels")
+    weight_streaming: bool = Field(False, description="weights that the GPU cannot hold are streamed to it")
+    refit: bool = Field(False, description="the same weights can be put into a built engine again (kREFIT_IDENTICAL)")
+    strip: bool = Field(False, description="the engine is written without the weights that a refit brings")
+
+
 class Recipe(Table):
     """The whole recipe. `keep` None and the scheduler "default" leave the choice to the model family.
 
@@ -135,6 +159,7 @@ class Recipe(Table):
     calibration: Calibration = Calibration()
     sampling: Sampling = Sampling()
     gates: Gates = Gates()
+    engine: Engine = Engine()
 
     @field_validator("keep", mode="before")
     @classmethod

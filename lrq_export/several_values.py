@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from lrq_export.errors import UsageError
 
 _NAMES, _NUMBERS = re.compile(r"\w+(,\w+)*,?"), re.compile(r"\d+(,\d+)*,?")
+_ARCHITECTURES = re.compile(r"\d+a?(,\d+a?)*,?")
 
 
 class Several(NamedTuple):
@@ -24,6 +25,10 @@ class Several(NamedTuple):
 
 def _is_number(word: str) -> bool:
     return _NUMBERS.fullmatch(word) is not None
+
+
+def _is_architecture(word: str) -> bool:
+    return _ARCHITECTURES.fullmatch(word) is not None
 
 
 def _is_method(word: str) -> bool:
@@ -40,6 +45,7 @@ SEVERAL: Mapping[str, Several] = {
     "--bits": Several(_is_number, "4 3"),
     "--acts": Several(_is_number, "8 6"),
     "--seeds": Several(_is_number, "0 1 2"),
+    "--architectures": Several(_is_architecture, "89 90a"),
 }
 
 

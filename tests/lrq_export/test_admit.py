@@ -260,6 +260,9 @@ HOSTILE = {
     "an engine of TensorRT for TensorRT-RTX": (
         resealed(put("engine/tensorrt-rtx/model.engine", b"ftrt" + bytes(200))), "got an engine of TensorRT, needed"
     ),
+    "facts of another target": (
+        resealed(put("engine/tensorrt/build.json", b'{"target": "tensorrt-rtx"}')), "got the target 'tensorrt-rtx'"
+    ),
     "noise as engine": (resealed(put("engine/tensorrt/model.plan", NOISE)), "got no engine"),
     "an engine of no target": (resealed(put("engine/other/model.plan", TENSORRT_RTX)), "unknown target other"),
     "an option that names a path": (

@@ -1,0 +1,172 @@
+"""Engines of TensorRT and TensorRT-RTX: the rewritten graph, written for their parser, built by a process of its own.
+
+    model.onnx      what the parser reads: with plugins, lrq nodes whose codes lie in words; without, standard ops alone
+    model.plan      the engine
+    timing.cache    what TensorRT measured, for the next build of the same kind of GPU
+    layers.json     the layers of the engine, as its inspector lists them
+    model_ctx.onnx  TensorRT: the engine as ONNX Runtime's TensorRT provider opens it
+    build.json      sizes, options and versions; written last
+
+TensorRT-RTX builds for named compute capabilities on any machine. TensorRT builds for the GPU at hand, and needs it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from graphs import names
+from graphs.passes import TARGETS
+from graphs.traced import TracedGraph
+from lrq_export.bind import write_for_plugins, write_standard
+from lrq_export.engine.ep_context import write_context
+from lrq_export.engine.profiles import Range, shapes_of
+from lrq_export.engine.tensorrt_worker import RTX
+from lrq_export.errors import CheckFailed, MissingError
+from lrq_export.models.base import InputSpec
+from lrq_export.package import write_json_atomic
+from lrq_export.plugins import LIBRARY, find_library
+from lrq_export.quantized import QuantizedFile
+from lrq_export.recipe import Engine
+
+TENSORRT = "tensorrt"
+MODEL, PLAN, TIMING_CACHE, LAYERS, BUILD = "model.onnx", "model.plan", "timing.cache", "layers.json", "build.json"
+FOLDERS = {TENSORRT: "engine/tensorrt", RTX: "engine/tensorrt-rtx"}
+# Python module of each target, and what to install for it.
+_MODULES = {TENSORRT: ("tensorrt", "pip install tensorrt-cu13"), RTX: ("tensorrt_rtx", "pip install lrq-export[rtx]")}
+_RTX_LIBRARY = "libtensorrt_rtx.so"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build, for which sizes, and how."""
+
+    target: str  # tensorrt or tensorrt-rtx
+    profiles: Sequence[Mapping[str, Range]]
+    specs: Mapping[str, InputSpec]
+    settings: Engine
+
+    def library(self) -> Path | None:
+        """The plugins that run the lrq nodes; None if their bodies do.
+
+        Raises MissingError if the recipe wants plugins that are not compiled.
+        """
+        if self.settings.plugins == "never":
+            return None
+        found = find_library()
+        if found is None and self.settings.plugins == "always":
+            raise MissingError(
+                f"engine.plugins is always, and {LIBRARY} is not compiled", hint="run lrq-export plugins build"
+            )
+        return found
+
+
+def obstacle(target: str) -> MissingError | None:
+    """Why this machine cannot build a target's engine; None if nothing is known to be in the way."""
+    module, fix = _MODULES[target]
+    if find_spec(module) is None:
+        return MissingError(f"{target}: the Python package {module} is not installed", hint=fix)
+    if find_spec("polygraphy") is None:
+        return MissingError(f"{target}: polygraphy is not installed", hint="pip install polygraphy")
+    if target == TENSORRT and not _has_gpu():
+        return MissingError("tensorrt: this machine has no CUDA GPU", hint="build the engine where it will run")
+    return None
+
+
+def write_network(traced: TracedGraph, quantized: QuantizedFile, folder: Path, plugins: bool, **options) -> list[str]:
+    """Write model.onnx as TensorRT's parser takes it; returns the names of its lrq nodes, none without plugins."""
+    if not plugins:
+        write_standard(traced, quantized, folder / MODEL, **options)
+        return []
+    lowered = traced.copy()
+    for step in TARGETS[TENSORRT]:
+        step(lowered)
+    write_for_plugins(lowered, quantized, folder / MODEL, **options)
+    return [node.name for node in lowered.graph.nodes if node.domain == names.DOMAIN]
+
+
+def build_plan(traced: TracedGraph, quantized: QuantizedFile, folder: Path, request: Request) -> dict[str, Any]:
+    """Write the whole of an engine's folder; returns what build.json holds.
+
+    Raises MissingError for what this machine lacks, after model.onnx is written, so that another one can go on;
+    CheckFailed for an engine that TensorRT refuses, or that runs an lrq node by anything but its plugin.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    library = request.library()
+    nodes = write_network(traced, quantized, folder, plugins=library is not None)
+    missing = obstacle(request.target)
+    if missing is not None:
+        raise missing
+    cache = str(folder / TIMING_CACHE) if request.target == TENSORRT else None  # RTX asks the GPU to make one
+    job = {
+        "target": request.target, "model": str(folder / MODEL), "engine": str(folder / PLAN),
+        "layers": str(folder / LAYERS), "timing_cache": cache,
+        "plugins": None if library is None else str(library), "plugin_nodes": nodes,
+        "profiles": [shapes_of(ranges, request.specs) for ranges in request.profiles],
+        "options": request.settings.model_dump(mode="json"),
+    }  # fmt: skip
+    answer = _run_worker(job)
+    if "error" in answer:
+        raise CheckFailed(
+            f"{request.target}: {answer['error']}",
+            hint="engine.plugins=never builds from standard ops" if nodes else "report this fault of lrq-export",
+        )
+    if request.target == TENSORRT:
+        outputs = onnx.load(folder / MODEL, load_external_data=False).graph.output
+        write_context(folder, PLAN, request.specs, outputs, answer["version"])
+    facts = answer | {
+        "target": request.target, "plugins": library is not None, "nodes": len(nodes),
+        "profiles": [{axis: list(sizes) for axis, sizes in ranges.items()} for ranges in request.profiles],
+        "options": job["options"],
+    }  # fmt: skip
+    write_json_atomic(folder / BUILD, facts)
+    return facts
+
+
+def _run_worker(job: dict[str, Any]) -> dict[str, Any]:
+    """The answer of the process that builds; raises CheckFailed if it ended without one."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "job.json"
+        file.write_text(json.dumps(job))
+        environment = dict(os.environ)
+        if job["target"] == RTX and job["plugins"] is not None:
+            environment["LD_LIBRARY_PATH"] = f"{_unversioned(Path(scratch))}:{environment.get('LD_LIBRARY_PATH', '')}"
+        command = [sys.executable, "-m", f"{__package__}.tensorrt_worker", str(file)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+    lines = done.stdout.splitlines()
+    try:
+        return json.loads(lines[-1])
+    except (IndexError, ValueError):
+        said = " | ".join(line.strip() for line in (done.stderr or done.stdout).splitlines()[-3:])
+        raise CheckFailed(
+            f"{job['target']}: the process that builds the engine ended with {done.returncode}: {said}",
+            hint="check memory and disk, then run the same command again",
+        ) from None
+
+
+def _unversioned(folder: Path) -> Path:
+    """A folder in which RTX's parser finds the library that it asks for by a name without version.
+
+    The wheel has libtensorrt_rtx.so.1 alone, and the parser ends the process if a plugin makes it look for the other.
+    """
+    spec = find_spec("tensorrt_rtx_libs")
+    for place in [] if spec is None else spec.submodule_search_locations or ():
+        for library in sorted(Path(place).glob(f"{_RTX_LIBRARY}.*")):
+            link = folder / _RTX_LIBRARY
+            if not link.exists():
+                link.symlink_to(library)
+    return folder
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

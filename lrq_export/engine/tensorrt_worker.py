@@ -1,0 +1,136 @@
+"""A process of its own that has NVIDIA's library build one engine: python -m lrq_export.engine.tensorrt_worker JOB.
+
+JOB is a JSON file, as `lrq_export.engine.tensorrt` writes it. Polygraphy can drive TensorRT or TensorRT-RTX, one of
+them in a process; and a library that ends its process instead of failing ends only this one. The answer is the last
+line on standard output, as JSON: what was built, or {"error": ...}.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+RTX = "tensorrt-rtx"
+
+
+class CannotBuild(Exception):
+    """What was wrong, in a line."""
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Build the engine of a job into its file; what the parser made of the graph, and versions."""
+    trt = _library(job["target"])
+    _load_plugins(trt, job["plugins"])
+    from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
+
+    builder, network, parser = network_from_onnx_path(job["model"])
+    _check_plugins(trt, network, job["plugin_nodes"])
+    config = _config(trt, builder, network, job)
+    plan = engine_bytes_from_network((builder, network, parser), config, save_timing_cache=job["timing_cache"])
+    file = Path(job["engine"])
+    file.write_bytes(memoryview(plan))
+    return {
+        "version": trt.__version__,
+        "engine_bytes": file.stat().st_size,
+        "layers": network.num_layers,
+        "plugin_layers": len(_plugin_layers(trt, network)),
+        "inspected": None if job["target"] == RTX else _inspect(trt, file, job),
+    }
+
+
+def _library(target: str):
+    """The Python module of the target; polygraphy looks for the same one."""
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(target == RTX))
+    name = "tensorrt_rtx" if target == RTX else "tensorrt"
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise CannotBuild(f"{name} cannot be imported: {error}") from error
+
+
+def _load_plugins(trt, library: str | None) -> None:
+    if library is None:
+        return
+    if trt.get_plugin_registry().load_library(library) is None:
+        raise CannotBuild(f"{library}: TensorRT {trt.__version__} does not load it")
+
+
+def _plugin_layers(trt, network) -> list[str]:
+    layers = map(network.get_layer, range(network.num_layers))
+    return [layer.name for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
+
+
+def _check_plugins(trt, network, wanted: list[str]) -> None:
+    """Every lrq node must have become one plugin layer, and nothing else a plugin."""
+    found = _plugin_layers(trt, network)
+    missing, others = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing or others or len(found) != len(wanted):
+        what = (
+            f"no plugin runs {missing[0]}" if missing else f"a plugin runs {others[0]}" if others else "some run twice"
+        )
+        raise CannotBuild(f"{len(found)} plugin layers, needed the {len(wanted)} lrq nodes of the graph: {what}")
+
+
+def _config(trt, builder, network, job: dict[str, Any]):
+    from polygraphy.backend.trt import CreateConfig, Profile
+
+    profiles = []
+    for shapes in job["profiles"]:
+        profile = Profile()
+        for name, (least, usual, most) in shapes.items():
+            profile.add(name, min=least, opt=usual, max=most)
+        profiles.append(profile)
+    options = job["options"]
+    shared = {"profiles": profiles, "builder_optimization_level": options["optimization"], "profiling_verbosity":
+              trt.ProfilingVerbosity.DETAILED, "weight_streaming": options["weight_streaming"],
+              "strip_plan": options["strip"]}  # fmt: skip
+    if job["target"] == RTX:
+        config = CreateConfig(**shared)(builder, network)
+        capabilities = options["compute_capabilities"]
+        if capabilities:
+            config.num_compute_capabilities = len(capabilities)
+        for index, capability in enumerate(capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
+        return config
+    hardware = {
+        "this": trt.HardwareCompatibilityLevel.NONE,
+        "ampere_plus": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
+        "same_compute_capability": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
+    }
+    config = CreateConfig(
+        **shared, hardware_compatibility_level=hardware[options["hardware"]], load_timing_cache=job["timing_cache"]
+    )(builder, network)
+    if options["refit"]:
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+    return config
+
+
+def _inspect(trt, file: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """What the built engine says of its layers: one plugin layer for each lrq node, or CannotBuild."""
+    from polygraphy.backend.trt import engine_from_bytes
+
+    engine = engine_from_bytes(file.read_bytes())
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    layers = json.loads(text)["Layers"]
+    names = [layer["Name"] if isinstance(layer, dict) else layer for layer in layers]
+    lost = [node for node in job["plugin_nodes"] if not any(node in name for name in names)]
+    if lost:
+        raise CannotBuild(f"{len(lost)} lrq nodes have no layer in the engine, {lost[0]} among them")
+    Path(job["layers"]).write_text(text)
+    return {"layers": len(layers)}
+
+
+def main() -> None:
+    try:
+        answer = run(json.loads(Path(sys.argv[1]).read_text()))
+    except CannotBuild as error:
+        answer = {"error": str(error)}
+    except Exception as error:  # polygraphy's own, which say what TensorRT refused
+        answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    # Last, and on the real standard output: libraries print there too.
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

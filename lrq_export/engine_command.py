@@ -1,0 +1,42 @@
+"""`lrq-export build PACKAGE --target TARGET`: what a finished package lacks of engines."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lrq_export.errors import UsageError
+
+_TABLE = "engine."
+
+
+def add_engines(package: Path, overrides: Mapping[str, str], others: Sequence[str], as_json: bool) -> None:
+    """Build the engines that `overrides` ask for into the package; `others` are flags that only a whole build takes."""
+    from lrq_export.engine.targets import add_engines as run
+    from lrq_export.engine.targets import finish_elsewhere
+    from lrq_export.package import is_package
+    from lrq_export.progress import shown
+    from lrq_export.recipe import load_recipe
+
+    if not is_package(package):
+        raise UsageError(
+            f"{package}: is no package, and no folder was named for one",
+            hint=f"lrq-export build {package} -o OUT, or name a package and --target",
+        )
+    foreign = [*others, *(f"--set {key}" for key in overrides if not key.startswith(_TABLE))]
+    if foreign:
+        raise UsageError(
+            f"{foreign[0]}: {package} is built already", hint="leave it out, or build again from the source with -o"
+        )
+    if "engine.targets" not in overrides:
+        raise UsageError(f"{package}: is built already", hint="name an engine to add with --target")
+    settings = load_recipe(overrides=overrides).engine
+    changed = {key.removeprefix(_TABLE) for key in overrides}
+    changes = {name: value for name, value in settings.model_dump().items() if name in changed}
+    with shown(as_json) as progress:
+        missing = run(package, settings.targets, changes=changes, progress=progress)
+    if missing:
+        raise finish_elsewhere(package, missing, settings.targets)
+    if as_json:
+        print(json.dumps({"event": "engines", "out": str(package), "targets": list(settings.targets)}))
+    else:
+        print(f"{package} holds engines for {', '.join(settings.targets)}")

@@ -1,0 +1,138 @@
+// What our own kernels ask of the machine, all in one place: element types, collectives of a warp,
+// tensor cores, vector loads and launches. tests/plugins/emulator has its twin for the CPU, which
+// runs every thread of a block as a coroutine: with LRQ_EMULATED the kernels are plain C++ and can be
+// tested, index by index, where there is no GPU.
+#pragma once
+
+#if defined(LRQ_EMULATED)
+#include "emulator.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace lrq {
+
+using Half = __half;
+using Bfloat16 = __nv_bfloat16;
+
+__device__ inline float toFloat(float value) {
+    return value;
+}
+
+__device__ inline float toFloat(Half value) {
+    return __half2float(value);
+}
+
+__device__ inline float toFloat(Bfloat16 value) {
+    return __bfloat162float(value);
+}
+
+template <class T>
+__device__ inline T fromFloat(float value);
+
+template <>
+__device__ inline float fromFloat<float>(float value) {
+    return value;
+}
+
+template <>
+__device__ inline Half fromFloat<Half>(float value) {
+    return __float2half_rn(value);
+}
+
+template <>
+__device__ inline Bfloat16 fromFloat<Bfloat16>(float value) {
+    return __float2bfloat16_rn(value);
+}
+
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+__device__ inline float shuffleXor(float value, int32_t mask) {
+    return __shfl_xor_sync(kAllLanes, value, mask);
+}
+
+__device__ inline void synchronizeBlock() {
+    __syncthreads();
+}
+
+__device__ inline void synchronizeWarp() {
+    __syncwarp();
+}
+
+__device__ inline int32_t bitsOf(float value) {
+    return __float_as_int(value);
+}
+
+__device__ inline float floatOf(int32_t bits) {
+    return __int_as_float(bits);
+}
+
+// a b + c, rounded once.
+__device__ inline float multiplyAdd(float a, float b, float c) {
+    return __fmaf_rn(a, b, c);
+}
+
+// The sum of four products of INT8, added to `sum`.
+__device__ inline int32_t dot4(uint32_t left, uint32_t right, int32_t sum) {
+    return __dp4a(static_cast<int32_t>(left), static_cast<int32_t>(right), sum);
+}
+
+// Weights are read once: they shall not push activations out of L1.
+__device__ inline uint4 loadOnce(uint4 const* address) {
+    uint4 value;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(address));
+    return value;
+}
+
+// sums (16, 8) += left (16, 32) right (32, 8), INT8 on the tensor cores. With row = lane / 4 and
+// quad = lane % 4 a lane holds left[row (+ 8 for words 1 and 3)][4 quad (+ 16 for words 2 and 3) ..],
+// right[4 quad (+ 16 for word 1) ..][row], and sums[row (+ 8 for 2 and 3)][2 quad (+ 1 if odd)].
+__device__ inline void multiplyTile(
+    int32_t (&sums)[4], uint32_t const (&left)[4], uint32_t const (&right)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+}
+
+template <class T>
+__device__ inline T* sharedMemory() {
+    extern __shared__ uint4 shared[];
+    return reinterpret_cast<T*>(shared);
+}
+
+struct Grid {
+    int64_t blocks;
+    int32_t threads;
+    int64_t sharedBytes = 0;
+};
+
+constexpr int64_t kSharedBytesOfAnyKernel = 48 * 1024;  // beyond it a kernel has to opt in
+
+// Whether CUDA took the launch. An error of another call, met earlier, is not reported as ours.
+template <class... Parameters>
+bool launch(void (*kernel)(Parameters...), Grid grid, cudaStream_t stream,
+            std::common_type_t<Parameters>... parameters) {
+    void const* const function = reinterpret_cast<void const*>(kernel);
+    if (grid.sharedBytes > kSharedBytesOfAnyKernel &&
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(grid.sharedBytes)) != cudaSuccess) {
+        return false;
+    }
+    void* pointers[] = {&parameters...};
+    dim3 const blocks(static_cast<uint32_t>(grid.blocks));
+    dim3 const threads(static_cast<uint32_t>(grid.threads));
+    return cudaLaunchKernel(function, blocks, threads, pointers,
+                            static_cast<size_t>(grid.sharedBytes), stream) == cudaSuccess;
+}
+
+}  // namespace lrq
+
+#endif

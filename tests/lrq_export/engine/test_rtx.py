@@ -1,0 +1,73 @@
+"""Engines of TensorRT-RTX, built on a machine without a GPU by NVIDIA's own parser and builder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import trt_build
+
+from lrq_export.engine import tensorrt
+from lrq_export.engine.targets import add_engines, engines
+from lrq_export.errors import CheckFailed
+from lrq_export.package import verify_hashes
+
+pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install lrq-export[rtx]")
+pytestmark = pytest.mark.rtx
+SIZES = {"profiles": ("samples=1:2:2 height=8:8:16 width=8:8:16",), "compute_capabilities": ("86", "120")}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """Plugins whose kernels are CPU loops: no builder calls them."""
+    trt_build.skip_if_missing()
+    return trt_build.build_library(tmp_path_factory.mktemp("library"), trt_build.all_headers()[0])
+
+
+def facts(folder):
+    verify_hashes(folder)
+    ((target, engine),) = engines(folder)
+    assert target == "tensorrt-rtx"
+    built = json.loads((engine / "build.json").read_text())
+    assert built["engine_bytes"] == (engine / "model.plan").stat().st_size > 0
+    return built
+
+
+def test_without_plugins_an_engine_of_standard_ops_is_built(package, copy_of, monkeypatch):
+    monkeypatch.setattr(tensorrt, "find_library", lambda: None)
+    folder = copy_of(package)
+    assert add_engines(folder, ["tensorrt-rtx"], changes=SIZES) == []
+    built = facts(folder)
+    assert (built["plugins"], built["plugin_layers"]) == (False, 0)
+    assert built["layers"] > 1000
+
+
+def test_with_plugins_every_lrq_node_is_one_plugin_layer(package, copy_of, monkeypatch, library):
+    monkeypatch.setattr(tensorrt, "find_library", lambda: library)
+    folder = copy_of(package)
+    assert add_engines(folder, ["tensorrt-rtx"], changes=SIZES) == []
+    built = facts(folder)
+    assert built["plugins"]
+    assert built["plugin_layers"] == built["nodes"] > 10
+
+
+def test_a_node_without_a_plugin_is_named(package, copy_of, monkeypatch, library):
+    """The twin that must fail: as if the graph had one lrq node more than the parser found plugins for."""
+    monkeypatch.setattr(tensorrt, "find_library", lambda: library)
+    write = tensorrt.write_network
+    monkeypatch.setattr(
+        tensorrt, "write_network", lambda *arguments, **options: [*write(*arguments, **options), "lost"]
+    )
+    with pytest.raises(CheckFailed, match="no plugin runs lost"):
+        add_engines(copy_of(package), ["tensorrt-rtx"], changes=SIZES)
+
+
+def test_a_process_that_ends_without_an_answer_is_an_error(package, copy_of, monkeypatch, tmp_path):
+    """As RTX's parser does where it does not find its own library."""
+    broken = tmp_path / "liblrq_plugins.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(tensorrt, "find_library", lambda: broken)
+    folder = copy_of(package)
+    with pytest.raises(CheckFailed, match="tensorrt-rtx: "):
+        add_engines(folder, ["tensorrt-rtx"], changes=SIZES)
+    verify_hashes(folder)

@@ -1,0 +1,156 @@
+"""Engines added to a finished package: only what is missing is done, and the package is whole before and after."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+
+from graphs import names
+from lrq_export.engine import targets, tensorrt
+from lrq_export.engine.targets import add_engines, engines
+from lrq_export.errors import CheckFailed, MissingError
+from lrq_export.package import load_manifest, verify_hashes
+
+FOLDER = Path("engine/tensorrt-rtx")
+
+
+@pytest.fixture
+def builder(monkeypatch):
+    """Stands for NVIDIA's library, which not every machine has: writes an engine, and keeps what it was asked for."""
+    jobs = []
+
+    def build(job):
+        jobs.append(job)
+        Path(job["engine"]).write_bytes(b"engine")
+        return {"version": "1", "engine_bytes": 6, "layers": 3, "plugin_layers": len(job["plugin_nodes"])}
+
+    monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
+    monkeypatch.setattr(tensorrt, "find_library", lambda: None)
+    monkeypatch.setattr(tensorrt, "_run_worker", build)
+    return jobs
+
+
+def test_an_engine_is_added_and_nothing_else_changes(package, copy_of, builder, digests):
+    folder = copy_of(package)
+    before = digests(folder)
+    assert add_engines(folder, ["tensorrt-rtx"]) == []
+    manifest, after = verify_hashes(folder), digests(folder)
+    assert {name for name in after if before.get(name) != after[name]} == {
+        "manifest.json", "recipe.toml", *(f"{FOLDER}/{name}" for name in ("build.json", "model.onnx", "model.plan")),
+    }  # fmt: skip
+    assert before.keys() <= after.keys()
+    assert manifest["recipe"]["engine"]["targets"] == ["onnxruntime", "tensorrt-rtx"]
+    assert manifest["content_sha256"] != load_manifest(package)["content_sha256"]  # the recipe says another thing
+    assert list(engines(folder)) == [("tensorrt-rtx", folder / FOLDER)]
+    assert not list(folder.parent.glob("*.partial"))
+
+
+def test_what_is_there_is_not_built_again(package, copy_of, builder, digests):
+    folder = copy_of(package)
+    add_engines(folder, ["tensorrt-rtx"])
+    before = digests(folder)
+    assert add_engines(folder, ["tensorrt-rtx", "onnxruntime"]) == []
+    assert len(builder) == 1
+    assert digests(folder) == before
+
+
+def test_the_builder_is_told_sizes_and_options(package, copy_of, builder):
+    changes = {"profiles": ("samples=2:2:6 height=8:8:16",), "compute_capabilities": ("86", "120")}
+    add_engines(copy_of(package), ["tensorrt-rtx"], changes=changes)
+    (job,) = builder
+    assert job["profiles"][0]["timestep"] == [(2,), (2,), (6,)]
+    assert [shape[2] for shape in job["profiles"][0]["hidden_states"]] == [8, 8, 16]
+    assert job["options"]["compute_capabilities"] == ["86", "120"]
+    assert (job["plugins"], job["plugin_nodes"]) == (None, [])
+
+
+def test_without_plugins_the_network_has_standard_ops_alone(package, copy_of, builder):
+    folder = copy_of(package)
+    add_engines(folder, ["tensorrt-rtx"])
+    model = onnx.load(folder / FOLDER / "model.onnx")
+    assert {node.domain for node in model.graph.node} == {""}
+
+
+def test_with_plugins_it_has_lrq_nodes_whose_codes_lie_in_words(package, copy_of, builder, monkeypatch, tmp_path):
+    library = tmp_path / "liblrq_plugins.so"
+    monkeypatch.setattr(tensorrt, "find_library", lambda: library)
+    folder = copy_of(package)
+    add_engines(folder, ["tensorrt-rtx"])
+    nodes = [node for node in onnx.load(folder / FOLDER / "model.onnx").graph.node if node.domain == names.DOMAIN]
+    layouts = {attribute.s for node in nodes for attribute in node.attribute if attribute.name == "layout"}
+    assert layouts == {names.WORDS.encode()}
+    (job,) = builder
+    assert job["plugins"] == str(library)
+    assert job["plugin_nodes"] == [node.name for node in nodes]
+    assert json.loads((folder / FOLDER / "build.json").read_text())["nodes"] == len(nodes) > 10
+
+
+def test_plugins_that_must_be_there_and_are_not_leave_the_package_as_it_was(package, copy_of, builder, digests):
+    folder = copy_of(package)
+    (missing,) = add_engines(folder, ["tensorrt-rtx"], changes={"plugins": "always"})
+    assert "run lrq-export plugins build" in str(missing)
+    verify_hashes(folder)
+    assert list(engines(folder)) == []
+
+
+def test_a_machine_without_tensorrt_leaves_all_but_the_engine(package, copy_of, cli, monkeypatch, builder):
+    monkeypatch.setattr(
+        tensorrt, "obstacle", lambda target: MissingError("tensorrt: this machine has no CUDA GPU", hint="find one")
+    )
+    folder = copy_of(package)
+    outcome = cli("build", folder, "--target", "tensorrt")
+    outcome.refused(
+        4, "no CUDA GPU", "all of", "but the engine is written", f"lrq-export build {folder} --target tensorrt"
+    )
+    verify_hashes(folder)
+    assert (folder / "engine/tensorrt/model.onnx").is_file()
+    assert list(engines(folder)) == []
+    monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
+    assert cli("build", folder, "--target", "tensorrt").code == 0
+    assert [target for target, _ in engines(folder)] == ["tensorrt"]
+
+
+def test_an_engine_that_is_refused_leaves_the_package_as_it_was(package, copy_of, builder, monkeypatch, digests, cli):
+    monkeypatch.setattr(tensorrt, "_run_worker", lambda job: {"error": "no plugin runs proj_out"})
+    folder = copy_of(package)
+    before = digests(folder)
+    with pytest.raises(CheckFailed, match="tensorrt-rtx: no plugin runs proj_out"):
+        add_engines(folder, ["tensorrt-rtx"])
+    assert digests(folder) == before
+    cli("build", folder, "--target", "tensorrt-rtx").refused(1, "no plugin runs proj_out")
+
+
+REFUSED = {
+    "no target": ([], "is built already", "--target"),
+    "a flag of whole builds": (["--target", "tensorrt-rtx", "--preset", "w3a8"], "--preset", "build again"),
+    "a key of whole builds": (
+        ["--target", "tensorrt-rtx", "--set", "weights.bits=3"], "--set weights.bits", "build again"),
+    "no such target": (["--target", "onnx"], "engine.targets", "'onnxruntime', 'tensorrt' or 'tensorrt-rtx'"),
+    "no such axis": (
+        ["--target", "tensorrt-rtx", "--set", 'engine.profiles=["depth=3"]'], "an axis of this model", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "said", "hint"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_a_finished_package_does_not_take_is_refused(
+    package, copy_of, cli, digests, builder, arguments, said, hint
+):
+    folder = copy_of(package)
+    before = digests(folder)
+    cli("build", folder, *arguments).refused(2, said, hint)
+    assert digests(folder) == before
+
+
+def test_a_folder_that_is_no_package_needs_an_output(tiny, cli):
+    cli("build", tiny.source, "--target", "tensorrt-rtx").refused(2, "is no package", "-o OUT")
+
+
+def test_a_link_that_the_disk_refuses_is_a_copy(package, copy_of, builder, monkeypatch):
+    def refuse(*_):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(targets.os, "link", refuse)
+    folder = copy_of(package)
+    add_engines(folder, ["tensorrt-rtx"])
+    verify_hashes(folder)

@@ -1,0 +1,146 @@
+#include "emulator.h"
+
+EmulatedIndex threadIdx, blockIdx, blockDim, gridDim;
+
+namespace lrq {
+namespace {
+
+constexpr size_t kStackBytes = 64 * 1024;
+constexpr int32_t kMostThreads = 1024;
+constexpr int32_t kWarpLanes = 32;
+constexpr int64_t kMostSharedBytes = 227 * 1024;
+
+struct Barrier {
+    int32_t arrived = 0;
+    int32_t generation = 0;
+};
+
+struct Thread {
+    ucontext_t context;
+    std::unique_ptr<uint8_t[]> stack{new uint8_t[kStackBytes]};
+    bool isDone;
+};
+
+struct Block {
+    std::vector<Thread> threads;
+    int32_t count;
+    Barrier all;
+    Barrier warps[kMostThreads / kWarpLanes];
+    WarpExchange exchanges[kMostThreads / kWarpLanes];
+    std::vector<uint8_t> shared;
+    ucontext_t scheduler;
+    int32_t current;
+    int64_t progress;  // changes whenever a thread gets on
+    void (*body)(void*);
+    void* bodyContext;
+};
+
+Block block;
+
+void yield() {
+    swapcontext(&block.threads[static_cast<size_t>(block.current)].context, &block.scheduler);
+}
+
+void waitAt(Barrier& barrier, int32_t expected) {
+    int32_t const generation = barrier.generation;
+    ++block.progress;
+    if (++barrier.arrived == expected) {
+        barrier.arrived = 0;
+        ++barrier.generation;
+        return;
+    }
+    while (barrier.generation == generation) {
+        yield();
+    }
+    ++block.progress;
+}
+
+void runThread() {
+    block.body(block.bodyContext);
+    block.threads[static_cast<size_t>(block.current)].isDone = true;
+    ++block.progress;
+    yield();
+}
+
+void startThread(Thread& thread) {
+    thread.isDone = false;
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = kStackBytes;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, runThread, 0);
+}
+
+// One turn of every thread that is not done; whether there was any.
+bool runTurn() {
+    bool isAnyLeft = false;
+    for (int32_t index = 0; index < block.count; ++index) {
+        Thread& thread = block.threads[static_cast<size_t>(index)];
+        if (!thread.isDone) {
+            isAnyLeft = true;
+            block.current = index;
+            threadIdx.x = static_cast<uint32_t>(index);
+            swapcontext(&block.scheduler, &thread.context);
+        }
+    }
+    return isAnyLeft;
+}
+
+void runBlock() {
+    for (int32_t index = 0; index < block.count; ++index) {
+        startThread(block.threads[static_cast<size_t>(index)]);
+    }
+    int64_t seen = block.progress - 1;
+    while (seen != block.progress) {
+        seen = block.progress;
+        if (!runTurn()) {
+            return;
+        }
+    }
+    std::fprintf(stderr, "emulator: threads of block %u wait at barriers that others never reach\n",
+                 blockIdx.x);
+    std::abort();
+}
+
+}  // namespace
+
+void synchronizeBlock() {
+    waitAt(block.all, block.count);
+}
+
+void synchronizeWarp() {
+    int32_t const warp = block.current / kWarpLanes;
+    int32_t const left = block.count - warp * kWarpLanes;
+    waitAt(block.warps[warp], left < kWarpLanes ? left : kWarpLanes);
+}
+
+WarpExchange& warpExchange() {
+    return block.exchanges[block.current / kWarpLanes];
+}
+
+uint8_t* sharedBytes() {
+    return block.shared.data();
+}
+
+bool runGrid(Grid const& grid, void (*body)(void*), void* context) {
+    if (grid.blocks < 1 || grid.blocks > INT32_MAX || grid.threads < 1 ||
+        grid.threads > kMostThreads || grid.sharedBytes > kMostSharedBytes) {
+        return false;
+    }
+    if (block.threads.empty()) {
+        block.threads = std::vector<Thread>(kMostThreads);
+    }
+    block.count = grid.threads;
+    block.body = body;
+    block.bodyContext = context;
+    blockDim.x = static_cast<uint32_t>(grid.threads);
+    gridDim.x = static_cast<uint32_t>(grid.blocks);
+    for (int64_t index = 0; index < grid.blocks; ++index) {
+        blockIdx.x = static_cast<uint32_t>(index);
+        block.shared.assign(static_cast<size_t>(grid.sharedBytes), 0xa5);  // as undefined as it is
+        runBlock();
+    }
+    return true;
+}
+
+}  // namespace lrq
