@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lrq_export import __version__
+from lrq_export.doctor_command import doctor
 from lrq_export.engine_command import add_engines
 from lrq_export.errors import Interrupted, LrqError, UsageError
 from lrq_export.plugins_command import plugins
@@ -25,6 +26,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 app.add_typer(plugins, name="plugins")
+app.command()(doctor)
 
 Stage = Enum(
     "Stage", {name: name for name in ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")}
