@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrq_export import __version__
-from lrq_export.errors import MissingError, UsageError
+from lrq_export.errors import CheckFailed, MissingError, UsageError
 from lrq_export.progress import Progress, Silent
 
 LIBRARY, KERNELS = "liblrq_plugins.so", "liblrq_kernels.so"
@@ -87,7 +87,8 @@ def build(
 
     `architectures`: those of the GPUs to run on; default: of the GPUs in this machine, or all where there is none.
     `options`: more definitions for CMake, NAME=VALUE. `jobs`: compilers at once; default: as memory allows.
-    Raises MissingError, naming what to install, if a tool, CUDA or TensorRT's headers are missing.
+    Raises MissingError, naming what to install, if a tool, CUDA or TensorRT's headers are missing; CheckFailed if a
+    compiler refuses the sources.
     """
     source, folder, progress = sources(), (out or default_folder()).resolve(), progress or Silent()
     cmake = _tool("cmake", "pip install cmake")
@@ -136,7 +137,7 @@ def _percent(line: str) -> int:
 
 
 def _lines(command: list[str], what: str) -> Iterator[str]:
-    """What a command prints, line by line. Raises MissingError with the end of it if the command fails."""
+    """What a command prints, line by line. Raises CheckFailed with the end of it if the command fails."""
     last: deque[str] = deque(maxlen=_SHOWN_LINES)
     running = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1
@@ -150,7 +151,7 @@ def _lines(command: list[str], what: str) -> Iterator[str]:
             running.terminate()
         running.wait()
     if running.returncode != 0:
-        raise MissingError(
+        raise CheckFailed(
             f"{what} the plugins failed: {' | '.join(line.strip() for line in last if line.strip())}",
             hint="the plugins need a C++17 compiler and CUDA 12.8 or newer",
         )

@@ -67,6 +67,11 @@ class _Climb:
     def keep(self, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
         return self.up(node.inputs[0], axes)
 
+    def cast(self, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
+        if node.inputs[0].dtype != tensor.dtype:
+            raise NoMatch("Cast rounds what it rotates")
+        return self.up(node.inputs[0], axes)
+
     def reshape(self, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
         return self.up(node.inputs[0], _axes_before(node, axes))
 
@@ -122,6 +127,8 @@ class _Climb:
         if bias.name not in self.traced.tensors or len(bias.outputs) != 1:
             raise NoMatch("the layer's bias is not a weight of its own")
         other = next(each for each in node.inputs if each is not bias)
+        if len(other.shape or ()) != len(tensor.shape) or other.shape[-1] != tensor.shape[-1]:
+            raise NoMatch("Add stretches what it rotates")
         return [*self.up(other, axes), Rows(bias.name)]
 
     def matmul(self, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
@@ -148,8 +155,12 @@ class _Climb:
 
     def attention(self, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
         values, rank = node.inputs[2], len(tensor.shape)
+        if tensor is not node.outputs[0] or any(not each.is_empty() for each in node.inputs[4:]):
+            raise NoMatch("Attention has keys and values of earlier calls, or is asked for them")
         if rank == 4:
             return self.mix(values, tensor, axes)
+        if axes != (rank - 1,):
+            raise NoMatch("Attention computes what it rotates, but not its channels alone")
         heads = node.attrs.get("kv_num_heads")
         if heads is None or heads != node.attrs.get("q_num_heads") or not isinstance(tensor.shape[-1], int):
             raise NoMatch("Attention shares its values between heads, or their number is not known")
@@ -166,7 +177,7 @@ class _Climb:
 Rule = Callable[[_Climb, gs.Node, gs.Tensor, tuple[int, ...]], list[Rows]]
 RULES: dict[str, Rule] = {
     "Identity": _Climb.keep,
-    "Cast": _Climb.keep,
+    "Cast": _Climb.cast,
     "Reshape": _Climb.reshape,
     "Transpose": _Climb.transpose,
     "Mul": _Climb.scale,
@@ -190,7 +201,7 @@ def _axes_before(reshape: gs.Node, axes: tuple[int, ...]) -> tuple[int, ...]:
         raise unknown
     stop = _axis_at(before, len(before), math.prod(behind))
     start = None if stop is None else _axis_at(before, stop, math.prod(width))
-    if start is None:
+    if start is None or start == stop:
         raise unknown
     return tuple(range(start, stop))
 

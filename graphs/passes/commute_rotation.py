@@ -18,6 +18,7 @@ from graphs import equalizer
 from graphs.passes.channels import NoMatch, rows_behind
 from graphs.passes.patterns import (
     is_graph_output,
+    is_inner,
     is_lrq,
     is_number,
     producer,
@@ -142,17 +143,19 @@ def _signs_part(constant: gs.Constant, signs: Signs, start: int, stop: int, trac
 def _join(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
     """Rotate tokens behind the Concat that joins them, unless one of the equal rotations before it can fold."""
     readers = value_readers(rotation.outputs[0])
-    node = readers[0] if len(readers) == 1 else None
+    node = readers[0] if len(readers) == 1 and not is_inner(readers[0], traced.graph) else None
     if node is None or node.op != "Concat" or is_graph_output(rotation.outputs[0], traced.graph):
         return []
     rank = len(rotation.outputs[0].shape or ())
     if not rank or node.attrs["axis"] % rank == rank - 1:
         return []
-    rotations = [producer(each) for each in node.inputs]
+    rotations, key = [producer(each) for each in node.inputs], rotation_key(rotation)
+    if key is None or rotation.inputs[1].name not in traced.signs:
+        raise NoMatch("its signs are not in the table of signs")
     if not all(
         each is not None
         and is_lrq(each, "HadamardRotate")
-        and rotation_key(each) == rotation_key(rotation)
+        and rotation_key(each) == key
         and len(value_readers(each.outputs[0])) == 1
         and not is_graph_output(each.outputs[0], traced.graph)
         for each in rotations
@@ -166,8 +169,7 @@ def _join(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
     node.outputs = [gs.Variable(f"{rotated.name}.joined", rotated.dtype, rotated.shape)]
     moved = _rotation_node(rotation, node.outputs[0], rotation.inputs[1], rotated)
     traced.graph.nodes.append(moved)
-    for each in rotations:
-        remove_node(each, traced.graph)
+    _remove(rotations, traced.graph)
     return [moved]
 
 

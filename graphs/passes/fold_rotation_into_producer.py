@@ -34,6 +34,7 @@ def fold_rotation_into_producer(traced: TracedGraph) -> PassResult:
         step = RotateOutput(int(node.attrs["block"]), signs.seed, signs.equalizer)
         traced.rotate_outputs({each.name: replace(step, start=each.start, stop=each.stop) for each in rows})
         redirect_readers(node.outputs[0], node.inputs[0])
+        node.inputs.clear()  # or it would count as a reader of what it rotated
         result.fired += 1
     if result.fired:
         traced.forget_unused()

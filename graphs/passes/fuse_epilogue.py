@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from graphs.passes.channels import NoMatch
 from graphs.passes.norms import check_modulates
-from graphs.passes.patterns import PLAIN_LINEAR_OPS, RESIDUAL_OF, is_lrq, sole_consumer
+from graphs.passes.patterns import PLAIN_LINEAR_OPS, RESIDUAL_OF, is_lrq, is_number, numpy_type, sole_consumer
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -37,7 +37,7 @@ def _fuse(linear: gs.Node, traced: TracedGraph) -> bool:
         gate, last = _other(reader, product), reader.outputs[0]
         reader = sole_consumer(last, traced.graph)
     if reader is None or reader.op != "Add":
-        if gate is not None:
+        if gate is not None and not is_number(gate):
             raise NoMatch("it is multiplied by a gate, and nothing is added to that alone")
         return False
     residual, (y,) = _other(reader, last), reader.outputs
@@ -46,7 +46,7 @@ def _fuse(linear: gs.Node, traced: TracedGraph) -> bool:
     if not product.shape or None in product.shape or residual.shape is None or [*residual.shape] != [*product.shape]:
         raise NoMatch(f"what is added to it has shape {residual.shape}, needed {product.shape}")
     if gate is None:
-        gate = gs.Constant(f"{linear.name}.no_gate", np.ones(int(linear.attrs["rows"]), np.float32))
+        gate = gs.Constant(f"{linear.name}.no_gate", np.ones(int(linear.attrs["rows"]), numpy_type(product)))
     check_modulates("gate", gate, product)
     reader.outputs.clear()
     product.inputs.clear()

@@ -18,23 +18,20 @@ import onnx_graphsurgeon as gs
 
 from graphs import names
 from graphs.ops import OPS, packing
-from graphs.passes.patterns import PLAIN_LINEAR_OPS, is_graph_output, is_lrq, producer
+from graphs.passes.patterns import PLAIN_LINEAR_OPS, is_graph_output, is_lrq, is_number, producer
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
 
 def merge_projections(traced: TracedGraph) -> PassResult:
-    result, graph = PassResult(), traced.graph
-    taken: set[int] = set()
-    for attention in [node for node in graph.nodes if node.op in ("Softmax", "Attention") and not node.domain]:
-        for siblings in _siblings(projections(attention)):
-            obstacle = _obstacle(siblings, traced, taken)
-            if obstacle is not None:
-                result.skip(siblings[0], obstacle)
-                continue
-            taken |= {id(node) for node in siblings}
-            _merge(siblings, traced)
-            result.fired += 1
+    result = PassResult()
+    for siblings in _siblings(traced.graph, result):
+        obstacle = _obstacle(siblings, traced)
+        if obstacle is not None:
+            result.skip(siblings[0], obstacle)
+            continue
+        _merge(siblings, traced)
+        result.fired += 1
     if result.fired:
         traced.forget_unused()
     return result
@@ -43,7 +40,7 @@ def merge_projections(traced: TracedGraph) -> PassResult:
 def projections(attention: gs.Node) -> list[gs.Node]:
     """The linear layers nearest above queries, keys and values of an Attention or Softmax node, in this order.
 
-    Empty unless a softmax is of a product, plus a mask perhaps, and multiplied with something.
+    Empty unless a softmax is of a product, scaled or masked perhaps, and multiplied with something.
     """
     operands = attention.inputs[:3] if attention.op == "Attention" else _around(attention)
     return list({id(node): node for operand in operands for node in _nearest_linears(operand)}.values())
@@ -52,12 +49,30 @@ def projections(attention: gs.Node) -> list[gs.Node]:
 def _around(softmax: gs.Node) -> tuple[gs.Tensor, ...]:
     """Queries, keys and values of the attention around a softmax; empty if there is none."""
     scores = producer(softmax.inputs[0])
-    if scores is not None and scores.op == "Add":
-        scores = next((each for each in map(producer, scores.inputs) if each is not None and each.op == "MatMul"), None)
-    mixed = [reader for reader in softmax.outputs[0].outputs if reader.op == "MatMul"]
-    if scores is None or scores.op != "MatMul" or len(mixed) != 1 or mixed[0].inputs[0] is not softmax.outputs[0]:
+    while scores is not None and (inner := _scaled_or_masked(scores)) is not None:
+        scores = inner
+    mixed, probabilities = list(softmax.outputs[0].outputs), softmax.outputs[0]
+    while len(mixed) == 1 and _by_number(mixed[0]):
+        probabilities = mixed[0].outputs[0]
+        mixed = list(probabilities.outputs)
+    mixed = [reader for reader in mixed if reader.op == "MatMul"]
+    if scores is None or scores.op != "MatMul" or len(mixed) != 1 or mixed[0].inputs[0] is not probabilities:
         return ()
     return (*scores.inputs, mixed[0].inputs[1])
+
+
+def _scaled_or_masked(node: gs.Node) -> gs.Node | None:
+    """The node whose scores this one multiplies with a number, or adds a mask to; None for any other."""
+    if _by_number(node):
+        return next((made for made in map(producer, node.inputs) if made is not None), None)
+    if node.op != "Add" or node.domain:
+        return None
+    made = [each for each in map(producer, node.inputs) if each is not None]
+    return next((each for each in made if each.op == "MatMul" or _by_number(each)), None)
+
+
+def _by_number(node: gs.Node) -> bool:
+    return not node.domain and node.op in ("Mul", "Div") and sum(map(is_number, node.inputs)) == 1
 
 
 def _nearest_linears(tensor: gs.Tensor) -> Iterator[gs.Node]:
@@ -74,21 +89,38 @@ def _nearest_linears(tensor: gs.Tensor) -> Iterator[gs.Node]:
             stack += node.inputs
 
 
-def _siblings(nodes: list[gs.Node]) -> list[list[gs.Node]]:
-    """Those that read one input in one way, two or more of them."""
+def _siblings(graph: gs.Graph, result: PassResult) -> list[list[gs.Node]]:
+    """Layers that read one input in one way and serve the same attentions, two or more of them, queries first.
+
+    Neither which layers become one nor their order depends on the order of nodes.
+    """
+    served: dict[int, set[int]] = {}  # layer -> attentions
+    places: dict[int, int] = {}  # layer -> its place among the projections of an attention, the least one
+    found: dict[int, gs.Node] = {}
+    for attention in [node for node in graph.nodes if node.op in ("Softmax", "Attention") and not node.domain]:
+        for place, node in enumerate(projections(attention)):
+            found[id(node)] = node
+            served.setdefault(id(node), set()).add(id(attention))
+            places[id(node)] = min(place, places.get(id(node), place))
     groups: dict[tuple, list[gs.Node]] = {}
-    for node in nodes:
+    for node in found.values():
         attributes = tuple(sorted((key, value) for key, value in node.attrs.items() if key != "rows"))
-        groups.setdefault((id(node.inputs[0]), node.op, attributes), []).append(node)
-    return [group for group in groups.values() if len(group) > 1]
+        key = (id(node.inputs[0]), frozenset(served[id(node)]))
+        groups.setdefault((*key, node.op, attributes), []).append(node)
+    alone = [key for key, nodes in groups.items() if len(nodes) == 1]
+    for key in alone:
+        if sum(other[:2] == key[:2] for other in groups) > 1:
+            result.skip(groups[key][0], "another projection reads the same, in another format or width of activations")
+    merged = [nodes for nodes in groups.values() if len(nodes) > 1]
+    return [sorted(nodes, key=lambda node: (places[id(node)], node.inputs[1].name)) for nodes in merged]
 
 
-def _obstacle(siblings: list[gs.Node], traced: TracedGraph, taken: set[int]) -> str | None:
+def _obstacle(siblings: list[gs.Node], traced: TracedGraph) -> str | None:
     """Why these may not become one; None if they may."""
     if len({isinstance(node.inputs[-1], gs.Constant) for node in siblings}) > 1:
         return "some of these projections have a bias and others have none"
     for node in siblings:
-        if id(node) in taken or node.inputs[1].name in traced.stacks:
+        if node.inputs[1].name in traced.stacks:
             return f"{node.name} is merged with others already"
         if any(len(tensor.outputs) != 1 for tensor in node.inputs[1:]):
             return f"a weight of {node.name} is also read elsewhere"

@@ -70,7 +70,12 @@ def _norm(node: gs.Node | None) -> Norm | None:
     found = _unit_rms(node)
     if found is None and node.op == "Mul":
         for normalized, weight in (node.inputs, node.inputs[::-1]):
-            found = _unit_rms(producer(normalized))
+            inner = producer(normalized)
+            found = _unit_rms(inner)
+            if found is None and inner is not None and not inner.domain and inner.op == "LayerNormalization":
+                found = _layer_norm(inner)
+            if found is not None and (found.scale is not None or found.shift is not None):
+                raise NoMatch("the norm before it has weights of its own and is scaled besides")
             if found is not None:
                 return replace(found, scale=weight)
     return found
@@ -110,15 +115,16 @@ def _over_root(x: gs.Tensor, root: gs.Tensor) -> Norm | None:
     """x / root, if that is sqrt(mean(x²) + epsilon) over the last axis."""
     total = sole_operand(root, "Sqrt")
     add = None if total is None else producer(total)
-    if add is None or add.op != "Add" or not is_number(add.inputs[1]):
+    if add is None or add.op != "Add" or sum(map(is_number, add.inputs)) != 1:
         return None
-    mean = producer(add.inputs[0])
+    averaged, epsilon = add.inputs if is_number(add.inputs[1]) else add.inputs[::-1]
+    mean = producer(averaged)
     if mean is None or mean.op != "ReduceMean" or not mean.attrs.get("keepdims", 1) or len(mean.inputs) < 2:
         return None
     axes = mean.inputs[1]
     if not isinstance(axes, gs.Constant) or axes.values.tolist() not in ([-1], [len(x.shape or ()) - 1]):
         return None
-    return Norm("RMSNorm", x, float(add.inputs[1].values.item())) if _is_square(mean.inputs[0], x) else None
+    return Norm("RMSNorm", x, float(epsilon.values.item())) if _is_square(mean.inputs[0], x) else None
 
 
 def _is_square(tensor: gs.Tensor, x: gs.Tensor) -> bool:

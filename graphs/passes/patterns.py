@@ -41,6 +41,12 @@ def codes_form(node: gs.Node) -> tuple[np.dtype, list[int]]:
     return onnx.helper.tensor_dtype_to_np_dtype(onnx_type), list(shape)
 
 
+def numpy_type(tensor: gs.Tensor) -> np.dtype:
+    """The numpy type of a tensor's elements; graphsurgeon holds ONNX's number of one that numpy lacks."""
+    held = tensor.dtype
+    return onnx.helper.tensor_dtype_to_np_dtype(held) if isinstance(held, int) else np.dtype(held)
+
+
 def sole_operand(tensor: gs.Tensor, op: str) -> gs.Tensor | None:
     """What the standard op of one operand that computes `tensor` reads; None if another op computes it."""
     node = producer(tensor)
@@ -57,8 +63,16 @@ def is_number(tensor: gs.Tensor) -> bool:
 
 
 def sole_consumer(tensor: gs.Tensor, graph: gs.Graph) -> gs.Node | None:
-    """The one node that reads `tensor`, once; None when there are more, or when it leaves the graph."""
-    return tensor.outputs[0] if len(tensor.outputs) == 1 and not is_graph_output(tensor, graph) else None
+    """The one node that reads `tensor`, once; None when there are more, or it is in a branch, or an output reads it."""
+    if len(tensor.outputs) != 1 or is_graph_output(tensor, graph) or is_inner(tensor.outputs[0], graph):
+        return None
+    return tensor.outputs[0]
+
+
+def is_inner(node: gs.Node, graph: gs.Graph) -> bool:
+    """Whether a node sits in a branch or loop of the graph, and not in the graph itself."""
+    holders = [each for each in graph.nodes if each.op in ("If", "Loop", "Scan")]
+    return any(node is inner for each in holders for sub in each.subgraphs(recursive=True) for inner in sub.nodes)
 
 
 def value_readers(tensor: gs.Tensor) -> list[gs.Node]:
@@ -70,7 +84,7 @@ def remove_node(node: gs.Node, graph: gs.Graph) -> None:
     """Take a node out of the graph whose outputs nobody reads any more."""
     node.inputs.clear()
     node.outputs.clear()
-    graph.nodes.remove(node)
+    graph.nodes = [each for each in graph.nodes if each is not node]  # remove() would take the first that looks alike
 
 
 def redirect_readers(tensor: gs.Tensor, to: gs.Tensor) -> None:
@@ -99,7 +113,7 @@ class OpenLinear:
 
 def open_linear(matmul: gs.Node, graph: gs.Graph) -> OpenLinear | None:
     """Match an `OpenLinear` at its MatMul; None when the right operand is not a transposed dequantized weight."""
-    if matmul.op != "MatMul":
+    if matmul.op != "MatMul" or is_inner(matmul, graph):
         return None
     transpose = producer(matmul.inputs[1])
     if transpose is None or transpose.op != "Transpose" or transpose.attrs.get("perm") != [1, 0]:

@@ -70,8 +70,13 @@ int32_t checkTokens(LrqTokens const& tokens) {
                       kMostTokens, status);
 }
 
+// A value of an enum whose first is 0.
+int32_t checkEnum(char const* name, int32_t value, int32_t last) {
+    return checkRange(name, value, 0, last, statusOf(Status::kBadFormat));
+}
+
 int32_t checkType(int32_t type) {
-    return checkRange("type", type, LRQ_FLOAT, LRQ_BFLOAT16, LRQ_BAD_TYPE);
+    return checkEnum("type", type, LRQ_BFLOAT16);
 }
 
 int64_t bytesOf(int32_t type) {
@@ -93,13 +98,13 @@ int32_t checkModulation(char const* name, LrqModulation const& rows, int32_t typ
 int32_t checkBlock(int64_t block, int64_t channels) {
     HadamardFactors factors{};
     if (!factorizeHadamard(block, &factors)) {
-        return fail(statusOf(Status::kBadSize),
+        return fail(statusOf(Status::kBadBlock),
                     "block is %" PRId64 ", which has no Hadamard matrix here: needed 2^m, or 2^m "
                     "times a Paley size up to 256, at most 65536",
                     block);
     }
     if (channels % block != 0) {
-        return fail(statusOf(Status::kBadSize),
+        return fail(statusOf(Status::kBadBlock),
                     "block %" PRId64 " does not divide the %" PRId64 " channels", block, channels);
     }
     return 0;
@@ -108,14 +113,14 @@ int32_t checkBlock(int64_t block, int64_t channels) {
 int32_t checkNorm(LrqRotation const& rotation) {
     if (!isNorm(static_cast<Prologue>(rotation.prologue))) {
         if (rotation.scale.data != nullptr || rotation.shift.data != nullptr) {
-            return fail(LRQ_BAD_TYPE,
+            return fail(statusOf(Status::kBadFormat),
                         "scale or shift is given, but prologue %" PRId32 " is not a norm",
                         rotation.prologue);
         }
         return 0;
     }
     if (!std::isfinite(rotation.epsilon) || rotation.epsilon < 0.0f) {
-        return fail(statusOf(Status::kBadSize), "epsilon is %g, needed a finite number from 0 on",
+        return fail(statusOf(Status::kBadValue), "epsilon is %g, needed a finite number from 0 on",
                     static_cast<double>(rotation.epsilon));
     }
     if (int32_t const fault = checkModulation("scale", rotation.scale, rotation.type)) {
@@ -128,8 +133,7 @@ int32_t checkRotationSizes(LrqRotation const& rotation) {
     if (int32_t const fault = checkType(rotation.type)) {
         return fault;
     }
-    if (int32_t const fault = checkRange("prologue", rotation.prologue, LRQ_NO_PROLOGUE,
-                                         LRQ_GEGLU, LRQ_BAD_TYPE)) {
+    if (int32_t const fault = checkEnum("prologue", rotation.prologue, LRQ_GEGLU)) {
         return fault;
     }
     if (int32_t const fault = checkActBits(rotation.actBits, true)) {
@@ -180,12 +184,10 @@ int32_t checkWeightSizes(LrqWeight const& weight) {
     if (int32_t const fault = checkDimension("cols", weight.cols)) {
         return fault;
     }
-    if (int32_t const fault =
-            checkRange("format", weight.format, LRQ_TWIN_LOG, LRQ_INT8, LRQ_BAD_TYPE)) {
+    if (int32_t const fault = checkEnum("format", weight.format, LRQ_INT8)) {
         return fault;
     }
-    if (int32_t const fault =
-            checkRange("layout", weight.layout, LRQ_STORAGE, LRQ_WORDS, LRQ_BAD_TYPE)) {
+    if (int32_t const fault = checkEnum("layout", weight.layout, LRQ_WORDS)) {
         return fault;
     }
     return checkCodeBits(weight);
@@ -213,7 +215,8 @@ int32_t checkActivationPointers(LrqLinear const& linear) {
 
 int32_t checkEpilogue(LrqLinear const& linear) {
     if ((linear.gate.data == nullptr) != (linear.residual == nullptr)) {
-        return fail(statusOf(Status::kNullPointer), "%s is null, needed both gate and residual or neither",
+        return fail(statusOf(Status::kNullPointer),
+                    "%s is null, needed both gate and residual or neither",
                     linear.residual == nullptr ? "residual" : "gate");
     }
     if (linear.residual == nullptr) {
@@ -231,13 +234,13 @@ int32_t checkSource(LrqLinear const& linear) {
                     linear.x == nullptr ? "null" : "given");
     }
     if (linear.x == nullptr && linear.block > 1) {
-        return fail(statusOf(Status::kBadSize),
+        return fail(statusOf(Status::kBadBlock),
                     "block is %" PRId32 ", but activations come quantized: rotate them before",
                     linear.block);
     }
     return linear.block > 1 ? checkBlock(linear.block, linear.weight.cols)
                             : checkRange("block", linear.block, 0, kMaxHadamardBlock,
-                                         statusOf(Status::kBadSize));
+                                         statusOf(Status::kBadBlock));
 }
 
 }  // namespace
@@ -311,8 +314,7 @@ int32_t checkLinearSizes(LrqLinear const* linear) {
                                          kMaxProductCols, statusOf(Status::kBadSize))) {
         return fault;
     }
-    if (int32_t const fault =
-            checkRange("tactic", linear->tactic, LRQ_AUTO, LRQ_TACTICS - 1, LRQ_BAD_TYPE)) {
+    if (int32_t const fault = checkEnum("tactic", linear->tactic, LRQ_TACTICS - 1)) {
         return fault;
     }
     return checkSource(*linear);

@@ -1,5 +1,6 @@
-// Every field of a call, checked on the host before CUDA is asked for anything. Each function returns
-// 0 or the status of the first fault, whose text names the field, what it is and what is needed.
+// Every field of a call, checked on the host before CUDA is asked for anything. Each function
+// returns 0 or the status of the first fault, whose text names the field, what it is and what is
+// needed.
 #pragma once
 
 #include "kernels.h"

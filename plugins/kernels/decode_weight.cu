@@ -1,7 +1,8 @@
 // Codes to weights at the speed of a copy: a thread turns 16 codes into one 16-byte store, and
-// neighbours read and write neighbouring bytes. A warp takes one row: it makes the table of each group
-// of the row in shared memory, a level a lane, and then looks codes up four at a time with byte
-// permutations (core/table_decode.h): 1.4 instructions a weight, where a copy leaves room for 5.
+// neighbours read and write neighbouring bytes. A warp takes one row: it makes the table of each
+// group of the row in shared memory, a level a lane, and then looks codes up four at a time with
+// byte permutations (core/table_decode.h): 1.4 instructions a weight, where a copy leaves room for
+// 5.
 #include <cstring>
 #include <type_traits>
 
@@ -165,7 +166,8 @@ __global__ void __launch_bounds__(kThreads)
             int32_t const run = first + ahead * kWarp;
             if (run < runs) {
                 LookupTable<kBits> const table = tables[groups == 1 ? 0 : run / runsOfGroup];
-                storeLevels(output + static_cast<int64_t>(run) * kRun, loaded[ahead].decode(table, run), scale);
+                Output* const address = output + static_cast<int64_t>(run) * kRun;
+                storeLevels(address, loaded[ahead].decode(table, run), scale);
             }
         }
     }

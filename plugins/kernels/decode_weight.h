@@ -1,5 +1,5 @@
-// Codes to INT8, or to float times the scale of their row: what lrqDecode and lrqDequantize check and
-// this launches.
+// Codes to INT8, or to float times the scale of their row: what lrqDecode and lrqDequantize check
+// and this launches.
 #pragma once
 
 #include "../core/decode.h"

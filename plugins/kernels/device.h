@@ -1,7 +1,7 @@
 // What our own kernels ask of the machine, all in one place: element types, collectives of a warp,
 // tensor cores, vector loads and launches. tests/plugins/emulator has its twin for the CPU, which
-// runs every thread of a block as a coroutine: with LRQ_EMULATED the kernels are plain C++ and can be
-// tested, index by index, where there is no GPU.
+// runs every thread of a block as a coroutine: with LRQ_EMULATED the kernels are plain C++ and can
+// be tested, index by index, where there is no GPU.
 #pragma once
 
 #if defined(LRQ_EMULATED)
@@ -91,8 +91,9 @@ __device__ inline uint4 loadOnce(uint4 const* address) {
 }
 
 // sums (16, 8) += left (16, 32) right (32, 8), INT8 on the tensor cores. With row = lane / 4 and
-// quad = lane % 4 a lane holds left[row (+ 8 for words 1 and 3)][4 quad (+ 16 for words 2 and 3) ..],
-// right[4 quad (+ 16 for word 1) ..][row], and sums[row (+ 8 for 2 and 3)][2 quad (+ 1 if odd)].
+// quad = lane % 4 a lane holds left[row (+ 8 for words 1 and 3)][4 quad (+ 16 for words 2 and 3)
+// ..], right[4 quad (+ 16 for word 1) ..][row], and sums[row (+ 8 for 2 and 3)][2 quad (+ 1 if
+// odd)].
 __device__ inline void multiplyTile(
     int32_t (&sums)[4], uint32_t const (&left)[4], uint32_t const (&right)[2]) {
     asm volatile(

@@ -1,5 +1,6 @@
-// What becomes of a sum of INT8 products: y = ((sum tokenScale) rowScale + bias) gate + residual, in
-// float, each step rounded (the kernels are compiled without contraction), then rounded once to T.
+// What becomes of a sum of INT8 products: y = ((sum tokenScale) rowScale + bias) gate + residual,
+// in float, each step rounded (the kernels are compiled without contraction), then rounded once to
+// T.
 #pragma once
 
 #include "../core/decode.h"
@@ -23,7 +24,7 @@ __device__ inline void storeSum(Product const& product, int32_t sum, int64_t tok
     int64_t const index = token * product.stride + row;
     if (product.residual != nullptr) {
         T const* const residual = static_cast<T const*>(product.residual);
-        value = toFloat(residual[index]) + gateAt<T>(product.gate, token, row) * value;
+        value = addGated(value, gateAt<T>(product.gate, token, row), toFloat(residual[index]));
     }
     static_cast<T*>(product.y)[index] = fromFloat<T>(value);
 }

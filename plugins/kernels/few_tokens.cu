@@ -2,13 +2,14 @@
 // fragments of the tensor cores; there is no shared memory in the way of weights.
 //
 // The 16 rows of the weight are the 16 rows of mma.m16n8k32, 8 tokens its columns. Which of the 32
-// contracted columns a lane holds is free as long as weights and activations agree: the four lanes of
-// a row take runs of 32, 64 or 128 neighbouring columns, so that a run of codes is one 16-byte load (three
-// for 3 bits), and the bytes that decode gives, in order, are the words of the fragment.
+// contracted columns a lane holds is free as long as weights and activations agree: the four lanes
+// of a row take runs of 32, 64 or 128 neighbouring columns, so that a run of codes is one 16-byte
+// load (three for 3 bits), and the bytes that decode gives, in order, are the words of the
+// fragment.
 //
-// A block has eight warps: one for each 16 rows and 8 tokens x 16 rows of the tile, the rest of them
-// split the columns and add up their sums at the end. A tile has 16 rows for every 8 tokens: the
-// activations that a block reads from L2 are then about as many bytes as its codes.
+// A block has eight warps: one for each 16 rows and 8 tokens x 16 rows of the tile, the rest of
+// them split the columns and add up their sums at the end. A tile has 16 rows for every 8 tokens:
+// the activations that a block reads from L2 are then about as many bytes as its codes.
 #include "few_tokens.h"
 
 #include <cstring>
@@ -54,7 +55,8 @@ struct Piece {
 };
 
 template <int32_t kBits>
-__device__ inline Piece decodePiece(LookupTable<kBits> const& table, uint32_t const (&words)[kBits]) {
+__device__ inline Piece decodePiece(
+    LookupTable<kBits> const& table, uint32_t const (&words)[kBits]) {
     Piece piece;
     constexpr int32_t kUnitWords = Unit<kBits>::kWords;
     constexpr int32_t kUnitLevels = Unit<kBits>::kCodes / 4;
@@ -264,8 +266,14 @@ __device__ inline void storeTile(Product const& product, int64_t firstRow, int32
     }
 }
 
+// Blocks of a processor that registers must allow; 0: as ptxas likes. For few tokens it would
+// rather spill inside the loop than have fewer than three.
+constexpr int32_t leastBlocks(int32_t tokenTiles) {
+    return tokenTiles == 1 ? 2 : 0;
+}
+
 template <int32_t kBits, int32_t kTokenTiles>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, leastBlocks(kTokenTiles))
     multiplyPacked(Product const product, DecodeArguments const weight, int32_t type) {
     PackedTile<kBits, kTokenTiles> const tile{product, weight};
     LookupTable<kBits>* const tables = sharedMemory<LookupTable<kBits>>();

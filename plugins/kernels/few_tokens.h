@@ -8,8 +8,8 @@ namespace lrq {
 
 constexpr int32_t kMostFewTokens = 64;
 
-// Whether the kernel takes this weight: codes in words whose rows are whole 16-byte loads of a lane,
-// groups that a load does not straddle, tables that fit in shared memory.
+// Whether the kernel takes this weight: codes in words whose rows are whole 16-byte loads of a
+// lane, groups that a load does not straddle, tables that fit in shared memory.
 bool fewTokensFit(DecodeArguments const& weight, int64_t tokens);
 
 // `product.weight` is not read. False if CUDA refused the launch. `type` is an LrqType.

@@ -54,7 +54,7 @@ uint32_t availableTactics(Family family, int32_t type, bool isGated) {
 }
 
 bool hasInstantiations() {
-    return kInstantiations[0].launcher != nullptr;
+    return sizeof(kInstantiations) > sizeof(Instantiation);  // more than the end
 }
 
 }  // namespace lrq

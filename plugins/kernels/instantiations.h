@@ -17,7 +17,8 @@ constexpr int32_t clusterOf(Family family) {
     return family == Family::kWgmma ? 2 : 1;
 }
 
-// The launcher for a tactic, an LrqType and with or without gate and residual; null if there is none.
+// The launcher for a tactic, an LrqType and with or without gate and residual; null if there is
+// none.
 ProductLauncher findLauncher(Family family, int32_t tactic, int32_t type, bool isGated);
 
 // One bit for each tactic that findLauncher finds.

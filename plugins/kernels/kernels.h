@@ -5,10 +5,11 @@
 // Every function checks its arguments on the host before it asks CUDA for anything and returns a
 // Status of core/formats.h, or one of LrqKernelsStatus, as int32; lrqKernelsError says for the last
 // failure of this thread what was got and what is needed. All pointers but those to the structs
-// themselves are device pointers; tensors of T, codes and the workspace begin at a multiple of 16
-// bytes, the rest at a multiple of its element. Work is enqueued on `stream`, a cudaStream_t;
-// nothing synchronizes or allocates, so every call can be captured in a CUDA graph, and two streams
-// never share memory that the caller did not share between them.
+// themselves are device pointers; tensors of T, codes, scales and biases of rows begin at a
+// multiple of 16 bytes, a workspace at one of 256, the rest at a multiple of its element. Work is
+// enqueued on `stream`, a cudaStream_t; nothing synchronizes or allocates, so every call can be
+// captured in a CUDA graph, and two streams never share memory that the caller did not share
+// between them.
 #pragma once
 
 #include <stdint.h>
@@ -19,9 +20,8 @@
 extern "C" {
 #endif
 
-// What a call returns beside the Status of core/formats.h.
+// What a call returns beside the Status of core/formats.h. The text says which field is at fault.
 typedef enum LrqKernelsStatus {
-    LRQ_BAD_TYPE = 100,  // type, prologue, format, layout or tactic: no value, or not one for this
     LRQ_MISALIGNED = 101,     // a pointer does not begin where vector loads need it
     LRQ_BAD_WORKSPACE = 102,  // smaller than lrqLinearWorkspace says
     LRQ_NOT_COMPILED = 103,   // the library has no kernel for this device, size or tactic
@@ -85,8 +85,8 @@ LRQ_EXPORT int32_t lrqRotate(LrqRotation const* rotation, void* stream);
 // A weight (rows, cols) of small integers w, as the inputs and attributes of its op give it.
 typedef struct LrqWeight {
     void const* codes;     // as `layout` says; INT8 (rows, cols) for LRQ_INT8
-    // Exponents (rows, groups, 2, 3) or table (rows, groups, 2^bits), groups = cols / groupSize; else
-    // null.
+    // Exponents (rows, groups, 2, 3) or table (rows, groups, 2^bits), groups = cols / groupSize;
+    // else null.
     int8_t const* levels;
     int64_t rows;
     int64_t cols;
@@ -111,7 +111,7 @@ typedef enum LrqTactic {
     LRQ_AUTO = 0,
     LRQ_ANY_SIZE = 1,        // one thread an output: for odd sizes
     LRQ_FEW_TOKENS = 2,      // up to 64 tokens, codes in words, decoded in registers
-    // Tokens x rows of a tile on the tensor cores; for cols % 16 == 0 and rows % 8 == 0.
+    // Tokens x rows of a tile on the tensor cores; for cols % 16 == 0 and whole 16-byte rows of y.
     LRQ_TILE_128_256 = 3,
     LRQ_TILE_128_128 = 4,
     LRQ_TILE_64_256 = 5,

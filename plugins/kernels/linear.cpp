@@ -45,8 +45,8 @@ int32_t checkSharedMemory(int32_t block, Device const& device) {
         return 0;
     }
     return fail(LRQ_NOT_COMPILED,
-                "block %" PRId32 " needs %" PRId64 " bytes of shared memory, this device has %" PRId64
-                ": use a smaller block",
+                "block %" PRId32 " needs %" PRId64
+                " bytes of shared memory, this device has %" PRId64 ": use a smaller block",
                 block, needed, device.sharedBytes);
 }
 
@@ -70,9 +70,8 @@ int32_t quantizeTokens(LrqLinear const& linear, Device const& device, int8_t* qu
 // Rows [first, first + count) of a product; its weight begins with them.
 Product partOf(Product const& whole, int32_t type, int64_t first, int64_t count) {
     int64_t const elementBytes = type == LRQ_FLOAT ? 4 : 2;
-    auto const advance = [](void const* data, int64_t bytes) {
-        return data == nullptr ? nullptr
-                               : static_cast<void const*>(static_cast<uint8_t const*>(data) + bytes);
+    auto const advance = [](void const* data, int64_t bytes) -> void const* {
+        return data == nullptr ? nullptr : static_cast<uint8_t const*>(data) + bytes;
     };
     Product part = whole;
     part.rowScales = whole.rowScales + first;

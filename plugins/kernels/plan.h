@@ -8,8 +8,8 @@
 
 namespace lrq {
 
-// A tile of the tensor cores. `speed` is what one processor reaches on it relative to the largest tile,
-// whose operands are fetched least often: assumed until tools/bench_kernels has measured it.
+// A tile of the tensor cores. `speed` is what one processor reaches on it relative to the largest
+// tile, whose operands are fetched least often: assumed until tools/bench_kernels has measured it.
 struct TileShape {
     int32_t tactic;
     int32_t tokens;
@@ -41,8 +41,8 @@ constexpr int64_t roundUp(int64_t count, int64_t multiple) {
     return divideUp(count, multiple) * multiple;
 }
 
-// Waves of tiles over all processors; the last one counts whole. On Hopper two tiles of tokens form a
-// cluster.
+// Waves of tiles over all processors; the last one counts whole. On Hopper two tiles of tokens form
+// a cluster.
 constexpr int64_t wavesOf(TileShape const& tile, int64_t tokens, int64_t rows, int32_t processors,
                           int32_t cluster) {
     int64_t const tokenTiles = roundUp(divideUp(tokens, tile.tokens), cluster);
@@ -57,8 +57,8 @@ constexpr double waveEfficiency(TileShape const& tile, int64_t tokens, int64_t r
     return static_cast<double>(tokens) * static_cast<double>(rows) / computed;
 }
 
-// The tile that finishes first among those of `available`, one bit for each tactic; LRQ_AUTO if there
-// is none.
+// The tile that finishes first among those of `available`, one bit for each tactic; LRQ_AUTO if
+// there is none.
 constexpr int32_t chooseTile(
     uint32_t available, int64_t tokens, int64_t rows, int32_t processors, int32_t cluster) {
     int32_t chosen = LRQ_AUTO;
@@ -77,9 +77,12 @@ constexpr int32_t chooseTile(
     return chosen;
 }
 
-// Rows of a weight that are decoded together: what stays in L2 between the decode that writes it and
-// the product that reads it. Shares of a weight are alike and whole tiles.
-constexpr int64_t kMostDecodedBytes = 24 * 1024 * 1024;
+// Rows of a weight that are decoded together: what stays in L2 between the decode that writes it
+// and the product that reads it. Shares of a weight are alike and whole tiles.
+#if !defined(LRQ_MOST_DECODED_BYTES)  // tests cut smaller weights
+#define LRQ_MOST_DECODED_BYTES (24 * 1024 * 1024)
+#endif
+constexpr int64_t kMostDecodedBytes = LRQ_MOST_DECODED_BYTES;
 constexpr int64_t kShareOfRows = 256;
 
 constexpr int64_t rowsDecodedAtOnce(int64_t rows, int64_t cols) {

@@ -2,8 +2,8 @@
 // are written once, three bytes an element for 2-byte T. For blocks of 2^m channels up to 512.
 //
 // A thread owns runs of 16 consecutive channels: vectors of 16 bytes in and out. A block of H spans
-// block / 16 neighbouring lanes, so stages of a butterfly that join channels less than 16 apart stay
-// in a thread and the others are shuffles: log2(block) - 4 for each element.
+// block / 16 neighbouring lanes, so stages of a butterfly that join channels less than 16 apart
+// stay in a thread and the others are shuffles: log2(block) - 4 for each element.
 #pragma once
 
 #include "../core/activations.h"
@@ -20,8 +20,8 @@ constexpr int32_t kWarp = 32;      // lanes
 constexpr int32_t kMaxWarps = 32;  // of a block
 constexpr int32_t kWidestBlock = kRun * kWarp;
 
-// What is computed before the rotation, as far as the code for it differs: which of a kind it is, is
-// asked at run time, by all threads alike.
+// What is computed before the rotation, as far as the code for it differs: which of a kind it is,
+// is asked at run time, by all threads alike.
 enum class PrologueKind { kNone, kNorm, kActivation };
 
 constexpr PrologueKind kindOf(Prologue prologue) {
@@ -80,16 +80,28 @@ __device__ inline int64_t rowOffset(TokenRows const& rows, int64_t token) {
     return outer * rows.outerStride + inner * rows.innerStride;
 }
 
+// One stage of the butterfly within a run.
+__device__ inline void joinRun(float (&values)[kRun], int32_t half) {
+#pragma unroll
+    for (int32_t index = 0; index < kRun; ++index) {
+        if ((index & half) == 0) {
+            butterfly(values[index], values[index + half]);
+        }
+    }
+}
+
 // H of 2^m on the values of a run and those of the lanes beside it, not yet divided by sqrt(block).
 __device__ inline void rotateRun(float (&values)[kRun], int32_t block) {
+    if (block >= kRun) {
 #pragma unroll
-    for (int32_t half = 1; half < kRun; half *= 2) {
-        if (half < block) {
+        for (int32_t half = 1; half < kRun; half *= 2) {
+            joinRun(values, half);
+        }
+    } else {  // without the choice in each stage, the usual blocks need no moves between registers
 #pragma unroll
-            for (int32_t index = 0; index < kRun; ++index) {
-                if ((index & half) == 0) {
-                    butterfly(values[index], values[index + half]);
-                }
+        for (int32_t half = 1; half < kRun / 2; half *= 2) {
+            if (half < block) {
+                joinRun(values, half);
             }
         }
     }
@@ -264,8 +276,10 @@ struct RotatedToken {
         int8_t* const row = static_cast<int8_t*>(arguments.y) + token * arguments.channels;
 #pragma unroll
         for (int32_t run = 0; run < kRuns; ++run) {
-            if (isLive(run)) {
-                storeCodes(row + channelOf(run), values[run], quantizer);
+            if (isLive(run) && quantizer.isFast) {
+                storeCodes<true>(row + channelOf(run), values[run], quantizer);
+            } else if (isLive(run)) {
+                storeCodes<false>(row + channelOf(run), values[run], quantizer);
             }
         }
         if (threadIdx.x == 0) {
@@ -273,6 +287,7 @@ struct RotatedToken {
         }
     }
 
+    template <bool kIsFast>
     __device__ static void storeCodes(
         int8_t* address, float const (&run)[kRun], TokenQuantizer const& quantizer) {
         uint32_t words[kRun / 4];
@@ -281,7 +296,7 @@ struct RotatedToken {
             uint32_t code[4];
 #pragma unroll
             for (int32_t index = 0; index < 4; ++index) {
-                code[index] = quantize(run[4 * word + index], quantizer);
+                code[index] = quantizeAs<kIsFast>(run[4 * word + index], quantizer);
             }
             // The low byte of each of four words, two permutations and one that joins them.
             uint32_t const low = permuteBytes(code[0], code[1], 0x0040);

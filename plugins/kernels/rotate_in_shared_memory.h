@@ -138,30 +138,40 @@ template <class T>
 __global__ void __launch_bounds__(kSharedThreads)
     rotateInSharedMemory(RotateArguments const arguments, HadamardFactors const factors) {
     __shared__ float partials[3][kMaxWarps];
+    __shared__ HadamardBase base;  // indexed at run time, which an argument is not without a copy
+    if (threadIdx.x == 0) {
+        base = factors.base;
+    }
+    synchronizeBlock();
     float* const channels = sharedMemory<float>();
     uint32_t* const masks = reinterpret_cast<uint32_t*>(channels + arguments.block);
-    SharedToken<T> token{arguments, factors.base, factors.power, static_cast<int64_t>(blockIdx.x),
-                         channels,  masks,        partials,      0.0f,
-                         1.0f};
+    SharedToken<T> token{
+        arguments, base, factors.power, static_cast<int64_t>(blockIdx.x), channels, masks, partials,
+        0.0f, 1.0f};
     token.makeMasks();
     if (isNorm(static_cast<Prologue>(arguments.prologue))) {
         token.findNorm();
     }
     int64_t const start = token.token * arguments.channels;
-    if (arguments.limit == 0) {
-        T* const y = static_cast<T*>(arguments.y) + start;
-        token.forEachRotated([y](int32_t channel, float value) { y[channel] = fromFloat<T>(value); });
-        return;
-    }
+    TokenQuantizer quantizer{};
     float peak = 0.0f;
-    token.forEachRotated([&peak](int32_t, float value) { peak = fmaxf(peak, fabsf(value)); });
-    peak = reduceBlock<Max>(peak, partials[2]);
-    TokenQuantizer const quantizer = makeQuantizer(peak, arguments.limit);
-    int8_t* const codes = static_cast<int8_t*>(arguments.y) + start;
-    token.forEachRotated([codes, &quantizer](int32_t channel, float value) {
-        codes[channel] = static_cast<int8_t>(quantize(value, quantizer));
-    });
-    if (threadIdx.x == 0) {
+    // One loop for both passes, so that the rotation is compiled once.
+    for (int32_t pass = arguments.limit == 0 ? 1 : 0; pass < 2; ++pass) {
+        token.forEachRotated([&](int32_t channel, float value) {
+            if (pass == 0) {
+                peak = fmaxf(peak, fabsf(value));
+            } else if (arguments.limit == 0) {
+                static_cast<T*>(arguments.y)[start + channel] = fromFloat<T>(value);
+            } else {
+                static_cast<int8_t*>(arguments.y)[start + channel] =
+                    static_cast<int8_t>(quantize(value, quantizer));
+            }
+        });
+        if (pass == 0) {
+            quantizer = makeQuantizer(reduceBlock<Max>(peak, partials[2]), arguments.limit);
+        }
+    }
+    if (arguments.limit != 0 && threadIdx.x == 0) {
         arguments.tokenScales[token.token] = quantizer.scale;
     }
 }

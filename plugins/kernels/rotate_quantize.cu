@@ -6,8 +6,9 @@
 namespace lrq {
 namespace {
 
-// One run a thread up to 512 threads, then two up to 1024: 64 registers each hold two runs.
-constexpr int32_t kSingleThreads = 512;
+// One run a thread for few channels; then two, among which the work of a thread is shared that does
+// not depend on how many channels it has. 64 registers hold two runs, so a block can be full.
+constexpr int32_t kSingleThreads = 96;
 constexpr int32_t kDoubleThreads = 1024;
 
 // Whether every row begins at a whole vector; one that is absent does.

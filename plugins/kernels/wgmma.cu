@@ -1,6 +1,6 @@
 // The INT8 product on Hopper's wgmma: one tile, type and epilogue a compilation, as the list in
-// CMakeLists.txt says: LRQ_TILE_TOKENS, LRQ_TILE_ROWS, LRQ_ELEMENT, LRQ_GATED, and LRQ_LAUNCHER, the
-// name of the function that this unit defines.
+// CMakeLists.txt says: LRQ_TILE_TOKENS, LRQ_TILE_ROWS, LRQ_ELEMENT, LRQ_GATED, and LRQ_LAUNCHER,
+// the name of the function that this unit defines.
 //
 // Activations (tokens, cols) and weights (rows, cols) both have the contracted dimension innermost,
 // which is all that IGMMA takes. Sums are exact in INT32; the epilogue multiplies and adds in
@@ -34,8 +34,9 @@ using TileShape = Shape<Int<kTileTokens>, Int<kTileRows>, _128>;
 // Two tiles of tokens that share their rows of the weight, which is then fetched once.
 using ClusterShape = Shape<_2, _1, _1>;
 
-using Schedule = std::conditional_t<kCooperative, cutlass::gemm::KernelTmaWarpSpecializedCooperative,
-                                    cutlass::gemm::KernelTmaWarpSpecializedPingpong>;
+using Schedule =
+    std::conditional_t<kCooperative, cutlass::gemm::KernelTmaWarpSpecializedCooperative,
+                       cutlass::gemm::KernelTmaWarpSpecializedPingpong>;
 using EpilogueSchedule =
     std::conditional_t<kCooperative, cutlass::epilogue::TmaWarpSpecializedCooperative,
                        cutlass::epilogue::TmaWarpSpecialized>;

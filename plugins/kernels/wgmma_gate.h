@@ -1,5 +1,5 @@
-// A node of a Hopper epilogue tree: gate[token, row], where the token picks a row of channels by its
-// place in (outer, inner). CUTLASS's own loads know one stride for all tokens.
+// A node of a Hopper epilogue tree: gate[token, row], where the token picks a row of channels by
+// its place in (outer, inner). CUTLASS's own loads know one stride for all tokens.
 #pragma once
 
 #include <cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp>

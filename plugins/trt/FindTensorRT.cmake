@@ -8,6 +8,7 @@ set(LRQ_TENSORRT_TAG "v11.1" CACHE STRING "Tag of the headers that are downloade
 set(LRQ_TENSORRT_REPOSITORY "https://github.com/NVIDIA/TensorRT.git" CACHE STRING "Where they come from")
 
 set(TENSORRT_OLDEST 10.7)
+unset(TENSORRT_INCLUDE CACHE)  # looked for anew: TENSORRT_ROOT may be another one than last time
 
 if(DEFINED ENV{XDG_CACHE_HOME})
     set(cache "$ENV{XDG_CACHE_HOME}/lrq-export/tensorrt")

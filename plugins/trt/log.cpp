@@ -13,40 +13,10 @@
 namespace lrq::trt {
 namespace {
 
-// The order of virtual functions is the layout.
-namespace version10 {
-
-struct Logger {
-    virtual void log(Severity severity, char const* message) noexcept = 0;
-    virtual ~Logger() = default;
-};
-struct Finder {
-    virtual Logger* findLogger() = 0;
-    virtual ~Finder() = default;
-};
-
-}  // namespace version10
-
-namespace version11 {
-
-struct Info {
-    char const* kind;
-    int32_t major;
-    int32_t minor;
-};
-struct Versioned {
-    virtual int32_t getAPILanguage() const noexcept = 0;
-    virtual Info getInterfaceInfo() const noexcept = 0;
-    virtual ~Versioned() noexcept = default;
-};
-struct Logger : Versioned {
-    virtual void log(Severity severity, char const* message) noexcept = 0;
-};
-struct Finder : Versioned {
-    virtual Logger* findLogger() = 0;
-};
-
-}  // namespace version11
+// Where ILoggerFinder::findLogger and ILogger::log are among the virtual functions of their class:
+// first in TensorRT 10; later behind getAPILanguage, getInterfaceInfo and the two destructors.
+constexpr int32_t kSlotIn10 = 0;
+constexpr int32_t kSlotSince11 = 4;
 
 constexpr int32_t kUnknownVersion = -1;
 
@@ -79,11 +49,18 @@ int32_t majorVersionOf(void* object) {
     return kUnknownVersion;
 }
 
-template <typename Finder>
-bool tell(void* finder, Severity severity, std::string const& message) {
-    auto* const logger = static_cast<Finder*>(finder)->findLogger();
+// A virtual function by its slot. A class declared for the purpose would not do: the compiler,
+// which sees nobody derive from it, takes such a call to be impossible.
+template <typename Function>
+Function* virtualFunction(void* object, int32_t slot) {
+    return reinterpret_cast<Function*>((*static_cast<void***>(object))[slot]);
+}
+
+bool tell(void* finder, int32_t slot, Severity severity, char const* message) {
+    void* const logger = virtualFunction<void*(void*)>(finder, slot)(finder);
     if (logger != nullptr) {
-        logger->log(severity, message.c_str());
+        using Log = void(void*, Severity, char const*);
+        virtualFunction<Log>(logger, slot)(logger, severity, message);
     }
     return logger != nullptr;
 }
@@ -100,11 +77,9 @@ void log(Severity severity, std::string const& message) noexcept {
         std::string const text = "lrq: " + message;
         void* const finder = loggerFinder;
         int32_t const version = finderVersion;
-        bool told = false;
-        if (finder != nullptr && version != kUnknownVersion) {
-            told = version == 10 ? tell<version10::Finder>(finder, severity, text)
-                                 : tell<version11::Finder>(finder, severity, text);
-        }
+        bool const told =
+            finder != nullptr && version != kUnknownVersion &&
+            tell(finder, version == 10 ? kSlotIn10 : kSlotSince11, severity, text.c_str());
         if (!told) {
             std::fprintf(stderr, "%s\n", text.c_str());
         }

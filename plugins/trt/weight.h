@@ -14,8 +14,8 @@ public:
     int64_t cols() const { return mStruct.cols; }
     LrqFormat format() const { return static_cast<LrqFormat>(mStruct.format); }
 
-    // Throws PluginError where the shapes of codes, exponents or table, and scale are not this
-    // weight's. `at` gives the shape of an input by its name.
+    // Throws PluginError where the shapes of codes, exponents or table, and scale, which are inputs
+    // of `op`, are not this weight's.
     void checkShapes(Shapes const& shapes, ops::Op const& op) const;
 
     // The weight with its tensors.

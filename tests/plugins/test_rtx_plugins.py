@@ -234,3 +234,28 @@ def test_the_demo_builds_with_every_node_a_plugin_and_its_weights_packed(demo):
     _, smaller = demo.engine(shared)
     assert weights > 5_000_000
     assert bits < 8 * (len(engine) - len(smaller)) / weights <= MOST_BITS[bits]
+
+
+def test_an_int8_tensor_may_pass_from_one_plugin_to_others(tmp_path):
+    """An experiment, for a lowering to come: one rotation that quantizes, and several products that read its codes."""
+    trt_build.skip_if_missing()
+    probe = tmp_path / "libprobe.so"
+    trt_build.compile_together([trt_build.HOST / "int8_probe.cpp"], trt_build.all_headers()[0], "-shared", "-fPIC",
+                               "-fvisibility=hidden", "-o", str(probe))  # fmt: skip
+    model = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 21, "probe": 1]>
+        g (float[B, T, 64] x) => (float[B, T, 64] k, float[B, T, 32] v) {
+            q, scale = probe.ProbeQuantize(x)
+            k = probe.ProbeProduct(q, scale)
+            low, high = Split<axis = 2, num_outputs = 2>(q)
+            low_scale, high_scale = Split<axis = 2, num_outputs = 2>(scale)
+            v = probe.ProbeProduct(high, high_scale)
+        }""")
+    with rtx.loaded(probe):
+        parsed = rtx.Parsed(model)
+        assert parsed.taken, parsed.errors
+        assert len(parsed.plugins()) == 3
+        quantize = parsed.layers(trt.LayerType.PLUGIN_V3)[0]
+        assert [quantize.get_output(index).dtype for index in range(2)] == [trt.DataType.INT8, trt.DataType.FLOAT]
+        parsed.engine({"x": ((1, 1, 64), (2, 16, 64), (4, 64, 64))})
+        del quantize, parsed

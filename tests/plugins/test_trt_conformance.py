@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import golden
+import kernel_machine
 import numpy as np
 import pytest
 import trt_build
@@ -47,6 +48,28 @@ def cases(tmp_path_factory):
 
 def run(host, *arguments):
     return subprocess.run([host, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def small_cases():
+    """One of every op and layout: the emulator runs a GPU's threads one by one."""
+    chosen = {}
+    for case in golden.all_cases():
+        if max(array.size for array in case.example.inputs) <= 1500:
+            chosen.setdefault((case.spec.name, case.example.attributes.get("layout")), case)
+    return list(chosen.values())
+
+
+def test_the_plugins_conform_over_the_cuda_kernels_as_emulated(host, headers, tmp_path_factory, tmp_path):
+    """The kernels' own checks and launches, compiled for the CPU as tests/plugins/kernels does it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if base.name.startswith("popen-") else base
+    kernels = kernel_machine.build_emulated(shared / "emulated-kernels")
+    library = trt_build.build_library(tmp_path, headers[-1], kernels)
+    cases = small_cases()
+    assert {case.spec.name for case in cases} == set(OPS)
+    golden.write_cases(tmp_path / "cases", cases)
+    found = run(host, library, tmp_path / "cases")
+    assert found.returncode == 0, found.stdout
 
 
 def test_every_op_has_cases_in_every_type():
@@ -91,6 +114,17 @@ def test_one_perturbed_number_is_seen(library, host, tmp_path, label):
     found = run(host, library, tmp_path / "cases")
     assert found.returncode == 1
     assert re.search(rf"^FAILED {label}: computes something else", found.stdout, re.MULTILINE)
+
+
+def test_the_messages_reach_a_program_of_tensorrt_10(library, headers, tmp_path):
+    """Its logger lies otherwise in memory than that of the newest version, which the other tests have."""
+    tens = [each for each in headers if each.version[0] == 10]
+    if not tens:
+        pytest.skip("needs the headers of TensorRT 10")
+    cases = [case for case in golden.all_cases() if case.label.endswith(".0.float")]
+    golden.write_cases(tmp_path / "cases", cases)
+    found = run(trt_build.build_host(tmp_path, tens[-1]), library, tmp_path / "cases")
+    assert (found.returncode, found.stderr) == (0, ""), found.stdout
 
 
 def test_an_op_without_a_plugin_is_seen(library, host, tmp_path):

@@ -89,13 +89,15 @@ def plugin_sources() -> list[Path]:
     return sorted(path for path in TRT.glob("*.cpp") if path.name not in NOT_ON_CPU)
 
 
-def build_library(folder: Path, headers: Headers) -> Path:
-    """liblrq_plugins.so for the CPU in `folder`, its kernels beside it."""
-    library, kernels = folder / "liblrq_plugins.so", folder / "liblrq_kernels.so"
-    shared = ["-O1", "-shared", "-fPIC", "-fvisibility=hidden"]
-    compile_together([HOST / "kernels_on_cpu.cpp"], headers, *shared, "-o", str(kernels))
+def build_library(folder: Path, headers: Headers, kernels: Path | None = None) -> Path:
+    """liblrq_plugins.so in `folder`, over `kernels` or over reference loops on the CPU, which are put beside it."""
+    shared = ["-O2", "-shared", "-fPIC", "-fvisibility=hidden"]
+    library = folder / "liblrq_plugins.so"
+    if kernels is None:
+        kernels = folder / "liblrq_kernels.so"
+        compile_together([HOST / "kernels_on_cpu.cpp"], headers, *shared, "-o", str(kernels))
     sources = [*plugin_sources(), HOST / "device_memory_on_cpu.cpp"]
-    linked = [str(kernels), "-Wl,-rpath,$ORIGIN", "-Wl,--no-undefined"]
+    linked = [str(kernels), f"-Wl,-rpath,{kernels.parent}", "-Wl,--no-undefined"]
     compile_together(sources, headers, *shared, "-o", str(library), *linked)
     return library
 

@@ -172,3 +172,45 @@ def test_a_wrong_move_changes_the_function(parse, difference):
     one, other = rotations(traced)
     one.attrs, other.attrs = one.attrs | {"block": 4, "base": 1, "order": 0}, other.attrs
     assert difference(before, traced) > 1e-3
+
+
+def test_a_rotation_whose_shape_is_read_moves_and_the_shape_stays(parse, difference):
+    text = graph_texts.edited(
+        TOKENS,
+        ("both, 24] y)", "both, 24] y, int64[1] size)"),
+        ("both =", "size = Shape<start = 1, end = 2>(ra) both ="),
+    )
+    traced = parse(text)
+    before = traced.copy()
+    assert commute_rotation(traced).fired == 1
+    check(traced)
+    check_preserved(before, traced)
+    assert difference(before, traced) <= 1e-11
+
+
+def test_rotations_by_computed_signs_are_not_taken_for_equal(parse):
+    rotate = "lrq.HadamardRotate<block = 12, base = 12, order = 11>"
+    text = graph_texts.edited(
+        TOKENS, ("text, 24] c)", "text, 24] c, float[24] s, float[24] t)"),
+        ("ra = Rotate<block = 12>(a)", f"ra = {rotate}(a, s)"), ("rc = Rotate<block = 12>(c)", f"rc = {rotate}(c, t)"),
+    )  # fmt: skip
+    traced = parse(text)
+    result = commute_rotation(traced)
+    assert result.fired == 0
+    assert set(result.reasons()) == {"its signs are not in the table of signs"}
+
+
+def test_a_concat_in_a_branch_is_left_alone(parse):
+    text = """
+    branch (float[batch, tokens, 24] x, bool yes) => (float[batch, both, 24] y)
+    {
+        a = Relu(x)
+        ra = Rotate<block = 12>(a)
+        y = If(yes) <then_branch = t () => (float[batch, both, 24] ty) { ty = Concat<axis = 1>(ra) },
+                     else_branch = e () => (float[batch, both, 24] ey) { ey = Concat<axis = 1>(x, x) }>
+    }"""
+    traced = parse(text)
+    before = traced.to_onnx()
+    assert commute_rotation(traced).fired == 0
+    check(traced)
+    assert traced.to_onnx() == before

@@ -54,3 +54,69 @@ def test_what_would_be_large_is_left_and_said(parse):
     result = constant_fold(traced)
     assert any(reason.startswith("Expand of constants is larger than 1048576 bytes") for reason in result.reasons())
     assert "Expand" in [node.op for node in traced.graph.nodes]
+
+
+HALF_OF_A_SIZE = """
+sizes (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y, int64[1] half)
+<float[1] h = {0.5}>
+{
+    size = Shape<start = 1, end = 2>(x)
+    number = Cast<to = 1>(size)
+    few = Mul(number, h)
+    half = Cast<to = 7>(few)
+    scaled = Mul(x, h)
+    y = Linear<rows = 24, cols = 24>(scaled)
+}
+"""
+
+
+def test_fractions_of_a_size_stay_fractions(parse, difference):
+    """onnx-graphsurgeon's own folding would take 0.5 for 0, here and in the Mul that also reads it."""
+    traced = parse(HALF_OF_A_SIZE)
+    before = traced.to_onnx()
+    assert constant_fold(traced).fired == 0
+    check(traced)
+    assert traced.to_onnx() == before
+
+
+KNOWN = """
+known (float[batch, 6, 24] x) => (float[batch, 6, 24] y, int64[2] shape, int64 tokens, int64[3] all)
+<int64[2] last = {1, 2}, int64 one = {1}>
+{
+    sizes = Shape(x)
+    found = Gather(sizes, last)
+    shape = Identity(found)
+    size = Gather(sizes, one)
+    tokens = Identity(size)
+    all = Identity(sizes)
+    part = Shape<start = 1>(x)
+    flat = Reshape(x, sizes)
+    y = Linear<rows = 24, cols = 24>(flat)
+}
+"""
+
+
+def test_known_sizes_are_constants_and_others_stay(parse, difference):
+    traced = parse(KNOWN)
+    before = traced.copy()
+    assert constant_fold(traced).fired >= 2
+    check(traced)
+    check_preserved(before, traced)
+    assert difference(before, traced) == 0
+    outputs = dict(zip(["y", "shape", "tokens", "all"], traced.graph.outputs, strict=True))
+    inputs = {name: outputs[name].inputs[0].inputs[0] for name in ("shape", "tokens", "all")}
+    assert inputs["shape"].values.tolist() == [6, 24]
+    assert inputs["tokens"].values.tolist() == 6
+    assert inputs["all"].inputs[0].op == "Shape"  # the batch is free
+
+
+def test_a_branch_is_left_as_it_is(parse):
+    text = """
+    branch (float[batch, 24] x) => (float[batch, 24] y) <bool yes = {1}>
+    {
+        y = If(yes) <then_branch = a () => (float[batch, 24] t) { s = Relu(x) t = Neg(s) },
+                     else_branch = b () => (float[batch, 24] e) { e = Abs(x) }>
+    }"""
+    traced = parse(text)
+    assert constant_fold(traced).fired == 0
+    assert [node.op for node in traced.graph.nodes] == ["If"]

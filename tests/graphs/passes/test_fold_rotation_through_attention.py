@@ -152,6 +152,19 @@ REFUSALS = {
         [("24] x)", "24] x, float[24] b)"), (V, "u = Linear<rows = 24, cols = 24, bias = 0>(x) v = Add(u, b)")],
         "the layer's bias is not a weight of its own",
     ),
+    "a cast that rounds": (
+        [
+            (">(merged)", ">(round)"),
+            ("rotated =", "whole = Cast<to = 6>(merged) round = Cast<to = 1>(whole) rotated ="),
+        ],
+        "Cast rounds what it rotates",
+    ),
+    "a bias that stretches": (
+        [(V, "u = Linear<rows = 1, cols = 24, bias = 0>(x) wide = Linear<rows = 24, cols = 24>(x) "
+             "v = Add(u, wide_bias)"),
+         ("(float[batch, tokens, 24] y)", MORE_OUTPUTS.format("wide"))],
+        "the layer's bias is not a weight of its own",
+    ),
     "heads share their values": (
         [("k = Linear<rows = 24", "k = Linear<rows = 12"), ("v = Linear<rows = 24", "v = Linear<rows = 12"),
          ("k4 = Reshape(k, split)", "k4 = Reshape(k, one)"), ("v4 = Reshape(v, split)", "v4 = Reshape(v, one)"),
@@ -274,3 +287,38 @@ def test_does_not_fold_through_an_attention_of_one_node(parse, edit, reason):
     result = fold_rotation_into_producer(traced)
     assert result.fired == 0
     assert any(found.startswith(reason) for found in result.reasons()), result.reasons()
+
+
+def test_values_of_earlier_calls_are_not_rotated(parse):
+    """An attention with a past mixes the values with others, which no weight of this layer made."""
+    past = "float[batch, 2, past, 12] pk, float[batch, 2, past, 12] pv"
+    text = edited(
+        FUSED, ("24] x)", f"24] x, {past})"),
+        ("mixed = Attention<q_num_heads = 2, kv_num_heads = 2>(q, k, v)",
+         "mixed, nk, nv = Attention<q_num_heads = 2, kv_num_heads = 2>(q, k, v, , pk, pv)"),
+    )  # fmt: skip
+    result = fold_rotation_into_producer(parse(text, opset=23))
+    assert result.fired == 0
+    assert list(result.reasons()) == ["Attention has keys and values of earlier calls, or is asked for them"]
+
+
+def test_channels_that_are_tokens_of_an_attention_are_not_its_channels(parse):
+    text = edited(
+        FUSED, ("tokens, 24] x", "24, 24] x"), ("tokens, 24] y", "24, 24] y"),
+        ("mixed =", "vt = Transpose<perm = [0, 2, 1]>(v) turned ="), ("(q, k, v)", "(q, k, vt)"),
+        ("rotated =", "mixed = Transpose<perm = [0, 2, 1]>(turned) rotated ="),
+    )  # fmt: skip
+    result = fold_rotation_into_producer(parse(text, opset=23))
+    assert result.fired == 0
+    assert list(result.reasons()) == ["Attention computes what it rotates, but not its channels alone"]
+
+
+def test_two_rotations_behind_one_layer_both_fold(parse, difference):
+    """The first must be gone as a reader before the second is looked at."""
+    text = edited(SELF, (V, "w = Linear<rows = 24, cols = 24>(x) v = Rotate<block = 12, seed = 3>(w)"))
+    traced = parse(text)
+    before = traced.copy()
+    assert fold_rotation_into_producer(traced).fired == 2
+    assert not any(node.op == "HadamardRotate" for node in traced.graph.nodes)
+    check(traced)
+    assert difference(before, traced) <= 1e-10

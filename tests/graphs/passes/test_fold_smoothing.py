@@ -6,7 +6,7 @@ from onnx.printer import to_text
 
 from graphs.checks import check, check_preserved
 from graphs.expressions import Expression
-from graphs.passes import fold_smoothing
+from graphs.passes import PIPELINE, fold_smoothing
 from graphs.passes.patterns import is_lrq
 
 # adaLN before a layer whose input channels are equalized and not rotated.
@@ -188,3 +188,11 @@ def test_a_wrong_fold_changes_the_function(parse, difference, wrong):
     wrong(traced)
     traced.forget_unused()
     assert difference(before, traced) > 1e-3
+
+
+def test_a_second_run_of_the_pipeline_keeps_the_factors_of_a_constant_weight(parse):
+    """`graphs.online` sees by the product with signs that the channels are equalized."""
+    traced = parse(affine())
+    for step in (*PIPELINE, *PIPELINE):
+        step(traced)
+    assert any(tensor.name in traced.signs for node in traced.graph.nodes for tensor in node.inputs if node.op == "Mul")

@@ -6,8 +6,8 @@ from onnx.printer import to_text
 
 from graphs.checks import check, check_preserved
 from graphs.expressions import Expression
-from graphs.passes import fuse_modulated_norm
-from graphs.passes.patterns import redirect_readers
+from graphs.passes import constant_fold, fuse_modulated_norm
+from graphs.passes.patterns import numpy_type, redirect_readers
 
 # adaLN: scale and shift are one row per sample.
 MODULATED = f"""
@@ -71,6 +71,7 @@ FIRES = {  # text, op, epsilon
     "epsilon left to ONNX": (modulated((UNIT, "unit = LayerNormalization(x, ones)")), "LayerNormRotate", 1e-5),
     "of signs alone": (modulated(("block = 12", "block = 1")), "LayerNormRotate", 0.01),
     "equalized": (modulated(("seed = 7", "equalized = 3")), "LayerNormRotate", 0.01),
+    "a scale without a shift": (modulated((ADD, ""), (ROTATED, "(scaled)")), "LayerNormRotate", 0.01),
     "no weights": (alone(), "LayerNormRotate", 0.01),
     "a weight": (alone((UNIT, UNIT.replace("ones", "weight"))), "LayerNormRotate", 0.01),
     "a weight and a bias": (alone((UNIT, UNIT.replace("ones", "weight, bias"))), "LayerNormRotate", 0.01),
@@ -79,6 +80,7 @@ FIRES = {  # text, op, epsilon
         with_checkpoint(alone((UNIT, UNIT.replace("ones", "gamma, beta")))), "LayerNormRotate", 0.01),
     "RMS": (rms(), "RMSNormRotate", 0.01),
     "RMS, the reciprocal on the left": (rms((UNIT_RMS, "unit = Mul(inverse, x)")), "RMSNormRotate", 0.01),
+    "RMS, epsilon on the left": (rms((TOTAL, "total = Add(epsilon, mean)")), "RMSNormRotate", 0.01),
     "RMS by a power": (rms((SQUARE, "square = Pow(x, two)")), "RMSNormRotate", 0.01),
     "RMS over the last axis counted from the first": (rms(("last = {-1}", "last = {2}")), "RMSNormRotate", 0.01),
     "RMS by division": (
@@ -174,7 +176,9 @@ NOT = {
         rms(("float[batch, tokens, 24] x", "float[batch, 1, 24] x, float[batch, tokens, 24] w"),
             (UNIT_RMS, "one_rms = Mul(x, inverse) unit = Mul(one_rms, w)")),
         "the scale of the norm before it has shape (batch, tokens, 24), needed one that broadcasts to (batch, 1, 24)"),
-    "a scale without a shift": (modulated((ADD, ""), (ROTATED, "(scaled)")), None),
+    "weights of its own and a scale": (
+        modulated((ADD, ""), (ROTATED, "(scaled)"), (UNIT, UNIT.replace("ones", "weight"))),
+        "the norm before it has weights of its own and is scaled besides"),
     "what is modulated is added to itself": (modulated((ADD, "n = Add(scaled, scaled)")), None),
     "an activation between": (modulated((ROTATED, "(bent)"), ("r = Rotate", "bent = Relu(n) r = Rotate")), None),
     "no norm": (modulated((UNIT, "unit = Relu(x)")), None),
@@ -246,3 +250,20 @@ def test_a_wrong_fusion_changes_the_function(parse, difference, wrong):
     wrong(traced, node)
     traced.forget_unused()
     assert difference(before, traced) > 1e-6
+
+
+@pytest.mark.parametrize("element", ["float16", "bfloat16"])
+def test_what_a_norm_lacks_has_the_type_of_its_tokens(parse, element):
+    ones = ", ".join(["1"] * 24)
+    text = f"""norm ({element}[batch, tokens, 24] x) => ({element}[batch, tokens, 24] y) <float[24] many = {{{ones}}}>
+    {{
+        ones = Cast<to = {10 if element == "float16" else 16}>(many)
+        n = LayerNormalization(x, ones)
+        y = lrq.HadamardRotate<block = 8, base = 1, order = 0>(n, ones)
+    }}"""
+    traced = parse(text)
+    constant_fold(traced)
+    assert fuse_modulated_norm(traced).fired == 1
+    check(traced)
+    (node,) = [node for node in traced.graph.nodes if node.op == "LayerNormRotate"]
+    assert {numpy_type(tensor).name for tensor in node.inputs} == {element}

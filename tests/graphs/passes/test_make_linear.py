@@ -113,3 +113,18 @@ def test_a_lost_bias_is_caught(parse, difference):
     make_linear(traced)
     bias = traced.graph.nodes[0].inputs[-1]
     assert difference(before, traced, lambda fed: fed.update({bias.name: np.zeros(36, np.float32)})) > 1e-3
+
+
+def test_a_product_in_a_branch_is_left_alone(parse):
+    """Its nodes are not the graph's to replace."""
+    text = """
+    branch (float[batch, 24] x, bool yes) => (float[batch, 24] y, float[batch, 24] z)
+    {
+        z = Linear<rows = 24, cols = 24>(x)
+        y = If(yes) <then_branch = t () => (float[batch, 24] ty) { ty = Add(z_open, z_bias) },
+                     else_branch = e () => (float[batch, 24] ey) { ey = Neg(x) }>
+    }"""
+    traced = parse(text)
+    make_linear(traced)
+    check(traced)
+    assert "If" in [node.op for node in traced.graph.nodes]

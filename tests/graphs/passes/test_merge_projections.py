@@ -252,3 +252,60 @@ def test_check_refuses_stacks_that_do_not_belong_together(parse):
     del traced.tensors["v_bias"]
     with pytest.raises(GraphError, match=r"its graph input has shape \(72,\), needed \(48,\)"):
         check(traced)
+
+
+SHARED_QUERY = """
+shared (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y, float[batch, tokens, 24] z)
+{
+    q = Linear<rows = 24, cols = 24>(x)
+    k = Linear<rows = 24, cols = 24>(x)
+    v = Linear<rows = 24, cols = 24>(x)
+    k2 = Linear<rows = 24, cols = 24>(x)
+    v2 = Linear<rows = 24, cols = 24>(x)
+    y = Attention<q_num_heads = 2, kv_num_heads = 2>(q, k, v)
+    z = Attention<q_num_heads = 2, kv_num_heads = 2>(q, k2, v2)
+}
+"""
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_two_attentions_share_stays_apart_in_any_order_of_nodes(parse, difference, order):
+    traced = parse(SHARED_QUERY, opset=23)
+    make_linear(traced)
+    attentions = [node for node in traced.graph.nodes if node.op == "Attention"]
+    others = [node for node in traced.graph.nodes if node.op != "Attention"]
+    traced.graph.nodes = [*others, *attentions[::order]]
+    before = traced.copy()
+    assert merge_projections(traced).fired == 2
+    assert stacked_layers(traced) == [("k", "v"), ("k2", "v2")]
+    check(traced)
+    assert difference(before, traced) <= 1e-12
+
+
+SCALED = {
+    "scores, then masked": [
+        ("24] x)", "24] x, float[batch, 1, 1, tokens] mask)"),
+        ("p = Softmax(scores)", "small = Mul(scores, half) masked = Add(small, mask) p = Softmax(masked)")],
+    "scores": [("p = Softmax(scores)", "small = Div(scores, half) p = Softmax(small)")],
+    "probabilities": [("mixed = MatMul(p, vh)", "small = Mul(half, p) mixed = MatMul(small, vh)")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edits", SCALED.values(), ids=SCALED.keys())
+def test_numbers_between_do_not_matter(parse, difference, edits):
+    traced = parse(edited(ATTENTION, ("int64[3] merge", "float half = {0.5}, int64[3] merge"), *edits))
+    make_linear(traced)
+    before = traced.copy()
+    assert merge_projections(traced).fired == 1
+    assert stacked_layers(traced) == [("q", "k", "v")]
+    assert difference(before, traced) <= 1e-12
+
+
+def test_a_projection_in_another_format_is_a_near_miss(parse):
+    traced = parse(edited(ATTENTION, (V, "v = Linear<rows = 24, bits = 3, cols = 24>(x)")))
+    make_linear(traced)
+    result = merge_projections(traced)
+    assert stacked_layers(traced) == [("q", "k")]
+    assert [(each.node, each.reason) for each in result.skipped] == [
+        ("v", "another projection reads the same, in another format or width of activations")
+    ]

@@ -1,5 +1,7 @@
 #include "emulator.h"
 
+#include <csetjmp>
+
 EmulatedIndex threadIdx, blockIdx, blockDim, gridDim;
 
 namespace lrq {
@@ -15,9 +17,13 @@ struct Barrier {
     int32_t generation = 0;
 };
 
+// Starts on a stack of its own; from then on jumps switch to it and back, which unlike swapcontext
+// ask nothing of the kernel.
 struct Thread {
-    ucontext_t context;
+    ucontext_t start;
+    jmp_buf jump;
     std::unique_ptr<uint8_t[]> stack{new uint8_t[kStackBytes]};
+    bool isStarted;
     bool isDone;
 };
 
@@ -28,7 +34,7 @@ struct Block {
     Barrier warps[kMostThreads / kWarpLanes];
     WarpExchange exchanges[kMostThreads / kWarpLanes];
     std::vector<uint8_t> shared;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     int32_t current;
     int64_t progress;  // changes whenever a thread gets on
     void (*body)(void*);
@@ -37,8 +43,26 @@ struct Block {
 
 Block block;
 
+Thread& currentThread() {
+    return block.threads[static_cast<size_t>(block.current)];
+}
+
 void yield() {
-    swapcontext(&block.threads[static_cast<size_t>(block.current)].context, &block.scheduler);
+    if (_setjmp(currentThread().jump) == 0) {
+        _longjmp(block.scheduler, 1);
+    }
+}
+
+// Runs a thread until it yields. No local lives across the jumps.
+__attribute__((noinline)) void resumeCurrent() {
+    if (_setjmp(block.scheduler) != 0) {
+        return;
+    }
+    if (currentThread().isStarted) {
+        _longjmp(currentThread().jump, 1);
+    }
+    currentThread().isStarted = true;
+    setcontext(&currentThread().start);
 }
 
 void waitAt(Barrier& barrier, int32_t expected) {
@@ -57,30 +81,30 @@ void waitAt(Barrier& barrier, int32_t expected) {
 
 void runThread() {
     block.body(block.bodyContext);
-    block.threads[static_cast<size_t>(block.current)].isDone = true;
+    currentThread().isDone = true;
     ++block.progress;
     yield();
 }
 
-void startThread(Thread& thread) {
+void prepareThread(Thread& thread) {
+    thread.isStarted = false;
     thread.isDone = false;
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, runThread, 0);
+    getcontext(&thread.start);
+    thread.start.uc_stack.ss_sp = thread.stack.get();
+    thread.start.uc_stack.ss_size = kStackBytes;
+    thread.start.uc_link = nullptr;
+    makecontext(&thread.start, runThread, 0);
 }
 
 // One turn of every thread that is not done; whether there was any.
 bool runTurn() {
     bool isAnyLeft = false;
     for (int32_t index = 0; index < block.count; ++index) {
-        Thread& thread = block.threads[static_cast<size_t>(index)];
-        if (!thread.isDone) {
+        block.current = index;
+        threadIdx.x = static_cast<uint32_t>(index);
+        if (!currentThread().isDone) {
             isAnyLeft = true;
-            block.current = index;
-            threadIdx.x = static_cast<uint32_t>(index);
-            swapcontext(&block.scheduler, &thread.context);
+            resumeCurrent();
         }
     }
     return isAnyLeft;
@@ -88,7 +112,7 @@ bool runTurn() {
 
 void runBlock() {
     for (int32_t index = 0; index < block.count; ++index) {
-        startThread(block.threads[static_cast<size_t>(index)]);
+        prepareThread(block.threads[static_cast<size_t>(index)]);
     }
     int64_t seen = block.progress - 1;
     while (seen != block.progress) {

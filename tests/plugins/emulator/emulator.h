@@ -1,10 +1,11 @@
-// A GPU for the kernels of plugins/kernels that tests can run anywhere: plugins/kernels/device.h and
-// runtime.h include it under LRQ_EMULATED instead of CUDA.
+// A GPU for the kernels of plugins/kernels that tests can run anywhere: plugins/kernels/device.h
+// and runtime.h include it under LRQ_EMULATED instead of CUDA.
 //
-// Blocks run one after the other. Every thread of a block is a coroutine that runs until it waits at a
-// barrier, so shared memory, barriers, shuffles and tensor-core fragments mean what they mean on a GPU,
-// index by index. What waits for threads that never come is an error, as is a store outside memory
-// that the caller fences with sentinels. Of memory order, speed and two warps at once it knows nothing.
+// Blocks run one after the other. Every thread of a block is a coroutine that runs until it waits
+// at a barrier, so shared memory, barriers, shuffles and tensor-core fragments mean what they mean
+// on a GPU, index by index. What waits for threads that never come is an error, as is a store
+// outside memory that the caller fences with sentinels. Of memory order, speed and two warps at
+// once it knows nothing.
 #pragma once
 
 #include <ucontext.h>
@@ -138,7 +139,8 @@ inline float shuffleXor(float value, int32_t mask) {
     return result;
 }
 
-// left (16, 32) and right (32, 8) of a warp from the words that PTX's m16n8k32 says each lane holds.
+// left (16, 32) and right (32, 8) of a warp from the words that PTX's m16n8k32 says each lane
+// holds.
 inline int8_t leftAt(WarpExchange const& all, int32_t row, int32_t col) {
     int32_t const lane = row % 8 * 4 + col % 16 / 4;
     int32_t const word = row / 8 + 2 * (col / 16);

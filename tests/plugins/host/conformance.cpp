@@ -102,17 +102,20 @@ private:
     Plugin made() {
         Fields given = fields();
         Plugin plugin = make(given, TensorRTPhase::kBUILD);
-        need(plugin != nullptr, "is not made from the node's own fields: " + lastError());
+        succeeds(plugin != nullptr, "is not made from the node's own fields");
         return plugin;
     }
     // As an engine is loaded: from what the plugin of the build phase serialized.
     Plugin loaded() {
         Fields kept = Fields::copyOf(*runtime(*made()).getFieldsToSerialize());
         Plugin plugin = make(kept, TensorRTPhase::kRUNTIME);
-        need(plugin != nullptr, "is not made from what it serialized: " + lastError());
+        succeeds(plugin != nullptr, "is not made from what it serialized");
         return plugin;
     }
-    std::string lastError() const { return mLogger.errors.empty() ? "" : mLogger.errors.back(); }
+    // As `need`; what was logged last, by then, says why.
+    void succeeds(bool holds, std::string const& otherwise) const {
+        need(holds, otherwise + ": " + (mLogger.errors.empty() ? "" : mLogger.errors.back()));
+    }
 
     template <typename Interface>
     static Interface& capability(IPluginV3& plugin, PluginCapabilityType type) {
@@ -257,7 +260,7 @@ void Walk::typesAreInferred() {
                                                  static_cast<int32_t>(inputs.size()));
     };
     DataType output = DataType::kBOOL;
-    need(infer(types(), &output) == 0, "does not infer the type of its output: " + lastError());
+    succeeds(infer(types(), &output) == 0, "does not infer the type of its output");
     need(output == mCase.output.type, "infers another type of its output");
     for (int32_t index = 0; index < inputCount(); ++index) {
         std::vector<DataType> wrong = types();
@@ -300,7 +303,7 @@ void Walk::shapesAreInferred() {
                                               builder);
     };
     std::vector<DimsExprs> const inputs = expressions(builder);
-    need(infer(inputs) == 0, "does not infer the shape of its output: " + lastError());
+    succeeds(infer(inputs) == 0, "does not infer the shape of its output");
     Dims const& wanted = mCase.output.dims;
     need(output.nbDims == wanted.nbDims, "infers another number of axes");
     for (int32_t axis = 0; axis < wanted.nbDims; ++axis) {
@@ -387,7 +390,7 @@ void Walk::sizesAreConfigured(TimingIds& timings) {
         return build(*plugin).configurePlugin(inputs.data(), inputCount(), &output, 1);
     };
     std::vector<DynamicPluginTensorDesc> const inputs = dynamicDescriptions();
-    need(configure(inputs) == 0, "is not configured: " + lastError());
+    succeeds(configure(inputs) == 0, "is not configured");
     need(id() == before, "has an id for the timing cache that depends on shapes");
     auto const known = timings.emplace(before, mCase.op + fields().text());
     need(known.first->second == mCase.op + fields().text(), "shares its id with another node");
@@ -420,7 +423,7 @@ void Walk::badShapesAreRefused() {
     auto const change = [&](std::vector<PluginTensorDesc> const& inputs) {
         return runtime(*plugin).onShapeChange(inputs.data(), inputCount(), &output, 1);
     };
-    need(change(descriptions()) == 0, "refuses its own shapes: " + lastError());
+    succeeds(change(descriptions()) == 0, "refuses its own shapes");
     for (int32_t index = 0; index < inputCount(); ++index) {
         Tensor const& input = mCase.inputs[index];
         bool const free =
@@ -447,8 +450,8 @@ size_t Walk::workspaceBytes() {
 void Walk::runContext(IPluginV3OneRuntime& context, std::string const& how) {
     std::vector<PluginTensorDesc> const inputs = descriptions();
     PluginTensorDesc const output = outputDescription();
-    need(context.onShapeChange(inputs.data(), inputCount(), &output, 1) == 0,
-         "refuses its own shapes: " + lastError());
+    succeeds(context.onShapeChange(inputs.data(), inputCount(), &output, 1) == 0,
+             "refuses its own shapes");
     std::vector<std::unique_ptr<GuardedBuffer>> buffers;
     std::vector<void const*> pointers;
     for (Tensor const& input : mCase.inputs) {
@@ -458,9 +461,9 @@ void Walk::runContext(IPluginV3OneRuntime& context, std::string const& how) {
     GuardedBuffer result(std::vector<uint8_t>(mCase.output.bytes.size(), GuardedBuffer::kSentinel));
     GuardedBuffer workspace(std::vector<uint8_t>(workspaceBytes(), GuardedBuffer::kSentinel));
     void* outputs[] = {result.data()};
-    need(context.enqueue(inputs.data(), &output, pointers.data(), outputs, workspace.data(),
-                         nullptr) == 0,
-         "cannot be run" + how + ": " + lastError());
+    succeeds(context.enqueue(inputs.data(), &output, pointers.data(), outputs, workspace.data(),
+                             nullptr) == 0,
+             "cannot be run" + how);
     double const error = nmse(result.read(), mCase.output);
     need(error <= mCase.nmse, "computes something else" + how + ": NMSE " + std::to_string(error));
     need(result.guardsHold(), "writes beside its output" + how);
@@ -479,10 +482,10 @@ void Walk::resultsAreRight() {
         ResourceContext resources;
         Plugin first(runtime(*engine).attachToContext(&resources));
         Plugin second(runtime(*engine).attachToContext(&resources));
-        need(first != nullptr && second != nullptr, "cannot be attached: " + lastError());
+        succeeds(first != nullptr && second != nullptr, "cannot be attached");
         std::string const how = " with residency " + std::string(residency);
         runContext(runtime(*first), how);
-        runContext(runtime(*first), how);
+        runContext(runtime(*first), how + ", again");
         engine.reset();
         runContext(runtime(*second), how + ", second context");
         first.reset();
@@ -515,10 +518,10 @@ void Walk::noTokensAreNoWork() {
     Plugin const plugin = loaded();
     std::vector<void const*> const pointers(inputs.size(), nullptr);
     void* outputs[] = {nullptr};
-    need(runtime(*plugin).onShapeChange(inputs.data(), inputCount(), &output, 1) == 0 &&
-             runtime(*plugin).enqueue(inputs.data(), &output, pointers.data(), outputs, nullptr,
-                                      nullptr) == 0,
-         "cannot be run on no tokens: " + lastError());
+    succeeds(runtime(*plugin).onShapeChange(inputs.data(), inputCount(), &output, 1) == 0 &&
+                 runtime(*plugin).enqueue(inputs.data(), &output, pointers.data(), outputs, nullptr,
+                                          nullptr) == 0,
+             "cannot be run on no tokens");
 }
 
 }  // namespace

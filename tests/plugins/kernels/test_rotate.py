@@ -1,0 +1,177 @@
+"""lrqRotate computes what the rotation ops of the dialect say, on the CPU by the emulator and on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from kernel_machine import NOTHING, TYPES, nmse
+
+from graphs.ops import OPS
+from graphs.ops.hadamard import transform
+from graphs.ops.token_product import quantize_tokens
+from lrq_export.kernels import KernelError, Modulation, Prologue, Rotation, Status, Tokens, Type, split_tokens
+
+PROLOGUES = {
+    "HadamardRotate": Prologue.NONE,
+    "LayerNormRotate": Prologue.LAYER_NORM,
+    "RMSNormRotate": Prologue.RMS_NORM,
+    "GeluRotate": Prologue.GELU,
+    "GeluTanhRotate": Prologue.GELU_TANH,
+    "SiluRotate": Prologue.SILU,
+    "GegluRotate": Prologue.GEGLU,
+}
+NORMS = (Prologue.LAYER_NORM, Prologue.RMS_NORM)
+TOLERANCE = {Type.FLOAT: 1e-12, Type.HALF: 1e-6, Type.BFLOAT16: 1e-6}  # float16 as the ops have it
+
+
+@dataclass
+class Call:
+    """The inputs of one rotation in numpy."""
+
+    prologue: Prologue
+    x: np.ndarray
+    signs: np.ndarray | None
+    block: int
+    scale: np.ndarray | None = None
+    shift: np.ndarray | None = None
+    epsilon: float = 0.0
+
+    @property
+    def channels(self) -> int:
+        return self.x.shape[-1] // (2 if self.prologue == Prologue.GEGLU else 1)
+
+    def run(self, machine, kind: Type, act_bits: int = 0):
+        """y of x's leading shape, and the tokens' scales if it is quantized."""
+        put = lambda array: NOTHING if array is None else machine.put(array.astype(TYPES[kind]))  # noqa: E731
+        lead, modulations = self.x.shape[:-1], [m for m in (self.scale, self.shift) if m is not None]
+        tokens, strides = split_tokens(lead, [m.shape for m in modulations])
+        inputs = [put(array) for array in (self.x, self.signs, self.scale, self.shift)]
+        x, signs, scale, shift = (buffer.address for buffer in inputs)
+        y = machine.empty((*lead, self.channels), np.int8 if act_bits else TYPES[kind])
+        scales = machine.empty((*lead, 1), np.float32)
+        rows = [Modulation(data, *stride) for data, stride in zip((scale, shift), strides, strict=bool(strides))]
+        rotation = Rotation(
+            x, *(rows or (Modulation(), Modulation())), signs, y.address, scales.address if act_bits else None, tokens,
+            self.channels, self.block, self.prologue, self.epsilon, kind, act_bits,
+        )  # fmt: skip
+        machine.kernels.rotate(rotation)
+        return machine.read(y), machine.read(scales)
+
+
+def calls(op: str) -> list[Call]:
+    """The examples of an op, which its ONNX body is held against too."""
+    found = []
+    for example in OPS[op].examples(np.random.default_rng(0)):
+        x, *modulations, signs = example.inputs
+        scale, shift = modulations or (None, None)
+        epsilon = example.attributes.get("epsilon", 0.0)
+        found.append(Call(PROLOGUES[op], x, signs, example.attributes["block"], scale, shift, epsilon))
+    return found
+
+
+def reference(op: str, kind: Type) -> list[np.ndarray]:
+    return [
+        OPS[op].reference(*(array.astype(TYPES[kind]) for array in example.inputs), **example.attributes)
+        for example in OPS[op].examples(np.random.default_rng(0))
+    ]
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("op", PROLOGUES)
+def test_every_example_of_an_op_is_computed(machine, op, kind):
+    for call, needed in zip(calls(op), reference(op, kind), strict=True):
+        y, _ = call.run(machine, kind)
+        assert nmse(y, needed) <= TOLERANCE[kind]
+
+
+@pytest.mark.parametrize("op", PROLOGUES)
+def test_one_perturbed_input_is_seen(machine, op):
+    call, needed = calls(op)[0], reference(op, Type.FLOAT)[0]
+    x = call.x.copy()
+    x[..., 3] += 0.25
+    y, _ = replace(call, x=x).run(machine, Type.FLOAT)
+    assert nmse(y, needed) > 100 * TOLERANCE[Type.FLOAT]
+
+
+@pytest.mark.parametrize(("kind", "act_bits"), [(Type.FLOAT, 8), (Type.HALF, 8), (Type.BFLOAT16, 6), (Type.HALF, 4)])
+@pytest.mark.parametrize("op", ["HadamardRotate", "LayerNormRotate", "GegluRotate"])
+def test_codes_are_those_of_the_rotated_tokens(machine, op, kind, act_bits):
+    for call in calls(op)[:4]:
+        rotated, _ = call.run(machine, kind)
+        codes, scales = call.run(machine, kind, act_bits)
+        needed, needed_scales = quantize_tokens(rotated, act_bits)
+        np.testing.assert_array_equal(codes, needed)
+        np.testing.assert_array_equal(scales, needed_scales)
+
+
+def tokens_near_ties(rng: np.random.Generator, tokens: int, channels: int) -> np.ndarray:
+    """Tokens whose x / s is an odd multiple of 1/2, or beside it: where a quotient that is not exact rounds wrong."""
+    peak = np.ldexp(rng.uniform(1, 2, (tokens, 1)), rng.integers(-50, 50, (tokens, 1))).astype(np.float32)
+    scale = peak / np.float32(127)
+    x = (rng.integers(-127, 127, (tokens, channels)) + np.float32(0.5)).astype(np.float32) * scale
+    x = (x.view(np.int32) + rng.integers(-2, 3, x.shape)).astype(np.int32).view(np.float32)
+    x[:, :1] = peak
+    return x
+
+
+def test_quotients_beside_a_tie_round_as_divisions_do(machine):
+    x = tokens_near_ties(np.random.default_rng(1), 40, 4096)
+    codes, scales = Call(Prologue.NONE, x, None, 1).run(machine, Type.FLOAT, 8)
+    needed, needed_scales = quantize_tokens(x, 8)
+    np.testing.assert_array_equal(codes, needed)
+    np.testing.assert_array_equal(scales, needed_scales)
+    approximate = np.rint(x * (np.float32(1) / needed_scales))
+    assert (approximate != needed).any(), "no input tells a division from a product with the reciprocal"
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-20, 1e20, 3e38])
+def test_tokens_of_any_size_are_quantized(machine, size):
+    x = np.random.default_rng(2).uniform(-1, 1, (3, 48)).astype(np.float32) * np.float32(size)
+    codes, scales = Call(Prologue.NONE, x, None, 1).run(machine, Type.FLOAT, 8)
+    needed, needed_scales = quantize_tokens(x, 8)
+    np.testing.assert_array_equal(codes, needed)
+    np.testing.assert_array_equal(scales, needed_scales)
+
+
+# (channels, block): several runs a thread, one token's last warp partly idle, the widest block, odd widths, H_K alone.
+SIZES = [(9216, 256), (16400, 16), (32784, 16), (512, 512), (1024, 1024), (80, 16), (24, 8), (20, 20), (140, 140)]
+
+
+@pytest.mark.parametrize(("channels", "block"), SIZES)
+def test_every_size_is_rotated(machine, channels, block):
+    rng = np.random.default_rng(channels)
+    x, signs = rng.standard_normal((2, channels), np.float32), rng.choice(np.float32([-1, 1]), channels)
+    y, _ = Call(Prologue.NONE, x, signs, block).run(machine, Type.FLOAT)
+    assert nmse(y, transform(x * signs, block)) <= 1e-12
+
+
+def test_rows_of_a_modulation_may_begin_anywhere(machine):
+    """Rows 33 elements apart are no whole vectors: another kernel, the same numbers."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((2, 3, 32), np.float32)
+    wide = rng.standard_normal((2, 33), np.float32)
+    source, target = machine.put(wide), machine.empty(x.shape, np.float32)
+    tensor, zeros = machine.put(x), machine.put(np.zeros(32, np.float32))
+    rows = Modulation(source.address + 4, 33, 0)
+    machine.kernels.rotate(
+        Rotation(
+            x=tensor.address, scale=rows, shift=Modulation(zeros.address, 0, 0), y=target.address, tokens=Tokens(2, 3),
+            channels=32, block=1, prologue=Prologue.RMS_NORM, epsilon=1e-6,
+        )
+    )  # fmt: skip
+    unit = x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(1e-6))
+    assert nmse(machine.read(target), unit * wide[:, None, 1:]) <= 1e-12
+
+
+def test_no_token_is_no_work(machine):
+    y, _ = Call(Prologue.NONE, np.zeros((0, 64), np.float32), None, 64).run(machine, Type.HALF)
+    assert y.shape == (0, 64)
+
+
+def test_a_block_that_shared_memory_cannot_hold_is_a_named_error(emulated):
+    x = np.zeros((1, 32768), np.float32)
+    with pytest.raises(KernelError, match="shared memory") as refused:
+        Call(Prologue.NONE, x, None, 32768).run(emulated, Type.FLOAT)
+    assert refused.value.status == Status.NOT_COMPILED
