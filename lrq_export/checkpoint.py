@@ -6,22 +6,24 @@ anything maps it: a truncated, renamed or hostile file is one InputError, never 
 """
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from lrq_export.errors import InputError
+from lrq_export.package import is_plain_relative
 from lrq_export.recipe import nearest
+from lrq_export.tensor_header import CONVERT, read_header
+from lrq_export.untrusted_json import read_json_object
 
-# safetensors' dtype codes that torch can hold; the sub-byte floats are left out.
+# By safetensors' codes; those of `tensor_header.ITEM_BYTES`.
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -40,9 +42,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-LENGTH_BYTES = 8  # a safetensors file starts with the length of its JSON header: u64, little endian
-MOST_HEADER_BYTES = 100_000_000  # safetensors' own bound
-MOST_JSON_BYTES = 100_000_000
 
 CONFIG = "config.json"
 PIPELINE_INDEX = "model_index.json"
@@ -56,25 +55,14 @@ INDEX_FILES = (
     *(f"{WEIGHTS}.{variant}.safetensors.index.json" for variant in ("bf16", "fp16")),
 )
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERT = "convert it to safetensors: load it with diffusers, then save_pretrained(folder, safe_serialization=True)"
-
-# What a file that is no safetensors starts with, and what to do about it.
-IMPOSTORS = (
-    (b"version https://git-lfs", "it is a Git LFS pointer: run git lfs pull"),
-    (b"PK\x03\x04", f"it is a pickled torch file: {CONVERT}"),
-    (b"\x80\x02", f"it is a pickle: {CONVERT}"),
-    (b"<", "it is a web page: download the file itself"),
-)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: dtype, shape, and its bytes [begin, end) counted from the end of the header."""
+    """One tensor of a file: dtype and shape."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 class TensorFile:
@@ -85,10 +73,8 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        header, data_bytes = _header(self.path)
-        self.metadata: dict[str, str] = _metadata(self.path, header.pop("__metadata__", {}))
-        self.entries = {name: _entry(self.path, name, raw) for name, raw in header.items()}
-        _check_layout(self.path, self.entries, data_bytes)
+        self.metadata, entries = read_header(self.path)
+        self.entries = {name: Entry(DTYPES[each.code], each.shape) for name, each in entries.items()}
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in its own dtype. The mapping lives as long as the tensor. Raises InputError."""
@@ -233,17 +219,6 @@ def require_name(name: str, known: Iterable[str], where: str) -> None:
     raise InputError(f"{where}: no tensor {name}", hint=f"the nearest name is {near}" if near else "check the file")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object. Raises InputError for anything else."""
-    try:
-        size = path.stat().st_size
-        if size > MOST_JSON_BYTES:
-            raise InputError(f"{path}: got {size} bytes, needed at most {MOST_JSON_BYTES}", hint="check the file")
-        return _json_object(path.read_bytes(), str(path))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}", hint="check the file") from error
-
-
 def _transformer_folder(root: Path) -> Path:
     folder = root / TRANSFORMER
     if not folder.is_dir():
@@ -339,12 +314,6 @@ def _homes(files: Sequence[TensorFile]) -> dict[str, TensorFile]:
     return {name: file for file in files for name in file.entries}
 
 
-def is_plain_relative(name: str) -> bool:
-    """Whether a path taken from a file stays below the folder that it is joined to, on any system."""
-    path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and not set(name) & {"\\", "\0", ":"}
-
-
 def _check_inside(path: Path, root: Path) -> None:
     """Raise InputError when a path leads out of `root` through a link, unless into its own Hugging Face cache."""
     target = path.resolve()
@@ -361,105 +330,6 @@ def _check_inside(path: Path, root: Path) -> None:
     if not target.is_file():
         raise InputError(
             f"{path}: got {'a folder' if target.is_dir() else 'a broken link'}, needed a file", hint="fetch it again"
-        )
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """(JSON header, bytes of data after it), with every length checked against the file's size."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            start = file.read(LENGTH_BYTES)
-            length = int.from_bytes(start, "little")
-            if size < LENGTH_BYTES or not 2 <= length <= MOST_HEADER_BYTES:
-                file.seek(0)
-                raise _not_safetensors(path, size, file.read(64), length)
-            if LENGTH_BYTES + length > size:
-                raise _truncated(path, size, LENGTH_BYTES + length, "for the header alone")
-            header = _json_object(file.read(length), f"{path}: header")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}", hint="check the file") from error
-    return header, size - LENGTH_BYTES - length
-
-
-def _not_safetensors(path: Path, size: int, start: bytes, length: int) -> InputError:
-    hint = next((hint for prefix, hint in IMPOSTORS if start.lstrip().startswith(prefix)), "fetch the file again")
-    if size < LENGTH_BYTES:
-        return InputError(f"{path}: got {size} bytes, needed at least {LENGTH_BYTES} of a safetensors file", hint=hint)
-    return InputError(
-        f"{path}: not a safetensors file: got a header of {length} bytes, needed 2 to {MOST_HEADER_BYTES}", hint=hint
-    )
-
-
-def _truncated(path: Path, size: int, needed: int, what: str) -> InputError:
-    return InputError(f"{path}: truncated: got {size} bytes, needed {needed} {what}", hint="fetch the file again")
-
-
-def _json_object(text: bytes, where: str) -> dict[str, Any]:
-    """Parse one JSON object, refusing repeated keys: two readers could see two different files."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in result:
-                raise ValueError(f"the key {key!r} appears twice")
-            result[key] = value
-        return result
-
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON: {_one_line(error)}", hint="fetch the file again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: got a JSON {type(value).__name__}, needed an object", hint="fetch the file again")
-    return value
-
-
-def _metadata(path: Path, raw: Any) -> dict[str, str]:
-    if not isinstance(raw, dict) or not all(isinstance(value, str) for value in raw.values()):
-        raise InputError(f"{path}: __metadata__: needed an object of strings", hint="fetch the file again")
-    return raw
-
-
-def _entry(path: Path, name: str, raw: Any) -> Entry:
-    """One checked entry of a header: a known dtype, a shape, and as many bytes as they take."""
-    fields = raw if isinstance(raw, dict) else {}
-    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(f"{path}: {name}: got dtype {dtype!r}, needed one of {', '.join(DTYPES)}", hint="convert it")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise InputError(
-            f"{path}: {name}: got shape {shape!r} at {offsets!r}, needed lists of sizes", hint="fetch the file again"
-        )
-    begin, end = offsets
-    needed = math.prod(shape) * DTYPES[dtype].itemsize
-    if end - begin != needed:
-        raise InputError(
-            f"{path}: {name}: got {end - begin} bytes, needed {needed} for {dtype} of shape {tuple(shape)}",
-            hint="fetch the file again",
-        )
-    return Entry(DTYPES[dtype], tuple(shape), begin, end)
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
-
-
-def _check_layout(path: Path, entries: Mapping[str, Entry], data_bytes: int) -> None:
-    """Raise InputError unless the tensors follow one another and end where the file does."""
-    end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != end:
-            raise InputError(
-                f"{path}: {name}: got data at offset {entry.begin}, needed {end}", hint="fetch the file again"
-            )
-        end = entry.end
-    if data_bytes < end:
-        size = path.stat().st_size
-        raise _truncated(path, size, size - data_bytes + end, f"for {len(entries)} tensors")
-    if data_bytes > end:
-        raise InputError(
-            f"{path}: got {data_bytes - end} bytes after the last tensor, needed none", hint="fetch the file again"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lrq_export import __version__
+from lrq_export.doctor_command import doctor
 from lrq_export.engine_command import add_engines
 from lrq_export.errors import Interrupted, LrqError, UsageError
 from lrq_export.plugins_command import plugins
@@ -26,6 +27,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(plugins, name="plugins")
 add_serving(app)
+app.command()(doctor)
 
 Stage = Enum(
     "Stage", {name: name for name in ("load", "calibrate", "trace", "rewrite", "quantize", "engine", "verify")}
@@ -33,7 +35,17 @@ Stage = Enum(
 Validation = Enum("Validation", {name: name for name in ("full", "fast")})
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines instead of tables and bars.")]
 CTRL_C = 130  # what typer makes of a KeyboardInterrupt
-Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.")]
+
+
+def _admitted(package: Path) -> Path:
+    """The package, checked before a command imports what takes long or could be attacked."""
+    from lrq_export.admit import admit
+
+    admit(package)
+    return package
+
+
+Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.", callback=_admitted)]
 
 
 @app.callback(invoke_without_command=True)
@@ -287,9 +299,6 @@ def _verified(package: Path, source: Path | None, as_json: bool) -> tuple[dict, 
 
 def _check_output(package: Path, out: Path) -> None:
     """Raise UsageError, before any work, for an output that cannot be written or would spoil the package."""
-    from lrq_export.package import load_manifest
-
-    load_manifest(package)  # what is no package is said first
     if out.is_dir():
         raise UsageError(f"{out}: is a folder, needed the name of a file", hint="name a file in it")
     if out.resolve().is_relative_to(package.resolve()):

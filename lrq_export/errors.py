@@ -6,6 +6,16 @@ A message says what, where, got and needed; the hint says how to fix it:
 weights.safetensors: got 12 bytes, needed at least 16. Fix: download it again
 """
 
+MOST_CHARACTERS = 2000  # of a message, which may quote names from a hostile file
+
+
+def one_line(text: str) -> str:
+    """`text` on one line that a terminal takes for nothing but text; of a very long one its two ends."""
+    text = " ".join(text.split())
+    if len(text) > MOST_CHARACTERS:
+        text = f"{text[: MOST_CHARACTERS // 2]} ... {text[-MOST_CHARACTERS // 2 :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class LrqError(Exception):
     """Base of every error a user can cause; never raised itself."""
@@ -14,7 +24,7 @@ class LrqError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None):
         super().__init__(message)
-        self.message, self.hint = message, hint
+        self.message, self.hint = one_line(message), hint
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}. Fix: {self.hint}"

@@ -8,8 +8,9 @@ from typing import Any
 import onnx
 import onnx.printer
 
+from lrq_export.admit import admit
 from lrq_export.errors import UsageError
-from lrq_export.package import MODEL, QUANTIZED, load_manifest
+from lrq_export.package import MODEL, QUANTIZED
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import nearest
 from lrq_export.saved_graphs import saved_graphs
@@ -28,7 +29,7 @@ class Section:
 
 def describe(package: Path) -> Section:
     """The package at a glance: source, recipe, ops of model.onnx, sizes."""
-    manifest = load_manifest(package)
+    manifest = admit(package)
     model = onnx.load(package / MODEL, load_external_data=False)
     ops = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
     inputs = {value.name: _shape(value) for value in model.graph.input}
@@ -57,6 +58,7 @@ def describe(package: Path) -> Section:
 
 def describe_passes(package: Path) -> Section:
     """How often each rewrite fired and, for every near miss, which node and why."""
+    admit(package)
     _, passes = saved_graphs(package)
     lines = []
     for row in passes:
@@ -69,7 +71,7 @@ def describe_passes(package: Path) -> Section:
 
 def graph_text(package: Path, stage: str) -> str:
     """The graph after `trace` or a pass that made the package, as ONNX text. Raises UsageError for another name."""
-    load_manifest(package)  # says what is wrong with anything that is no package
+    admit(package)  # says what is wrong with anything that is no package
     stages, outcomes = saved_graphs(package)
     names = ["trace", *(row["name"] for row in outcomes)]
     if stage not in names:
@@ -83,6 +85,7 @@ def graph_text(package: Path, stage: str) -> str:
 
 def describe_layers(package: Path) -> Section:
     """One line a quantized layer: size, bits, how its input is rotated and why, its weight error."""
+    admit(package)
     records = QuantizedFile(package / QUANTIZED).records
     width = max(len(name) for name in records)
     lines = [

@@ -11,17 +11,23 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
+import reprlib
 import shutil
+import stat
+import unicodedata
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from lrq_export.checkpoint import DTYPES, LENGTH_BYTES, is_plain_relative
 from lrq_export.errors import InputError, MissingError
+from lrq_export.tensor_header import LENGTH_BYTES
+from lrq_export.untrusted_json import json_object, read_bounded, read_json_object
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = "lrq-export package"
 SCHEMA = 1
@@ -42,7 +48,10 @@ TIMED_ENGINES = "engine/tensorrt"  # begins the names of engines whose kernels w
 
 TEMPORARY = ".lrq-writing"  # suffix of a file that is not finished
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_ENCODER = json.JSONEncoder(sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+WRITABLE_BY_ALL = stat.S_IWOTH
+MOST_FILES, MOST_FOLDERS_DEEP = 10_000, 16  # of a package
+LARGE = 1 << 30  # bytes from which a file must not be holes, which cost its author nothing and its reader hours
 
 
 class CountingWriter(io.BufferedWriter):
@@ -91,8 +100,7 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
 
 def json_bytes(value: Any) -> bytes:
     """The one spelling of a JSON value in a package: sorted keys, two spaces, UTF-8, a line end. No NaN."""
-    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode("utf-8")
+    return (_ENCODER.encode(value) + "\n").encode("utf-8")
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -101,19 +109,22 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 
 def save_tensors_atomic(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file whose bytes depend on the tensors and metadata alone.
 
     safetensors' own writer keeps metadata in a hash map, whose order changes between runs; here keys are sorted and
     tensors lie widest dtype first (which keeps each aligned), then by name. One tensor at a time is copied.
     """
+    from lrq_export.checkpoint import DTYPES
+
+    codes = {dtype: code for code, dtype in DTYPES.items()}
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name in names:
         begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        code, shape = _CODES[tensors[name].dtype], list(tensors[name].shape)
+        code, shape = codes[tensors[name].dtype], list(tensors[name].shape)
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % LENGTH_BYTES)  # so that the data starts aligned
@@ -124,8 +135,10 @@ def save_tensors_atomic(
             file.write(tensor_bytes(tensors[name]))
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+def tensor_bytes(tensor: "torch.Tensor") -> memoryview:
     """A tensor's values as they lie in a file: row-major, in its own dtype; no copy if it already is."""
+    import torch
+
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
@@ -138,6 +151,7 @@ def sha256_file(path: Path) -> str:
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Seal a package: write manifest.json with `facts`, and hash and size of every other file. Returns it.
 
+    Takes from everyone but owner and group the right to write, which a umask of 0 leaves them.
     `content_sha256` covers names and bytes of all files but those that clocks have a part in (TIMED_FILES, and engines
     of TensorRT): the same inputs give the same digest.
     Raises ValueError when a fact is NaN or takes a name of the manifest's own.
@@ -155,35 +169,28 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     manifest = {**facts, **own}
     manifest["manifest_sha256"] = _seal(manifest)
     write_json_atomic(folder / MANIFEST, manifest)
+    for path in (folder, *folder.rglob("*")):
+        if path.stat().st_mode & WRITABLE_BY_ALL:
+            path.chmod(stat.S_IMODE(path.stat().st_mode) & ~WRITABLE_BY_ALL)
     return manifest
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a package, unedited. Raises InputError when `folder` holds none or any byte of it was changed."""
     path = Path(folder) / MANIFEST
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        previous = beside(Path(folder), ".previous")
-        hint = (
-            f"run the same build again, it restores {previous}"
-            if previous.exists()
-            else "build it with lrq-export build"
-        )
-        raise InputError(f"{folder}: not an lrq-export package: {MANIFEST}: {error.strerror}", hint=hint) from error
-    try:
-        manifest = json.loads(data)
-        whole = isinstance(manifest, dict) and json_bytes(manifest) == data
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}", hint="build the package again") from error
-    if not whole or manifest.get("format") != FORMAT:
-        raise InputError(
-            f"{path}: got bytes that lrq-export does not write, needed an {FORMAT}", hint="build the package again"
-        )
+    if not path.is_file() or path.is_symlink():
+        raise _no_manifest(path)
+    data = read_bounded(path)
+    manifest = json_object(data, str(path))
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path}: got another format, needed an {FORMAT}", hint="build the package again")
     if manifest.get("schema") != SCHEMA:
         raise InputError(
-            f"{path}: got schema {manifest.get('schema')!r}, needed {SCHEMA}", hint="use the lrq-export that built it"
+            f"{path}: got schema {reprlib.repr(manifest.get('schema'))}, needed {SCHEMA}",
+            hint="use the lrq-export that built it",
         )
+    if not _is_spelled(manifest, data):
+        raise InputError(f"{path}: was edited: lrq-export does not write these bytes", hint="build the package again")
     needed = manifest.get("manifest_sha256")
     got = _seal({key: value for key, value in manifest.items() if key != "manifest_sha256"})
     if got != needed:
@@ -195,7 +202,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
 def verify_hashes(folder: Path) -> dict[str, Any]:
     """Raise InputError naming the first file that was edited, is missing or was added; return the manifest.
 
-    Only files found in the folder are opened, so a hostile manifest cannot lead anywhere else.
+    Refuses what everyone may write, too: it could change once its hash was taken. Only files found in the folder are
+    opened, so a hostile manifest cannot lead anywhere else; names and sizes are compared before any file is read.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
@@ -209,21 +217,41 @@ def verify_hashes(folder: Path) -> dict[str, Any]:
         got, needed = path.stat().st_size, files[name]["bytes"]
         if got != needed:
             raise InputError(f"{path}: was edited: got {got} bytes, needed {needed}", hint="build the package again")
-        digest = sha256_file(path)
+    _refuse_writable(folder, files)
+    for name in sorted(files):
+        path = folder / name
+        _refuse_holes(path)
+        digest = _digest_of_input(path)
         if digest != files[name]["sha256"]:
             raise _edited(path, digest, files[name]["sha256"])
     return manifest
 
 
 def list_files(folder: Path) -> list[str]:
-    """Every file below `folder` as a relative path with slashes, sorted. Raises InputError for a link or a device."""
-    names = []
-    for root, folders, files in os.walk(folder):
-        for name in folders + files:
-            path = Path(root) / name
-            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+    """Every file below `folder` as a relative path with slashes, sorted.
+
+    Raises InputError for a link, a device, a name that is no plain text, and for more than any package holds.
+    """
+    names: list[str] = []
+    folders = [(Path(folder), 0)]
+    while folders:
+        parent, depth = folders.pop()
+        for entry in _entries(parent):
+            path = parent / entry.name
+            if not entry.name.isprintable() or "\\" in entry.name:
+                raise InputError(f"{parent}: holds a file named {entry.name!r}", hint="remove it")
+            if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
                 raise InputError(f"{path}: got a link or a device, needed a plain file", hint="remove it")
-        names += [(Path(root) / name).relative_to(folder).as_posix() for name in files]
+            if entry.is_dir():
+                folders.append((path, depth + 1))
+            else:
+                names.append(path.relative_to(folder).as_posix())
+            if len(names) + len(folders) > MOST_FILES or depth > MOST_FOLDERS_DEEP:
+                raise InputError(
+                    f"{folder}: holds more than {MOST_FILES} files, or folders nested more than {MOST_FOLDERS_DEEP} "
+                    "deep, needed a package",
+                    hint="check the path",
+                )
     return sorted(names)
 
 
@@ -240,10 +268,15 @@ def require_free_disk(path: Path, needed: int) -> None:
 def is_package(folder: Path) -> bool:
     """Whether a folder holds a manifest of ours, edited or not."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json_object(folder / MANIFEST).get("format") == FORMAT
+    except InputError:
         return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def is_plain_relative(name: str) -> bool:
+    """Whether a path taken from a file stays below the folder that it is joined to, on any system."""
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and not set(name) & {"\\", "\0", ":"}
 
 
 def sync_folder(folder: Path) -> None:
@@ -255,22 +288,97 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _no_manifest(path: Path) -> InputError:
+    previous = beside(path.parent, ".previous")
+    hint = "build it with lrq-export build"
+    if not path.exists() and previous.exists():
+        hint = f"run the same build again, it restores {previous}"
+    problem = "needed a plain file" if os.path.lexists(path) else "No such file"
+    return InputError(f"{path.parent}: not an lrq-export package: {MANIFEST}: {problem}", hint=hint)
+
+
+def _is_spelled(manifest: dict[str, Any], data: bytes) -> bool:
+    """Whether `data` is `json_bytes(manifest)`, piece by piece: written out, a hostile one could take gigabytes."""
+    place = 0
+    try:
+        for piece in _ENCODER.iterencode(manifest):
+            expected = piece.encode("utf-8")
+            if data[place : place + len(expected)] != expected:
+                return False
+            place += len(expected)
+    except (ValueError, RecursionError):  # NaN, half of a surrogate pair, nested without end
+        return False
+    return data[place:] == b"\n"
+
+
 def _check_files_table(path: Path, files: Any) -> None:
-    """Raise InputError unless `files` maps plain relative paths to {"sha256": str, "bytes": int}."""
+    """Raise InputError unless `files` maps plain relative paths, each once, to {"sha256": hex, "bytes": int}."""
     if not isinstance(files, dict):
         raise InputError(f"{path}: files: got {type(files).__name__}, needed an object", hint="build the package again")
+    known: dict[str, str] = {MANIFEST: MANIFEST}
     for name, facts in files.items():
-        if not is_plain_relative(name):
+        if not is_plain_relative(name) or PurePosixPath(name).as_posix() != name:
             raise InputError(
                 f"{path}: files: got the path {name!r}, needed one inside the package",
                 hint="do not use this package unless you trust its source",
             )
-        if (
-            not isinstance(facts, dict)
-            or not isinstance(facts.get("sha256"), str)
-            or type(facts.get("bytes")) is not int
-        ):
+        # One file to a system that ignores case or how accents are composed, two to another.
+        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name or name == MANIFEST:
+            raise InputError(
+                f"{path}: files: got {other!r} and {name!r}, which some systems take for one file",
+                hint="do not use this package unless you trust its source",
+            )
+        digest, size = (facts.get("sha256"), facts.get("bytes")) if isinstance(facts, dict) else (None, None)
+        if not isinstance(digest, str) or type(size) is not int or size < 0:
             raise InputError(f"{path}: files: {name}: needed sha256 and bytes", hint="build the package again")
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(itertools.islice(entries, MOST_FILES + 1))
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be read: {error.strerror}", hint="check the path and its permissions"
+        ) from error
+
+
+def _refuse_writable(folder: Path, files: Mapping[str, Any]) -> None:
+    """Raise InputError for a file or folder of the package that everyone may write."""
+    inside = {parent for name in files for parent in PurePosixPath(name).parents}
+    for name in (".", MANIFEST, *sorted(map(str, inside)), *files):
+        path = folder / name
+        if path.stat().st_mode & WRITABLE_BY_ALL:
+            raise InputError(
+                f"{path}: everyone on this machine may change it, which no hash protects from",
+                hint=f"chmod -R o-w {folder}",
+            )
+
+
+def _refuse_holes(path: Path) -> None:
+    """Raise InputError for a large file that is hardly there: reading terabytes of nothing takes hours."""
+    facts = path.stat()
+    if facts.st_size < LARGE:
+        return
+    stored = facts.st_blocks * 512  # the unit of st_blocks, whatever the disk's
+    with open(path, "rb") as file:
+        try:
+            first = os.lseek(file.fileno(), 0, os.SEEK_DATA)
+        except OSError:  # no data at all
+            first = facts.st_size
+    if first >= LARGE or 0 < stored < facts.st_size // 16:
+        raise InputError(
+            f"{path}: got {facts.st_size} bytes of which {stored} are stored, needed a file that is not empty space",
+            hint="fetch the package again",
+        )
+
+
+def _digest_of_input(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", hint="check its permissions") from error
 
 
 def _content_digest(files: Mapping[str, Mapping[str, Any]]) -> str:

@@ -8,21 +8,33 @@ from typing import Any
 import numpy as np
 import torch
 
+from lrq_export.admit import admit
 from lrq_export.engine import onnxruntime as engine
 from lrq_export.errors import InputError, MissingError, UsageError
 from lrq_export.models import family_of
 from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily, Sizes, flatten, nest
-from lrq_export.package import ONNXRUNTIME_ENGINE, load_manifest, verify_hashes
+from lrq_export.package import MANIFEST, ONNXRUNTIME_ENGINE
 
 
-def load(package: str | Path, *, threads: int | None = None, check_hashes: bool = True) -> "PackagedTransformer":
-    """Open a package that `lrq-export build` wrote. Raises InputError for a folder that is not one, or was edited."""
+def load(package: str | Path, *, threads: int | None = None) -> "PackagedTransformer":
+    """Open a package that `lrq-export build` wrote. Raises InputError for a folder that is not one, or was edited.
+
+    There is no way around the checks (`admit`); a package that did not change since is not hashed again.
+    """
     package = Path(package)
-    manifest = verify_hashes(package) if check_hashes else load_manifest(package)
+    manifest = admit(package)
     folder = package / ONNXRUNTIME_ENGINE
-    if not (folder / engine.MODEL).is_file():
+    if not ((folder / engine.MODEL).is_file() and (folder / engine.SESSION).is_file()):
         raise MissingError(f"{folder}: the package holds no ONNX Runtime engine", hint="run lrq-export build again")
-    return PackagedTransformer(engine.open_session(folder, threads), manifest["source"]["config"])
+    config = manifest["source"]["config"]
+    try:
+        family_of(config["_class_name"], str(package / MANIFEST)).inputs(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{package / MANIFEST}: source: not a config of {config['_class_name']}: {error!r}",
+            hint="build the package again",
+        ) from error
+    return PackagedTransformer(engine.open_session(folder, threads), config)
 
 
 class PackagedTransformer:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from lrq_export.admit import admit
 from lrq_export.errors import UsageError
 from lrq_export.models import family_of
-from lrq_export.package import atomic_file, load_manifest, save_tensors_atomic
+from lrq_export.package import atomic_file, save_tensors_atomic
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.recipe import Recipe
 from lrq_export.runtime import load
@@ -35,7 +36,7 @@ def sample_conditions(
     `out` ending in .safetensors gets the latents (n, ...), in the axes of the model; any other name a PNG contact
     sheet, which needs a model of 1 or 3 channels (latents of others want their pipeline's decoder).
     """
-    manifest, progress = load_manifest(package), progress or Silent()
+    manifest, progress = admit(package), progress or Silent()
     _check_request(out, (".png", ".safetensors"), images, steps)
     settings = Recipe.model_validate(manifest["recipe"]).sampling
     steps = steps or settings.steps
@@ -81,7 +82,7 @@ def sample_prompts(
     from lrq_export.calibrate.pipeline import open_pipeline, what_to_draw
 
     _check_request(out, (".png",), None, steps)
-    settings = Recipe.model_validate(load_manifest(package)["recipe"]).sampling
+    settings = Recipe.model_validate(admit(package)["recipe"]).sampling
     steps, progress = steps or settings.steps, progress or Silent()
     with stage(progress, "load", {}):
         whole = open_pipeline(pipeline)

@@ -26,13 +26,13 @@ from lrq_export.checkpoint import (
     check_finite,
     check_tensors,
     open_checkpoint,
-    read_json_object,
 )
 from lrq_export.models import current_config, family_of
 from lrq_export.models.base import SAMPLES, ModelFamily
 from lrq_export.package import sha256_file
 from lrq_export.recipe import Recipe
 from lrq_export.sampling import NEGATIVE
+from lrq_export.untrusted_json import read_json_object
 
 CALIBRATION, CONDITIONS = "calibration.safetensors", "conditions.safetensors"
 SCHEDULER = "scheduler_config.json"

@@ -23,6 +23,7 @@ from graphs.passes.patterns import PLAIN_LINEAR_OPS, is_lrq, sole_consumer
 from graphs.traced import TracedGraph
 from lrq_export.bind import coded_weights, float_weight
 from lrq_export.engine.attention import CONTRIB, fuse_attention
+from lrq_export.errors import InputError
 from lrq_export.onnx_file import WeightTensor, write_model
 from lrq_export.package import write_json_atomic
 from lrq_export.quantized import QuantizedFile
@@ -65,7 +66,14 @@ def open_session(folder: Path, threads: int | None = None):
     available = onnxruntime.get_available_providers()
     wanted = json.loads((folder / SESSION).read_text())["providers"]
     providers = [name for name in wanted if name in available]
-    return onnxruntime.InferenceSession(str(folder / MODEL), options, providers=providers)
+    try:
+        # Of the CPU there is nothing to fall back from; ONNX Runtime would print that it does.
+        fallback = int(len(providers) > 1)
+        return onnxruntime.InferenceSession(str(folder / MODEL), options, providers=providers, enable_fallback=fallback)
+    except Exception as error:  # its own kinds, and UnicodeDecodeError where its message quotes a damaged name
+        raise InputError(
+            f"{folder / MODEL}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}", hint="build it again"
+        ) from error
 
 
 def session_config(folder: Path) -> dict[str, str]:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lrq_export.admit import admit
 from lrq_export.engine.onnxruntime import open_session
 from lrq_export.errors import InputError
 from lrq_export.machine import describe_machine
 from lrq_export.memory import give_back
 from lrq_export.models import family_of
-from lrq_export.package import MODEL, MODEL_DATA, ONNXRUNTIME_ENGINE, QUANTIZED, verify_hashes
+from lrq_export.package import MODEL, MODEL_DATA, ONNXRUNTIME_ENGINE, QUANTIZED
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe
 from lrq_export.runtime import PackagedTransformer
@@ -30,7 +31,7 @@ def verify(
     Raises InputError for any edited, missing or added file.
     """
     package = Path(package)
-    manifest = verify_hashes(package)
+    manifest = admit(package)
     recipe = Recipe.model_validate(manifest["recipe"])
     config = manifest["source"]["config"]
     opened = open_source(Path(source)) if source is not None else None

@@ -1,0 +1,136 @@
+"""Who may come in: everything that is checked of a package before any of it is loaded.
+
+In this order: the manifest and its own hash; names, sizes and permissions of all files; their hashes; then what the
+files say of themselves, since hashes only prove that the files are the author's: types, shapes and places of all
+tensors, the options of sessions, the kind of every engine. Nothing here loads torch, ONNX or ONNX Runtime.
+
+The author of a package is trusted with what its graph computes: no check bounds the time and memory that takes.
+"""
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lrq_export.errors import InputError, UsageError
+from lrq_export.onnx_scan import check_model_file
+from lrq_export.package import MANIFEST, MODEL, QUANTIZED, list_files, load_manifest, verify_hashes
+from lrq_export.recipe import Recipe
+from lrq_export.tensor_header import read_header
+from lrq_export.untrusted_json import read_json_object
+
+SESSION, BUILD = "session.json", "build.json"
+# What session.json may set: none of these names a file, loads code or writes anything.
+SESSION_OPTIONS = frozenset(
+    {"session.x64quantprecision", "session.disable_quant_qdq", "session.force_spinning_stop",
+     "session.set_denormal_as_zero", "session.intra_op.allow_spinning", "session.inter_op.allow_spinning"}
+)  # fmt: skip
+ENGINES = (".plan", ".engine")
+# How an engine starts, by the folder of its target. An engine is for one library, and crashes another.
+ENGINE_STARTS = {"tensorrt": (b"ftrt", "TensorRT"), "tensorrt-rtx": (b"vtrt", "TensorRT-RTX")}
+# Fields of a manifest that loading relies on.
+FACTS = {"tool": dict, "source": dict, "recipe": dict, "layers": dict, "warnings": list, "fingerprint": str}
+
+REQUIRED = (MODEL, QUANTIZED)
+
+_admitted: set[tuple] = set()
+
+
+def admit(package: Path) -> dict[str, Any]:
+    """The manifest of a package that may be loaded. Raises InputError for any other.
+
+    A package that was admitted before in this process is not hashed again unless a file of it changed.
+    """
+    package = Path(package)
+    if not (package / MANIFEST).is_file() or (package / MANIFEST).is_symlink():
+        return load_manifest(package)  # which says what is wrong
+    signature = _signature(package)
+    if signature in _admitted:
+        return load_manifest(package)
+    manifest = verify_hashes(package)
+    _check_facts(package / MANIFEST, manifest)
+    for name in REQUIRED:
+        if name not in manifest["files"]:
+            raise InputError(f"{package / name}: is missing", hint="build the package again")
+    for name in manifest["files"]:
+        _check_file(package, name, manifest["files"])
+    if _signature(package) != signature:
+        raise InputError(f"{package}: changed while it was checked", hint="wait until it is written, then try again")
+    _admitted.add(signature)
+    return manifest
+
+
+def _signature(package: Path) -> tuple:
+    """What changes whenever a file of the package does: nobody can set the time of a change (ctime)."""
+    facts = [(".", package.stat())] + [(name, (package / name).stat()) for name in list_files(package)]
+    return (
+        str(package.resolve()),
+        *((name, each.st_ino, each.st_mode, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for name, each in facts),
+    )
+
+
+def _check_facts(path: Path, manifest: dict[str, Any]) -> None:
+    for key, kind in FACTS.items():
+        if not isinstance(manifest.get(key), kind):
+            raise InputError(
+                f"{path}: {key}: got {type(manifest.get(key)).__name__}, needed {kind.__name__}",
+                hint="build the package again",
+            )
+    config = manifest["source"].get("config")
+    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+        raise InputError(f"{path}: source: needed the config of a model", hint="build the package again")
+    if not isinstance(manifest.get("scheduler"), dict | None):
+        raise InputError(f"{path}: scheduler: needed an object or null", hint="build the package again")
+    try:
+        Recipe.model_validate(manifest["recipe"])
+    except (ValueError, UsageError) as error:
+        raise InputError(f"{path}: recipe: {error}", hint="build the package again") from error
+
+
+def _check_file(package: Path, name: str, files: dict[str, Any]) -> None:
+    """Raise InputError if a file is not what its name says."""
+    path, place = package / name, PurePosixPath(name)
+    if place.suffix == ".safetensors":
+        read_header(path)
+    elif place.suffix == ".onnx":
+        check_model_file(
+            path, {PurePosixPath(each).name for each in files if PurePosixPath(each).parent == place.parent}
+        )
+    elif place.suffix in ENGINES:
+        _check_engine(path)
+    elif place.name == SESSION:
+        _check_session(path)
+    elif place.name == BUILD and place.parent.name in ENGINE_STARTS:
+        got = read_json_object(path).get("target")
+        if got != place.parent.name:
+            raise InputError(f"{path}: got the target {got!r}, needed {place.parent.name}", hint="build it again")
+
+
+def _check_engine(path: Path) -> None:
+    target = path.parent.name
+    if target not in ENGINE_STARTS:
+        raise InputError(
+            f"{path}: got an engine of the unknown target {target}, needed {' or '.join(ENGINE_STARTS)}",
+            hint="build it again: lrq-export build PACKAGE --target TARGET",
+        )
+    needed, library = ENGINE_STARTS[target]
+    with open(path, "rb") as file:
+        got = file.read(len(needed))
+    if got != needed:
+        others = [other for start, other in ENGINE_STARTS.values() if start == got]
+        raise InputError(
+            f"{path}: got {f'an engine of {others[0]}' if others else 'no engine'}, needed one of {library}",
+            hint=f"build it again: lrq-export build {path.parents[2]} --target {target}",
+        )
+
+
+def _check_session(path: Path) -> None:
+    settings = read_json_object(path)
+    providers = settings.get("providers")
+    if not isinstance(providers, list) or not all(isinstance(name, str) for name in providers):
+        raise InputError(f"{path}: providers: needed a list of names", hint="build the package again")
+    for value in settings.values():
+        for key in value if isinstance(value, dict) else ():
+            if key not in SESSION_OPTIONS or value[key] not in ("0", "1"):
+                raise InputError(
+                    f"{path}: got the session option {key!r}, needed some of {', '.join(sorted(SESSION_OPTIONS))}",
+                    hint="do not use this package unless you trust its source",
+                )

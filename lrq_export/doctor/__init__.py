@@ -1,0 +1,1 @@
+"""What this machine has of all that lrq-export can use, and whether a package could run on it."""

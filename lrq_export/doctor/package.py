@@ -1,0 +1,55 @@
+"""Checks of one package: whether it may be loaded, and which of its engines could run on this machine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lrq_export.admit import BUILD, ENGINE_STARTS, admit
+from lrq_export.doctor.finding import Finding, absent, ok, wrong
+from lrq_export.doctor.gpu import has_gpu, installed_tensorrt
+from lrq_export.doctor.system import System
+from lrq_export.errors import InputError
+from lrq_export.package import ENGINE, ONNXRUNTIME_ENGINE
+from lrq_export.untrusted_json import read_json_object
+
+PLAN = "model.plan"
+
+
+def package_findings(system: System, package: Path) -> Iterator[Finding]:
+    """The package as a whole, then one finding for each engine that there can be."""
+    try:
+        manifest = admit(package)
+    except InputError as error:
+        yield wrong("package", error.message, error.hint or "build it again", required=True)
+        return
+    layers, files = len(manifest["layers"]), manifest["files"]
+    yield ok("package", f"{len(files)} files as they were built, {layers} quantized layers", required=True)
+    yield onnxruntime_engine(files)
+    for target in ENGINE_STARTS:
+        yield other_engine(system, package, files, target)
+
+
+def onnxruntime_engine(files: dict[str, Any]) -> Finding:
+    if f"{ONNXRUNTIME_ENGINE}/model.onnx" in files:
+        return ok("engine onnxruntime", "can run here", required=True)
+    return wrong("engine onnxruntime", "the package holds none", "build the package again", required=True)
+
+
+def other_engine(system: System, package: Path, files: dict[str, Any], target: str) -> Finding:
+    """An engine of NVIDIA's is for one library in one version, and for GPUs."""
+    name, folder = f"engine {target}", f"{ENGINE}/{target}"
+    again = f"lrq-export build {package} --target {target}"
+    if f"{folder}/{BUILD}" not in files or f"{folder}/{PLAN}" not in files:
+        return absent(name, f"serving by {ENGINE_STARTS[target][1]}", again)
+    facts = read_json_object(package / folder / BUILD)
+    here = installed_tensorrt(system) if target == "tensorrt" else system.version("tensorrt-rtx")
+    built_by = str(facts.get("version"))
+    if here is None:
+        return wrong(name, f"is of {built_by}, and that library is not installed here", f"install {built_by} of it")
+    if here != built_by:
+        return wrong(name, f"is of {built_by}, the library here is {here}", f"remove {package / folder}, then {again}")
+    if facts.get("plugins") and system.plugin_library() is None:
+        return wrong(name, "needs the plugins, which are not compiled here", "lrq-export plugins build")
+    if not has_gpu(system):
+        return wrong(name, f"of {built_by} is whole; this machine has no GPU to run it", "run it where a GPU is")
+    return ok(name, f"of {built_by} can run here")

@@ -1,0 +1,242 @@
+"""Look through an ONNX file without loading it: whether its tensors are what they claim, and where its data lies.
+
+Walks protobuf's wire format in a mapping of the file and steps over the weights, so a file of any size takes little
+memory and no parser has seen it before it is found sound. Refuses what protobuf would read but lrq-export never writes:
+a field twice where one counts, sparse tensors, weights that are kept in segments.
+"""
+
+import math
+import mmap
+import reprlib
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from lrq_export.errors import InputError
+
+MOST_FIELDS = 500_000  # of a file; a block of a transformer takes some 2,000
+MOST_NESTED = 40  # messages in one another; ONNX's own limit for functions is below it
+MOST_AXES = 64
+
+# Field numbers of onnx.proto, by the names used here.
+GRAPH, FUNCTIONS = 7, 25  # of a model
+NODES, INITIALIZERS, SPARSE_INITIALIZERS = 1, 5, 15  # of a graph
+FUNCTION_NODES, FUNCTION_ATTRIBUTES = 7, 11
+OP_TYPE, ATTRIBUTES = 4, 5  # of a node
+ATTRIBUTE_NAME, INTEGER, STRING = 1, 3, 4
+DIMS, DATA_TYPE, SEGMENT, TENSOR_NAME, RAW, EXTERNAL, LOCATION = 1, 2, 3, 8, 9, 13, 14  # of a tensor
+KEY, VALUE = 1, 2  # of an entry of a tensor's external data
+
+# The messages inside a message; everything else is stepped over.
+INSIDE = {
+    "model": {GRAPH: "graph", FUNCTIONS: "function"},
+    "graph": {NODES: "node", INITIALIZERS: "tensor", SPARSE_INITIALIZERS: "sparse tensor"},
+    "function": {FUNCTION_NODES: "node", FUNCTION_ATTRIBUTES: "attribute"},
+    "node": {ATTRIBUTES: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse tensor", 23: "sparse tensor"},
+    "tensor": {EXTERNAL: "entry"},
+    "entry": {},
+}
+# Fields that count once: of a second one, readers take the last, or a mixture of both.
+SINGLE = {
+    "model": {GRAPH}, "graph": set(), "function": set(), "node": {OP_TYPE}, "entry": {KEY, VALUE},
+    "attribute": {ATTRIBUTE_NAME, INTEGER, STRING, 5, 6}, "tensor": {DATA_TYPE, TENSOR_NAME, RAW, LOCATION},
+}  # fmt: skip
+# Bits of a value, by TensorProto.DataType.
+BITS = {
+    1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16,
+    17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2,
+}  # fmt: skip
+TEXT, COMPLEX = 8, (14, 15)
+# Fields of a tensor that hold values one by one: bytes of each, 0 for variable length, None for messages.
+TYPED = {4: 4, 5: 0, 6: None, 7: 0, 10: 8, 11: 0}
+# Fields that may occur often and are looked at when their message is whole.
+REPEATED = {"node": {ATTRIBUTES}, "tensor": {DIMS, SEGMENT, EXTERNAL, *TYPED}}
+LAST_BYTES = bytes(range(128))  # what a number of variable length ends with
+Range = tuple[int, int]
+
+
+def check_model_file(path: Path, beside: Collection[str]) -> None:
+    """Raise InputError unless the file is an ONNX model whose every tensor has the bytes that its shape takes.
+
+    `beside`: names of the files in its folder that external data and cached engines may lie in.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _Scan(path, data, beside).model()
+    except _Unsound as error:
+        raise InputError(
+            f"{path}: not an ONNX model that can be trusted: {error}",
+            hint="do not use this package unless you trust its source",
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: mmap's word for an empty file
+        raise InputError(f"{path}: cannot be read: {error}", hint="fetch the package again") from error
+
+
+class _Unsound(Exception):
+    """What is wrong with a file."""
+
+
+class _Scan:
+    def __init__(self, path: Path, data: mmap.mmap, beside: Collection[str]):
+        self.path, self.data, self.beside, self.visited = path, data, beside, 0
+
+    def model(self) -> None:
+        if GRAPH not in self.message("model", 0, len(self.data), 0):
+            raise _Unsound("it holds no graph")
+
+    def message(self, kind: str, begin: int, end: int, depth: int) -> dict[int, list]:
+        """What a message holds of SINGLE and REPEATED: numbers, (begin, end) of bytes, and what messages hold."""
+        if kind not in INSIDE:
+            raise _Unsound(f"it holds a {kind}")
+        if depth > MOST_NESTED:
+            raise _Unsound(f"more than {MOST_NESTED} messages are nested in one another")
+        found: dict[int, list] = defaultdict(list)
+        for number, value in self.fields(begin, end):
+            inner = INSIDE[kind].get(number)
+            if inner is not None:
+                if isinstance(value, int):
+                    raise _Unsound(f"field {number} of a {kind} is a number")
+                value = self.message(inner, *value, depth + 1)
+            if number in SINGLE[kind] and found[number]:
+                raise _Unsound(f"field {number} of a {kind} occurs twice")
+            if number in SINGLE[kind] or number in REPEATED.get(kind, ()):
+                found[number].append(value)
+        if kind == "tensor":
+            self.tensor(found)
+        if kind == "node" and self.text(found, OP_TYPE) == "EPContext":
+            self.cached_engine(found)
+        return found
+
+    def fields(self, begin: int, end: int) -> Iterator[tuple[int, int | Range]]:
+        """Every field of a message: (number, its value or the range of its bytes)."""
+        place = begin
+        while place < end:
+            self.visited += 1
+            if self.visited > MOST_FIELDS:
+                raise _Unsound(f"it has more than {MOST_FIELDS} fields")
+            tag, place = self.varint(place, end)
+            number, wire = tag >> 3, tag & 7
+            if wire == 0:
+                value, place = self.varint(place, end)
+            elif wire == 1 or wire == 5:
+                value, place = (place, place + (8 if wire == 1 else 4)), place + (8 if wire == 1 else 4)
+            elif wire == 2:
+                length, place = self.varint(place, end)
+                value, place = (place, place + length), place + length
+            else:
+                raise _Unsound(f"byte {place} is of no known kind")
+            if number == 0 or place > end:
+                raise _Unsound(f"it is damaged or cut off before byte {min(place, end)}")
+            yield number, value
+
+    def varint(self, place: int, end: int) -> tuple[int, int]:
+        """A number of variable length, as unsigned 64 bits, and the place after it."""
+        value = 0
+        for shift in range(0, 70, 7):
+            if place >= end:
+                raise _Unsound(f"it is cut off at byte {end}")
+            byte = self.data[place]
+            place += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value & (2**64 - 1), place
+        raise _Unsound(f"the number at byte {place} has no end")
+
+    def numbers(self, values: list) -> list[int]:
+        """A repeated integer, packed or not."""
+        found = []
+        for value in values:
+            if isinstance(value, int):
+                found.append(value)
+                continue
+            place, end = value
+            while place < end and len(found) <= MOST_AXES:
+                number, place = self.varint(place, end)
+                found.append(number)
+        return found
+
+    def text(self, found: dict[int, list], number: int) -> str:
+        """A string field, "" if there is none; of a very long one the beginning."""
+        values = found.get(number, [])
+        if not values or isinstance(values[0], int):
+            return ""
+        begin, end = values[0]
+        return self.data[begin : min(end, begin + 1000)].decode("utf-8", "replace")
+
+    def tensor(self, found: dict[int, list]) -> None:
+        """Raise _Unsound unless a tensor has a known type, a possible shape, and as many values as that says."""
+        name = reprlib.repr(self.text(found, TENSOR_NAME))
+        dims = self.numbers(found[DIMS])
+        kind = (self.numbers(found[DATA_TYPE]) or [0])[0]
+        if kind not in BITS and kind != TEXT:
+            raise _Unsound(f"tensor {name} has the type {kind}")
+        if len(dims) > MOST_AXES or any(size >= 2**63 for size in dims):
+            raise _Unsound(f"tensor {name} has the shape {reprlib.repr(dims)}")
+        count = math.prod(dims)
+        needed = -(-count * BITS.get(kind, 8) // 8)
+        external = (self.numbers(found[LOCATION]) or [0])[0]
+        typed = sum(self.count(number, found[number]) for number in TYPED)
+        if found[SEGMENT] or external not in (0, 1) or (found[EXTERNAL] and not external):
+            raise _Unsound(f"tensor {name} is stored in a way that lrq-export never uses")
+        if external:
+            if found[RAW] or typed or kind == TEXT:
+                raise _Unsound(f"tensor {name} is stored twice")
+            self.external(name, needed, found[EXTERNAL])
+        elif found[RAW]:
+            begin, end = found[RAW][0] if isinstance(found[RAW][0], tuple) else (0, -1)
+            if typed or kind == TEXT or end - begin != needed:
+                raise _Unsound(f"tensor {name} has {end - begin} bytes, its shape {reprlib.repr(dims)} takes {needed}")
+        else:
+            per_entry = {4: 2, 2: 4}.get(BITS.get(kind, 8), 1)
+            entries = 2 * count if kind in COMPLEX else -(-count // per_entry)
+            if typed != entries:
+                raise _Unsound(f"tensor {name} has {typed} values, its shape {reprlib.repr(dims)} takes {entries}")
+
+    def count(self, number: int, values: list) -> int:
+        """How many values a typed field of a tensor holds, packed or not."""
+        total = 0
+        for value in values:
+            if isinstance(value, int) or TYPED[number] is None:
+                total += 1
+            elif TYPED[number]:
+                total += (value[1] - value[0]) // TYPED[number]
+            else:
+                total += sum(
+                    len(piece) - len(piece.translate(None, LAST_BYTES)) for piece in self.pieces(value, size=1 << 20)
+                )
+        return total
+
+    def pieces(self, span: Range, size: int) -> Iterator[bytes]:
+        for begin in range(*span, size):
+            yield self.data[begin : min(begin + size, span[1])]
+
+    def external(self, name: str, needed: int, entries: list[dict[int, list]]) -> None:
+        """Raise _Unsound unless a tensor's bytes lie whole in a file of the package beside the model."""
+        facts: dict[str, str] = {}
+        for entry in entries:
+            if facts.setdefault(self.text(entry, KEY), self.text(entry, VALUE)) != self.text(entry, VALUE):
+                raise _Unsound(f"tensor {name} lies in two places")
+        location = facts.get("location", "")
+        if location not in self.beside:
+            raise _Unsound(f"tensor {name} lies in {reprlib.repr(location)}, which is no file of the package beside it")
+        numbers = [facts.get("offset", "0"), facts.get("length", str(needed))]
+        if not all(number.isascii() and number.isdigit() and len(number) < 20 for number in numbers):
+            raise _Unsound(f"tensor {name} lies at {reprlib.repr(numbers)}")
+        offset, length = map(int, numbers)
+        size = (self.path.parent / location).stat().st_size
+        if length != needed or offset + length > size:
+            raise _Unsound(
+                f"tensor {name} takes {needed} bytes and has {length} at {offset} of {location}, which has {size}"
+            )
+
+    def cached_engine(self, found: dict[int, list]) -> None:
+        """Raise _Unsound unless a node that stands for an engine names one of the package, beside the model."""
+        facts = {self.text(each, ATTRIBUTE_NAME): each for each in found[ATTRIBUTES]}
+        if len(facts) != len(found[ATTRIBUTES]):
+            raise _Unsound("an attribute of an EPContext node occurs twice")
+        if facts.get("embed_mode", {}).get(INTEGER, [1]) != [0]:  # 1 is what is meant where nothing is said
+            raise _Unsound("it holds an engine itself, needed a file beside it")
+        location = self.text(facts.get("ep_cache_context", {}), STRING)
+        if location not in self.beside:
+            raise _Unsound(f"its engine is {reprlib.repr(location)}, which is no file of the package beside it")
