@@ -8,11 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lrq_export.admit import admit
 from lrq_export.engine import tensorrt
 from lrq_export.engine.profiles import parse_profile, recorded_sizes
 from lrq_export.errors import MissingError
 from lrq_export.models import family_of
-from lrq_export.package import MANIFEST, QUANTIZED, RECIPE, json_bytes, list_files, verify_hashes, write_bytes_atomic
+from lrq_export.package import MANIFEST, QUANTIZED, RECIPE, json_bytes, list_files, write_bytes_atomic
 from lrq_export.package import write_manifest as seal
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.quantized import QuantizedFile
@@ -67,7 +68,7 @@ def add_engines(
 
     `changes` are fields of the recipe's engine table. An engine that is there already is not built again.
     """
-    manifest, progress = verify_hashes(package), progress or Silent()
+    manifest, progress = admit(package), progress or Silent()
     recipe = Recipe.model_validate(manifest["recipe"])
     wanted = tuple(dict.fromkeys((*recipe.engine.targets, *targets)))
     settings = Engine.model_validate(recipe.engine.model_dump() | (changes or {}) | {"targets": wanted})

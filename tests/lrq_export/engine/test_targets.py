@@ -7,6 +7,7 @@ import onnx
 import pytest
 
 from graphs import names
+from lrq_export.admit import ENGINE_STARTS, admit
 from lrq_export.engine import targets, tensorrt
 from lrq_export.engine.targets import add_engines, engines
 from lrq_export.errors import CheckFailed, MissingError
@@ -22,8 +23,9 @@ def builder(monkeypatch):
 
     def build(job):
         jobs.append(job)
-        Path(job["engine"]).write_bytes(b"engine")
-        return {"version": "1", "engine_bytes": 6, "layers": 3, "plugin_layers": len(job["plugin_nodes"])}
+        start, _ = ENGINE_STARTS[job["target"]]
+        Path(job["engine"]).write_bytes(start + b"...")
+        return {"version": "1", "engine_bytes": 7, "layers": 3, "plugin_layers": len(job["plugin_nodes"])}
 
     monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
     monkeypatch.setattr(tensorrt, "find_library", lambda: None)
@@ -43,6 +45,7 @@ def test_an_engine_is_added_and_nothing_else_changes(package, copy_of, builder, 
     assert manifest["recipe"]["engine"]["targets"] == ["onnxruntime", "tensorrt-rtx"]
     assert manifest["content_sha256"] != load_manifest(package)["content_sha256"]  # the recipe says another thing
     assert list(engines(folder)) == [("tensorrt-rtx", folder / FOLDER)]
+    assert admit(folder) == manifest
     assert not list(folder.parent.glob("*.partial"))
 
 
