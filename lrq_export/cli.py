@@ -37,15 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines
 CTRL_C = 130  # what typer makes of a KeyboardInterrupt
 
 
-def _admitted(package: Path) -> Path:
-    """The package, checked before a command imports what takes long or could be attacked."""
-    from lrq_export.admit import admit
-
-    admit(package)
-    return package
-
-
-Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.", callback=_admitted)]
+Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -140,6 +132,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every hash, then climb the parity ladder again from the package's files."""
+    _admit(package)
     report, _ = _verified(package, source, as_json)
     _show_report(report, as_json)
     raise typer.Exit(0 if all(rung["passed"] is not False for rung in report["ladder"]) else 1)
@@ -157,6 +150,7 @@ def sample(
     prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; needs --pipeline.")] = None,
 ) -> None:
     """Draw samples through diffusers' scheduler with the engine in place of the transformer."""
+    _admit(package)
     from lrq_export.sample import sample_conditions, sample_prompts
 
     if (pipeline is None) != (prompts is None):
@@ -186,6 +180,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a package holds."""
+    _admit(package)
     from lrq_export.inspect import describe, describe_layers, describe_passes, graph_text
 
     if dump_after is not None:
@@ -209,6 +204,7 @@ def report(
     source: Annotated[Path | None, typer.Option(help="The source folder, for figures that need its weights.")] = None,
 ) -> None:
     """Verify a package and write the findings as one offline HTML page."""
+    _admit(package)
     from lrq_export.package import REPORT
     from lrq_export.saved_graphs import TRACE, load_graph, rewritten_graph
     from lrq_export.verify.report_page import write_report_page
@@ -285,6 +281,13 @@ def init(
         raise UsageError(f"{out}: already exists", hint="choose another name or remove it")
     write_bytes_atomic(out, to_toml(load_recipe(preset)).encode())
     print(out)
+
+
+def _admit(package: Path) -> None:
+    """Check the package before a command imports what takes long or could be attacked."""
+    from lrq_export.admit import admit
+
+    admit(package)
 
 
 def _verified(package: Path, source: Path | None, as_json: bool) -> tuple[dict, dict]:
