@@ -35,8 +35,6 @@ Stage = Enum(
 Validation = Enum("Validation", {name: name for name in ("full", "fast")})
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines instead of tables and bars.")]
 CTRL_C = 130  # what typer makes of a KeyboardInterrupt
-
-
 Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.")]
 
 
@@ -150,13 +148,12 @@ def sample(
     prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; needs --pipeline.")] = None,
 ) -> None:
     """Draw samples through diffusers' scheduler with the engine in place of the transformer."""
-    _admit(package)
-    from lrq_export.sample import sample_conditions, sample_prompts
-
     if (pipeline is None) != (prompts is None):
         raise UsageError("--pipeline and --prompts go together", hint="pass both, or neither")
     chosen = None if rows is None else _numbers("--rows", rows)
     _check_output(package, out)
+    from lrq_export.sample import sample_conditions, sample_prompts
+
     with _progress(as_json=False) as progress:
         if pipeline is not None:
             written = sample_prompts(package, out, pipeline, prompts, steps=steps, seed=seed, progress=progress)
@@ -180,12 +177,12 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a package holds."""
+    if dump_after is not None and (passes or layers or as_json):
+        raise UsageError("--dump-after excludes --passes, --layers and --json", hint="ask for one of them")
     _admit(package)
     from lrq_export.inspect import describe, describe_layers, describe_passes, graph_text
 
     if dump_after is not None:
-        if passes or layers or as_json:
-            raise UsageError("--dump-after excludes --passes, --layers and --json", hint="ask for one of them")
         print(graph_text(package, dump_after))
         return
     sections = [describe(package)]
@@ -204,12 +201,11 @@ def report(
     source: Annotated[Path | None, typer.Option(help="The source folder, for figures that need its weights.")] = None,
 ) -> None:
     """Verify a package and write the findings as one offline HTML page."""
-    _admit(package)
+    _check_output(package, out)
     from lrq_export.package import REPORT
     from lrq_export.saved_graphs import TRACE, load_graph, rewritten_graph
     from lrq_export.verify.report_page import write_report_page
 
-    _check_output(package, out)
     found, samples = _verified(package, source, as_json=False)
     built = json.loads((package / REPORT).read_text())  # what only the build could know; its hash is checked by now
     found |= {key: built[key] for key in ("source", "tool", "timings", "warnings")}
@@ -284,7 +280,7 @@ def init(
 
 
 def _admit(package: Path) -> None:
-    """Check the package before a command imports what takes long or could be attacked."""
+    """Refuse a package before a command imports what takes long, or could be attacked."""
     from lrq_export.admit import admit
 
     admit(package)
@@ -292,6 +288,7 @@ def _admit(package: Path) -> None:
 
 def _verified(package: Path, source: Path | None, as_json: bool) -> tuple[dict, dict]:
     """Climb the ladder in sight of the user; returns (report, samples)."""
+    _admit(package)
     from lrq_export.progress import stage
     from lrq_export.verify.report_sections import RUNGS
     from lrq_export.verify.run import verify as run
@@ -302,6 +299,7 @@ def _verified(package: Path, source: Path | None, as_json: bool) -> tuple[dict, 
 
 def _check_output(package: Path, out: Path) -> None:
     """Raise UsageError, before any work, for an output that cannot be written or would spoil the package."""
+    _admit(package)  # what is no package is said first
     if out.is_dir():
         raise UsageError(f"{out}: is a folder, needed the name of a file", hint="name a file in it")
     if out.resolve().is_relative_to(package.resolve()):

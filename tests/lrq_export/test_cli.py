@@ -77,15 +77,13 @@ def test_json_takes_the_place_of_the_bar(package, cli, terminal):
         "begin", "end"]  # fmt: skip
 
 
-def test_a_bar_is_taken_down_before_an_error_is_said(package, cli, copy_of, terminal):
-    folder = copy_of(package)
-    (folder / "note.txt").write_text("hello")
+def test_a_bar_is_taken_down_before_an_error_is_said(package, cli, tmp_path, terminal):
     terminal()
-    outcome = cli("verify", folder)
+    outcome = cli("verify", package, "--source", tmp_path / "nowhere")
     assert outcome.code == 3
     *bars, error = outcome.err.split("lrq-export: ")
     assert "\x1b[?25h" in bars[0]  # the cursor is shown again
-    assert error.startswith(f"{folder / 'note.txt'}: does not belong")
+    assert error.startswith(f"{tmp_path / 'nowhere'}: got a path that does not exist")
 
 
 # --- outputs that would spoil the package

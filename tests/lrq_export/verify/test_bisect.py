@@ -85,7 +85,7 @@ def test_any_callable_may_be_the_reference(tmp_path):
 
 
 def test_a_fault_that_vanishes_on_one_way_is_still_the_first(tmp_path):
-    """Of a := x + shift, b := a * 0, y := b + a: b in the middle is right, which clears a until y is confirmed."""
+    """Of a := x + shift, b := a * 0, y := b + a: b in the middle is right, and clears a, until y is confirmed."""
 
     def model(name, shift):
         values = [numpy_helper.from_array(np.float32(shift), "shift"), numpy_helper.from_array(np.float32(0), "zero")]
