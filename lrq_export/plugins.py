@@ -21,7 +21,7 @@ from lrq_export import __version__
 from lrq_export.errors import CheckFailed, MissingError, UsageError
 from lrq_export.progress import Progress, Silent
 
-LIBRARY = "liblrq_plugins.so"
+LIBRARY, KERNELS = "liblrq_plugins.so", "liblrq_kernels.so"
 VARIABLE = "LRQ_PLUGINS"  # the library, or its folder
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120a")
 BYTES_PER_JOB = 4 << 30  # what compiling one product for tensor cores takes
