@@ -94,7 +94,7 @@ def open_run(
 ) -> Run:
     """What runs a target or baseline once on `inputs`."""
     if name in TARGETS:
-        runner = load(package, threads=threads, check_hashes=False)
+        runner = load(package, threads=threads)
         fed = feeds(runner.specs, inputs)
         return lambda: runner.session.run(None, fed)
     if source is None:

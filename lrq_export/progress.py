@@ -75,6 +75,9 @@ class Bar:
         task = self.bars.tasks[self.task]
         self.bars.update(self.task, completed=task.total, what="")
 
+    def stop(self) -> None:
+        self.bars.stop()
+
 
 @contextmanager
 def shown(as_json: bool):
@@ -84,7 +87,7 @@ def shown(as_json: bool):
         yield progress
     finally:
         if isinstance(progress, Bar):
-            progress.bars.stop()
+            progress.stop()
 
 
 @contextmanager

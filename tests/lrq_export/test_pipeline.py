@@ -216,7 +216,7 @@ def test_samples_of_prompts_come_out_of_the_whole_pipeline(pipeline_folder, prom
     from lrq_export import sample
 
     monkeypatch.setattr(sample, "load", lambda package: open_pipeline(pipeline_folder).transformer)
-    monkeypatch.setattr(sample, "load_manifest", lambda package: {"recipe": load_recipe().model_dump(by_alias=True)})
+    monkeypatch.setattr(sample, "admit", lambda package: {"recipe": load_recipe().model_dump(by_alias=True)})
     written = sample.sample_prompts(tmp_path / "package", tmp_path / "s.png", pipeline_folder, prompts, steps=1, seed=0)
     with Image.open(written) as image:
         assert image.size == (2 * 256, 256)
@@ -249,7 +249,7 @@ def test_a_pipeline_of_classes_takes_their_numbers_and_names(class_pipeline, pro
     recorded = TensorFile(record_prompts(class_pipeline, prompts, recipe, tmp_path / "package"))
     assert set(recorded.read("class_labels").tolist()) == {7, 3, 1000}  # 1000 is guidance without a class
     monkeypatch.setattr(sample, "load", lambda package: open_pipeline(class_pipeline).transformer)
-    monkeypatch.setattr(sample, "load_manifest", lambda package: {"recipe": recipe.model_dump(by_alias=True)})
+    monkeypatch.setattr(sample, "admit", lambda package: {"recipe": recipe.model_dump(by_alias=True)})
     written = sample.sample_prompts(tmp_path / "package", tmp_path / "s.png", class_pipeline, prompts, steps=1, seed=0)
     with Image.open(written) as image:
         assert image.size[0] == 2 * image.size[1]
