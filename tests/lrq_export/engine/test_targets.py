@@ -29,7 +29,7 @@ def builder(monkeypatch):
 
     monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
     monkeypatch.setattr(tensorrt, "find_library", lambda: None)
-    monkeypatch.setattr(tensorrt, "_run_worker", build)
+    monkeypatch.setattr(tensorrt, "run_worker", build)
     return jobs
 
 
@@ -115,7 +115,7 @@ def test_a_machine_without_tensorrt_leaves_all_but_the_engine(package, copy_of, 
 
 
 def test_an_engine_that_is_refused_leaves_the_package_as_it_was(package, copy_of, builder, monkeypatch, digests, cli):
-    monkeypatch.setattr(tensorrt, "_run_worker", lambda job: {"error": "no plugin runs proj_out"})
+    monkeypatch.setattr(tensorrt, "run_worker", lambda job: {"error": "no plugin runs proj_out"})
     folder = copy_of(package)
     before = digests(folder)
     with pytest.raises(CheckFailed, match="tensorrt-rtx: no plugin runs proj_out"):
