@@ -19,6 +19,7 @@ from lrq_export.source import Source, open_source
 from lrq_export.verify import ladder, rungs
 from lrq_export.verify.layers import histograms, layer_table
 from lrq_export.verify.reference import Reference
+from lrq_export.verify.report_engines import engine_rows
 from lrq_export.verify.subject import Subject, quantized_model
 
 
@@ -93,6 +94,7 @@ def climb(
         "trajectory": trajectory,
         "images": images,
         "sizes": _sizes(package, quantized),
+        "engines": engine_rows(package, _parameters(quantized)),
         "timings": [],
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
