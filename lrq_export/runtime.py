@@ -10,6 +10,7 @@ import torch
 
 from lrq_export.admit import admit
 from lrq_export.engine import onnxruntime as engine
+from lrq_export.engine.session_settings import SESSION
 from lrq_export.errors import InputError, MissingError, UsageError
 from lrq_export.models import family_of
 from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily, Sizes, flatten, nest
@@ -24,7 +25,7 @@ def load(package: str | Path, *, threads: int | None = None) -> "PackagedTransfo
     package = Path(package)
     manifest = admit(package)
     folder = package / ONNXRUNTIME_ENGINE
-    if not ((folder / engine.MODEL).is_file() and (folder / engine.SESSION).is_file()):
+    if not ((folder / engine.MODEL).is_file() and (folder / SESSION).is_file()):
         raise MissingError(f"{folder}: the package holds no ONNX Runtime engine", hint="run lrq-export build again")
     config = manifest["source"]["config"]
     try:
