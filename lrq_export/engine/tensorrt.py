@@ -42,8 +42,8 @@ from lrq_export.recipe import Engine
 TENSORRT = "tensorrt"
 MODEL, PLAN, TIMING_CACHE, LAYERS, BUILD = "model.onnx", "model.plan", "timing.cache", "layers.json", "build.json"
 FOLDERS = {TENSORRT: "engine/tensorrt", RTX: "engine/tensorrt-rtx"}
-# Python module of each target, and what to install for it.
-_MODULES = {TENSORRT: ("tensorrt", "pip install tensorrt-cu13"), RTX: ("tensorrt_rtx", "pip install lrq-export[rtx]")}
+MODULES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}  # of Python
+_INSTALL = {TENSORRT: "pip install tensorrt-cu13", RTX: "pip install lrq-export[rtx]"}
 _RTX_LIBRARY = "libtensorrt_rtx.so"
 
 
@@ -73,10 +73,10 @@ class Request:
 
 def obstacle(target: str, *, run: bool = False) -> MissingError | None:
     """Why this machine cannot build a target's engine, or `run` it; None if nothing is known to be in the way."""
-    module, fix = _MODULES[target]
+    module = MODULES[target]
     if find_spec(module) is None:
-        return MissingError(f"{target}: the Python package {module} is not installed", hint=fix)
-    if find_spec("polygraphy") is None:
+        return MissingError(f"{target}: the Python package {module} is not installed", hint=_INSTALL[target])
+    if not run and find_spec("polygraphy") is None:
         return MissingError(f"{target}: polygraphy is not installed", hint="pip install polygraphy")
     if (run or target == TENSORRT) and not _has_gpu():
         fix = "find one that has" if run else "build the engine where it will run"
