@@ -118,7 +118,7 @@ def build_plan(traced: TracedGraph, quantized: QuantizedFile, folder: Path, requ
         raise missing
     cache = str(folder / TIMING_CACHE) if request.target == TENSORRT else None  # RTX asks the GPU to make one
     job = {
-        "target": request.target, "model": str(folder / MODEL), "engine": str(folder / PLAN),
+        "do": "build", "target": request.target, "model": str(folder / MODEL), "engine": str(folder / PLAN),
         "layers": str(folder / LAYERS), "timing_cache": cache,
         "plugins": None if library is None else str(library), "plugin_nodes": nodes,
         "profiles": [shapes_of(ranges, request.specs) for ranges in request.profiles],

@@ -62,6 +62,12 @@ def infer(job: dict[str, Any]) -> dict[str, Any]:
     return {"outputs": names}
 
 
+def mark(job: dict[str, Any]) -> dict[str, Any]:
+    """What `infer` does of a model without running it, which needs no GPU."""
+    _load_plugins(_library(job["target"]), job["plugins"])
+    return {"engine_bytes": memoryview(marked_plan(job)).nbytes}
+
+
 def marked_plan(job: dict[str, Any]):
     """An engine of the job's model whose outputs are the job's, with a profile for the sizes of each case."""
     from polygraphy.backend.trt import (
@@ -166,7 +172,7 @@ def _inspect(trt, file: Path, job: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     try:
         job = json.loads(Path(sys.argv[1]).read_text())
-        answer = infer(job) if job.get("do") == "infer" else run(job)
+        answer = {"build": run, "mark": mark, "infer": infer}[job["do"]](job)
     except CannotBuild as error:
         answer = {"error": str(error)}
     except Exception as error:  # polygraphy's own, which say what TensorRT refused

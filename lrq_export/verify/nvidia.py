@@ -17,6 +17,7 @@ from lrq_export.errors import CheckFailed, MissingError
 from lrq_export.plugins import LIBRARY, find_library
 from lrq_export.verify.bisect import OnnxTensors
 from lrq_export.verify.sliced import ReadInput
+from lrq_export.verify.step import sized_inputs
 from lrq_export.verify.target import Target
 
 Feed = Mapping[str, np.ndarray]
@@ -41,6 +42,8 @@ def run_cut(target: Target, cut: onnx.ModelProto, cases: Sequence[ReadInput]) ->
     feeds = [{value.name: read(value.name) for value in cut.graph.input} for read in cases]
     with tempfile.TemporaryDirectory(dir=target.package.parent) as folder:  # so that the data can be linked
         path = Path(folder) / target.path.name
+        del cut.graph.input[:]
+        cut.graph.input.extend(sized_inputs(feeds))
         path.write_bytes(cut.SerializeToString())
         data = target.path.with_name(f"{target.path.name}.data")
         if data.exists():

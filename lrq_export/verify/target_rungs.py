@@ -20,7 +20,7 @@ from lrq_export.verify.bound import differing_weight
 from lrq_export.verify.metrics import cosine, error_quantiles, nmse
 from lrq_export.verify.rungs import blamed_layer, forced_model
 from lrq_export.verify.sliced import ReadInput, SlicedModel
-from lrq_export.verify.step import feed_of, first_of, write_step
+from lrq_export.verify.step import first_of, write_step
 from lrq_export.verify.subject import Subject
 from lrq_export.verify.target import Target
 
@@ -156,14 +156,13 @@ class Compared:
         tensor = first_of(cut.graph, [error.tensor for error in errors])
         case = next(error.case for error in errors if error.tensor == tensor)
         portable = forced_model(self.subject, self.subject.package / MODEL).model
-        ours = write_step(cut, self.target.path.parent, tensor, folder / "target.onnx")
-        theirs = write_step(portable, self.subject.package, tensor, folder / "reference.onnx")
-        fed = self._reads()[case]
-        reference = OnnxTensors(theirs, feed_of(theirs, fed))
+        ours, theirs, read = folder / "target.onnx", folder / "reference.onnx", self._reads()[case]
+        feed = write_step(cut, self.target.path.parent, tensor, ours, read)
+        reference = OnnxTensors(theirs, write_step(portable, self.subject.package, tensor, theirs, read))
         if self.on_gpu:
-            suspect = nvidia.TensorRtTensors(ours, feed_of(ours, fed), self.target)
+            suspect = nvidia.TensorRtTensors(ours, feed, self.target)
         else:
-            suspect = OnnxTensors(ours, feed_of(ours, fed), config=self.target.config)
+            suspect = OnnxTensors(ours, feed, config=self.target.config)
         found = first_divergence(suspect, reference, bound=bound)
         if found is None:
             return None
