@@ -13,7 +13,11 @@ import pytest
 from lrq_export.engine import tensorrt
 from lrq_export.engine.targets import add_engines
 from lrq_export.errors import MissingError, UsageError
+from lrq_export.saved_graphs import rewritten_graph
+from lrq_export.verify import nvidia
 from lrq_export.verify.against import compare
+from lrq_export.verify.bisect import OnnxTensors
+from lrq_export.verify.forced import layer_inputs
 from lrq_export.verify_command import chosen
 
 pytest.importorskip("polygraphy", reason="needs polygraphy: pip install lrq-export[dev]")
@@ -148,6 +152,44 @@ def test_one_changed_code_of_the_network_is_found(with_network, edited, tmp_path
     assert failed(findings)[:2] == ["T1", "T2"]
     assert codes in findings.broken[0].blames
     assert findings.divergence.nmse > 1e-6
+
+
+@pytest.fixture
+def gpu(with_network, copy_of, reseal, monkeypatch):
+    """A package with a plan, and ONNX Runtime in the place of TensorRT; `spoilt` tensors come out 2 % too large."""
+    folder, spoilt = copy_of(with_network), set()
+    (folder / "engine/tensorrt/model.plan").write_bytes(b"ftrt")
+    ranges = {"samples": [1, 2, 4], "height": [8, 8, 8], "width": [8, 8, 8], "text": [6, 6, 6]}
+    facts = {"target": "tensorrt", "plugins": False, "profiles": [ranges], "version": "11", "engine_bytes": 4}
+    (folder / "engine/tensorrt/build.json").write_text(json.dumps(facts))
+    reseal(folder)
+
+    def run(target, cases, *, model=None, outputs=(), engine=None, profiles=None):
+        names = outputs or ["sample"]
+        assert (engine is None) == (model is not None)
+        assert profiles is None or profiles == [0] * len(cases)
+        answers = [OnnxTensors(model or target.path, case)(names) for case in cases]
+        return [{name: array * (1.02 if name in spoilt else 1) for name, array in each.items()} for each in answers]
+
+    monkeypatch.setattr(tensorrt, "obstacle", lambda target, run: None)
+    monkeypatch.setattr(nvidia, "run", run)
+    return folder, spoilt
+
+
+def test_with_a_gpu_layers_and_the_plan_are_compared_in_tensorrt(gpu, tmp_path):
+    folder, spoilt = gpu
+    findings = compare(folder, "tensorrt", replay=tmp_path / "replay")
+    assert [rung.rung for rung in findings.rungs] == ["T1", "T2", "T3", "T4", "T5"]
+    assert failed(findings) == []
+    assert "1 of 2 cases fit" in findings.rungs[-1].note  # the other is of other sizes
+    assert findings.not_run is findings.command is None
+    tensor = layer_inputs(rewritten_graph(folder))["transformer_blocks.1.attn1.to_out.0"]
+    spoilt |= {tensor, "sample"}
+    findings = compare(folder, "tensorrt", replay=tmp_path / "replay")
+    assert failed(findings) == ["T4", "T5"]
+    assert "first at the input of transformer_blocks.1.attn1.to_out.0" in findings.broken[0].blames
+    assert findings.divergence.tensor == tensor
+    assert " --trt " in findings.command
 
 
 def test_a_network_for_plugins_needs_a_gpu(package, copy_of, cli, monkeypatch, tmp_path):
