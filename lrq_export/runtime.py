@@ -100,17 +100,19 @@ class PackagedTransformer:
         self.config, self.dtype, self.device = FrozenDict(config), torch.float32, runner.device
         family = family_of(config["_class_name"])
         self.specs, self.__signature__ = family.inputs(config), _signature(family)
+        # diffusers, too, ignores size conditions that the model has no use for.
+        self._known = nest(self.specs).keys() | {"added_cond_kwargs"}
         self._runner, self._gate = runner, Gate("the transformer")
 
     @property
     def session(self):
         """The `onnxruntime.InferenceSession`; engines of other targets have none."""
-        with self._gate.passed():
+        with self._gate:
             return self._runner.session
 
     def run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the engine answers to its own inputs, as `tensors` makes them. Raises UsageError once it is closed."""
-        with self._gate.passed():
+        with self._gate:
             return self._runner(inputs)
 
     def close(self) -> None:
@@ -126,16 +128,15 @@ class PackagedTransformer:
 
     def __call__(self, *positional: Any, **named: Any):
         """Denoise once; arguments as in diffusers. Raises UsageError for arguments the package was not built with."""
-        arguments = self.__signature__.bind(*positional, **named).arguments
+        arguments = self._arguments(positional, named)
         return_dict, given = arguments.pop("return_dict", True), dict(flatten(arguments))
-        # diffusers, too, ignores size conditions that the model has no use for.
-        known = nest(self.specs).keys() | {"added_cond_kwargs"}
         for name, value in given.items():
-            if value is not None and name.partition(".")[0] not in known:
+            if value is not None and name.partition(".")[0] not in self._known:
                 raise UsageError(f"the package has no input for {name}", hint="pass None")
         latents = given["hidden_states"]
         sample = self.run(tensors(self.specs, given, self.device))
-        output = sample.to(latents.device, latents.dtype)
+        same = sample.device == latents.device and sample.dtype == latents.dtype
+        output = sample if same else sample.to(latents.device, latents.dtype)
         if not return_dict:
             return (output,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -143,6 +144,15 @@ class PackagedTransformer:
         return Transformer2DModelOutput(sample=output)
 
     forward = __call__
+
+    def _arguments(self, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+        """By name. `Signature.bind` takes its time, and is asked only to raise what Python does for wrong arguments."""
+        names = self.__signature__.parameters
+        arguments = dict(zip(names, positional, strict=False))
+        fits = len(positional) <= len(names) and named.keys() <= names.keys() and not named.keys() & arguments.keys()
+        if fits and (positional or next(iter(names)) in named):
+            return arguments | named
+        return self.__signature__.bind(*positional, **named).arguments
 
     def cache_context(self, name: str, **_: Any) -> AbstractContextManager[None]:
         """Pipelines name each call for diffusers' caches, which a session has none of."""
@@ -191,5 +201,8 @@ def tensors(
                 tensor = tensor.expand(sizes[SAMPLES], *tensor.shape)
             sizes.admit(name, tuple(tensor.shape), spec)
             spec.check_labels(name, tensor)
-        made[name] = tensor.detach().to(device, torch.float32).contiguous()
+        # Behind a run, whose weights fill the caches, every call of torch that can be spared counts.
+        ready = tensor.dtype == torch.float32 and tensor.device == device and not tensor.requires_grad
+        tensor = tensor if ready else tensor.detach().to(device, torch.float32)
+        made[name] = tensor if tensor.is_contiguous() else tensor.contiguous()
     return made

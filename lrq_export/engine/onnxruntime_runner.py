@@ -26,8 +26,9 @@ class OnnxRuntimeRunner:
         """The output, on the runner's device; `inputs` by name, contiguous and there as well."""
         shape = self._output_shape(inputs) if self._bind else None
         if shape is None:
-            (sample,) = self.session.run(None, {name: tensor.cpu().numpy() for name, tensor in inputs.items()})
-            return torch.from_numpy(sample).to(self.device)
+            (sample,) = self.session.run(None, {name: tensor.numpy(force=True) for name, tensor in inputs.items()})
+            output = torch.from_numpy(sample)
+            return output if self.device.type == "cpu" else output.to(self.device)
         kind, index = self.device.type, self.device.index or 0
         binding, sample = self.session.io_binding(), torch.empty(shape, device=self.device)
         for name, tensor in inputs.items():

@@ -28,7 +28,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     _load_plugins(trt, job["plugins"])
     from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
 
-    builder, network, parser = network_from_onnx_path(job["model"])
+    builder, network, parser = network_from_onnx_path(job["model"], strongly_typed=True)
     _check_plugins(trt, network, job["plugin_nodes"])
     config = _config(trt, builder, network, job)
     plan = engine_bytes_from_network((builder, network, parser), config, save_timing_cache=job["timing_cache"])
@@ -78,7 +78,7 @@ def marked_plan(job: dict[str, Any]):
         network_from_onnx_path,
     )
 
-    network = modify_network_outputs(network_from_onnx_path(job["model"]), outputs=job["outputs"])
+    network = modify_network_outputs(network_from_onnx_path(job["model"], strongly_typed=True), outputs=job["outputs"])
     profiles = []
     for case in job["cases"]:
         profiles.append(Profile())
