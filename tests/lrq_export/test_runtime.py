@@ -155,6 +155,23 @@ def test_arguments_that_the_package_cannot_honour_are_refused(drop_in):
         drop_in(**arguments(), cross_attention_kwargs={"scale": 0.5})
 
 
+def test_sizes_that_were_admitted_once_are_and_others_are_still_refused(drop_in):
+    given = arguments() | {"encoder_attention_mask": torch.ones(2, 6)}
+    first = drop_in(**given).sample
+    assert len(drop_in._admitted) >= 1
+    assert torch.equal(drop_in(**given).sample, first)
+    strided = given | {"hidden_states": given["hidden_states"].transpose(2, 3).contiguous().transpose(2, 3)}
+    assert not strided["hidden_states"].is_contiguous()
+    assert torch.equal(drop_in(**strided).sample, first)
+    assert torch.equal(drop_in(**given | {"encoder_attention_mask": torch.ones(2, 6).bool()}).sample, first)
+    with pytest.raises(InputError, match="encoder_attention_mask"):
+        drop_in(**given | {"encoder_attention_mask": torch.ones(2, 5)})
+    with pytest.raises(TypeError, match="multiple values"):
+        drop_in(given["hidden_states"], **given)
+    with pytest.raises(TypeError, match="hidden_states"):
+        drop_in(timestep=given["timestep"])
+
+
 def test_several_threads_may_call_it(drop_in):
     wanted = [drop_in(**arguments(seed=seed)).sample for seed in range(4)]
     got = [None] * 4
