@@ -10,7 +10,8 @@ from graphs.passes import PIPELINE
 from graphs.passes.patterns import LINEAR_OPS, ROTATE_OPS
 from graphs.traced import TracedGraph
 from lrq_export.models.base import SAMPLES, InputSpec
-from lrq_export.plan import LayerPlan
+from lrq_export.plan import LayerPlan, plan_layers
+from lrq_export.source import open_source
 from lrq_export.trace import trace
 
 INPUTS = ["hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"]
@@ -24,6 +25,13 @@ def portable(package):
 @pytest.fixture(scope="module")
 def traced(package):
     return TracedGraph.from_onnx(onnx.load(package / "graphs" / "0-trace.onnx"))
+
+
+def test_the_same_model_and_plans_give_the_same_graph(package, tiny):
+    model = open_source(tiny.source)
+    plans = plan_layers(model.model(), model.family, tiny.recipe().for_family(model.family))
+    again, saved = trace(model.family, model.config, plans), onnx.load(package / "graphs" / "0-trace.onnx")
+    assert again.to_onnx().SerializeToString(deterministic=True) == saved.SerializeToString(deterministic=True)
 
 
 def shape(value):
