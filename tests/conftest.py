@@ -108,7 +108,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def _traced_once():
-    """Builds trace a model and its plans once, a quarter of their time; `test_trace` shows that a trace is repeatable."""
+    """Builds trace a model and its plans once, a quarter of their time; `test_trace` shows that traces repeat."""
     from lrq_export import compiler
 
     trace, known = compiler.trace, {}
