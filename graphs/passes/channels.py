@@ -37,14 +37,15 @@ class Rows:
     stop: int | None = None  # None: to the last
 
 
-def rows_behind(tensor: gs.Tensor, block: int, traced: TracedGraph) -> list[Rows]:
+def rows_behind(tensor: gs.Tensor, block: int, traced: TracedGraph, readers: int = 1) -> list[Rows]:
     """The weights and biases whose rows are the channels on the last axis of `tensor`, all of them in the same order.
 
-    `block` neighbouring channels are to be mixed with each other. Raises NoMatch with the reason.
+    `block` neighbouring channels are to be mixed with each other, and so many `readers` of `tensor` want them mixed.
+    Raises NoMatch with the reason.
     """
     if not tensor.shape:
         raise NoMatch("what it rotates has no known shape")
-    return _Climb(block, traced).up(tensor, (len(tensor.shape) - 1,))
+    return _Climb(block, traced).up(tensor, (len(tensor.shape) - 1,), readers)
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class _Climb:
     block: int
     traced: TracedGraph
 
-    def up(self, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
+    def up(self, tensor: gs.Tensor, axes: tuple[int, ...], readers: int = 1) -> list[Rows]:
         """The rows behind the channels on `axes` of `tensor`, the first axis counting most."""
         node = producer(tensor)
         if node is None:
             raise NoMatch("an input of the graph computes what it rotates, no linear layer")
-        if len(value_readers(tensor)) > 1 or is_graph_output(tensor, self.traced.graph):
+        if len(value_readers(tensor)) > readers or is_graph_output(tensor, self.traced.graph):
             raise NoMatch(f"the output of {node.op} is also read elsewhere")
         rule = RULES.get(node.op) if not node.domain else None
         if rule is None:

@@ -80,6 +80,12 @@ def value_readers(tensor: gs.Tensor) -> list[gs.Node]:
     return [node for node in tensor.outputs if node.op != "Shape"]
 
 
+def redirect_shapes(tensor: gs.Tensor, to: gs.Tensor) -> None:
+    """Let every Shape that reads `tensor` read `to`, of the same shape, so that `tensor` need not be computed."""
+    for reader in [node for node in tensor.outputs if node.op == "Shape"]:
+        reader.inputs = [to]
+
+
 def remove_node(node: gs.Node, graph: gs.Graph) -> None:
     """Take a node out of the graph whose outputs nobody reads any more."""
     node.inputs.clear()

@@ -47,6 +47,22 @@ joined (float[batch, tokens, 24] x, float[batch, text, 24] c) => (float[batch, b
     y = Kept<rows = 24, cols = 24>(both)
 }
 """
+# Some tokens of a layer meet those of another source; a rotation of all of the layer's could fold into it.
+MEET = """
+meet (float[batch, 6, 24] x, float[batch, text, 24] c) => (float[batch, both, 24] y, float[batch, 4, 24] z)
+<int64[2] sizes = {2, 4}, int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] six = {6}>
+{
+    made = Kept<rows = 24, cols = 24>(x)
+    a, b = Split<axis = 1>(made, sizes)
+    ra = Rotate<block = 12>(a)
+    rb = Rotate<block = 12>(b)
+    rc = Rotate<block = 12>(c)
+    met = Concat<axis = 1>(ra, rc)
+    y = Linear<rows = 24, cols = 24>(met)
+    z = Linear<rows = 24, cols = 24>(rb)
+}
+"""
+MADE, DIVIDED = "made = Kept<rows = 24, cols = 24>(x)", "a, b = Split<axis = 1>(made, sizes)"
 LAYOUT = """
 layout (float[batch, tokens, 24] x) => (float[tokens, batch, 24] y)
 <float half = {0.5}, int64[3] shape = {0, 0, 24}>
@@ -74,6 +90,15 @@ FIRES = {  # text, moves, what the rotations read in the end
         graph_texts.edited(CHANNELS, (BOTH, "both = Concat<axis = -1>(a, b, a)"), ("width = 72", "width = 96"),
                            ("y = Linear<rows = 24, cols = 72>", "y = Linear<rows = 24, cols = 96>")), 1, {"a", "b"}),
     "tokens of two sources": (TOKENS, 1, {"both.joined"}),
+    "tokens that meet, below a layer": (MEET, 1, {"made", "c"}),
+    "tokens that meet, in Slices of a layer": (
+        graph_texts.edited(
+            MEET, (DIVIDED, "a = Slice(made, zero, two, one) b = Slice(made, two, six, one)")), 1, {"made", "c"}),
+    "tokens that meet, below no layer": (graph_texts.edited(MEET, (MADE, "made = Relu(x)")), 1, {"met.joined", "b"}),
+    "tokens that meet, of a layer that is read whole": (
+        graph_texts.edited(MEET, ("4, 24] z)", "4, 24] z, float[batch, 6, 24] made)")), 1, {"met.joined", "b"}),
+    "tokens that meet, of a layer with a part unrotated": (
+        graph_texts.edited(MEET, ("(rb)", "(b)"), ("rb = Rotate<block = 12>(b)", "")), 1, {"met.joined"}),
     "a number, a Transpose and a Reshape": (LAYOUT, 3, {"a"}),
 }  # fmt: skip
 

@@ -142,6 +142,20 @@ def test_nothing_of_a_norm_is_left(parse):
         assert ops[: ops.index(rotations(traced)[0].op)] == steps  # what is left of adaLN is 1 + scale
 
 
+@pytest.mark.parametrize(("text", "tokens"), [(MODULATED, "n"), (ALONE, "unit"), (RMS, "unit")])
+def test_a_norm_whose_shape_is_read_is_not_computed_twice(parse, difference, text, tokens):
+    edits = ("24] y)", "24] y, int64[3] size)"), ("r = Rotate", f"size = Shape({tokens}) r = Rotate")
+    traced = parse(graph_texts.edited(text, *edits))
+    before = traced.copy()
+    assert fuse_modulated_norm(traced).fired == 1
+    ops = [node.op for node in traced.graph.nodes]
+    assert not {"LayerNormalization", "Sqrt"} & set(ops)
+    assert "Shape" in ops
+    check(traced)
+    check_preserved(before, traced)
+    assert difference(before, traced) <= 1e-11
+
+
 ELSEWHERE = "the normalized tokens are also read elsewhere, unrotated"
 NOT = {
     "over two axes": (
