@@ -43,9 +43,7 @@ def rows_behind(tensor: gs.Tensor, block: int, traced: TracedGraph, readers: int
     `block` neighbouring channels are to be mixed with each other, and so many `readers` of `tensor` want them mixed.
     Raises NoMatch with the reason.
     """
-    if not tensor.shape:
-        raise NoMatch("what it rotates has no known shape")
-    return _Climb(block, traced).up(tensor, (len(tensor.shape) - 1,), readers)
+    return _Climb(block, traced).up(tensor, (len(tensor.shape or ()) - 1,), readers)
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,8 @@ class _Climb:
     def up(self, tensor: gs.Tensor, axes: tuple[int, ...], readers: int = 1) -> list[Rows]:
         """The rows behind the channels on `axes` of `tensor`, the first axis counting most."""
         node = producer(tensor)
+        if not tensor.shape:
+            raise NoMatch("what it rotates has no known shape")
         if node is None:
             raise NoMatch("an input of the graph computes what it rotates, no linear layer")
         if len(value_readers(tensor)) > readers or is_graph_output(tensor, self.traced.graph):
@@ -85,7 +85,7 @@ class _Climb:
         if sum(numbers) != 1:
             raise NoMatch("Mul computes what it rotates, and not with one number for all channels")
         scaled = node.inputs[numbers.index(False)]
-        if len(scaled.shape or ()) != len(tensor.shape):
+        if scaled.shape and len(scaled.shape) < len(tensor.shape):
             raise NoMatch("Mul adds axes to what it multiplies")
         return self.up(scaled, axes)
 
@@ -128,7 +128,7 @@ class _Climb:
         if bias.name not in self.traced.tensors or len(bias.outputs) != 1:
             raise NoMatch("the layer's bias is not a weight of its own")
         other = next(each for each in node.inputs if each is not bias)
-        if len(other.shape or ()) != len(tensor.shape) or other.shape[-1] != tensor.shape[-1]:
+        if other.shape and other.shape[-1] != tensor.shape[-1]:
             raise NoMatch("Add stretches what it rotates")
         return [*self.up(other, axes), Rows(bias.name)]
 
@@ -193,9 +193,9 @@ RULES: dict[str, Rule] = {
 
 def _axes_before(reshape: gs.Node, axes: tuple[int, ...]) -> tuple[int, ...]:
     """The axes of a Reshape's input that hold what is on neighbouring `axes` of its output; row-major order stays."""
-    before, after = reshape.inputs[0].shape, reshape.outputs[0].shape
-    unknown = NoMatch(f"Reshape from {before} to {after} does not keep the channels together")
-    if before is None or after is None or axes != tuple(range(axes[0], axes[-1] + 1)):
+    before, after = reshape.inputs[0].shape or [], reshape.outputs[0].shape
+    unknown = NoMatch(f"Reshape from {before or '?'} to {after} does not keep the channels together")
+    if axes != tuple(range(axes[0], axes[-1] + 1)):
         raise unknown
     behind, width = after[axes[-1] + 1 :], [after[axis] for axis in axes]
     if not all(isinstance(size, int) for size in (*behind, *width)):
