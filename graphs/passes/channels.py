@@ -162,10 +162,10 @@ class _Climb:
             return self.mix(values, tensor, axes)
         if axes != (rank - 1,):
             raise NoMatch("Attention computes what it rotates, but not its channels alone")
-        heads = node.attrs.get("kv_num_heads")
-        if heads is None or heads != node.attrs.get("q_num_heads") or not isinstance(tensor.shape[-1], int):
-            raise NoMatch("Attention shares its values between heads, or their number is not known")
-        self.check_head(tensor.shape[-1] // heads)
+        heads, width = node.attrs["kv_num_heads"], tensor.shape[-1]
+        if heads != node.attrs["q_num_heads"]:
+            raise NoMatch("Attention shares its values between heads")
+        self.check_head(width // heads if isinstance(width, int) else None)
         return self.up(values, axes)
 
     def check_head(self, width) -> None:
