@@ -1,6 +1,5 @@
 from dataclasses import replace
 
-import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 from graph_texts import ATTENTION, edited
