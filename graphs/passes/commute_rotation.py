@@ -21,6 +21,7 @@ from graphs.passes.patterns import (
     is_inner,
     is_lrq,
     is_number,
+    is_standard,
     producer,
     redirect_readers,
     remove_node,
@@ -109,7 +110,7 @@ def _rotations_of_parts(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -
 def _parts_tokens(node: gs.Node) -> bool:
     """Whether a node is a Split or Slice of other axes than the last, known ones."""
     rank = len(node.inputs[0].shape or ())
-    if not rank or node.domain or node.op not in ("Split", "Slice"):
+    if not rank or not is_standard(node, "Split", "Slice"):
         return False
     if node.op == "Split":
         return node.attrs.get("axis", 0) % rank != rank - 1
@@ -151,7 +152,7 @@ def _join(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
     """Rotate tokens behind the Concat that joins them, unless one of the equal rotations before it can fold."""
     readers = value_readers(rotation.outputs[0])
     node = readers[0] if len(readers) == 1 and not is_inner(readers[0], traced.graph) else None
-    if node is None or node.op != "Concat" or is_graph_output(rotation.outputs[0], traced.graph):
+    if not is_standard(node, "Concat") or is_graph_output(rotation.outputs[0], traced.graph):
         return []
     rank = len(rotation.outputs[0].shape or ())
     if not rank or node.attrs["axis"] % rank == rank - 1:

@@ -13,6 +13,7 @@ import math
 import onnx_graphsurgeon as gs
 
 from graphs.passes.patterns import (
+    computed_by,
     is_graph_output,
     is_lrq,
     is_number,
@@ -60,11 +61,8 @@ def activation(tensor: gs.Tensor) -> tuple[str, gs.Tensor] | None:
 
 def _operands(tensor: gs.Tensor, op: str) -> list[tuple[gs.Tensor, gs.Tensor]]:
     """The operands of the binary `op` that computes `tensor`, and these the other way round; [] if another does."""
-    node = producer(tensor)
-    if node is None or node.domain or node.op != op:
-        return []
-    left, right = node.inputs
-    return [(left, right), (right, left)]
+    node = computed_by(tensor, op)
+    return [] if node is None else [tuple(node.inputs), tuple(node.inputs[::-1])]
 
 
 def _under_gelu(tensor: gs.Tensor) -> gs.Tensor | None:
@@ -109,8 +107,8 @@ def _number(constant: gs.Constant) -> float:
 
 def _halves(hidden: gs.Tensor, gate: gs.Tensor | None) -> gs.Tensor | None:
     """What `hidden` and `gate` are the first and second half of, along the last axis."""
-    split = producer(hidden)
-    if gate is None or split is None or split.domain or split.op != "Split" or len(split.outputs) != 2:
+    split = computed_by(hidden, "Split")
+    if gate is None or split is None or len(split.outputs) != 2:
         return None
     in_order = split.outputs[0] is hidden and split.outputs[1] is gate
     last = split.attrs.get("axis", 0) in (-1, len(hidden.shape or ()) - 1)
@@ -133,7 +131,7 @@ def _near_miss(tensor: gs.Tensor) -> str | None:
         return "its Gelu is the approximate one, GegluRotate has the exact one"
     for factor in _factors(tensor):
         for bent, _ in _operands(factor, "Add"):
-            if (node := producer(bent)) is not None and node.op in ("Erf", "Tanh"):
+            if (node := computed_by(bent, "Erf", "Tanh")) is not None:
                 return f"a sum with {node.op} multiplies it: no Gelu, or one that is written out in an unknown way"
     return None
 

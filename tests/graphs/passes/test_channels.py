@@ -42,10 +42,11 @@ FIRES = {
     "some of the tokens, the others unread": climb(
         "top, rest = Split<axis = -2, num_outputs = 2>(made)", y="batch, 4, 24"),
     "some of the samples, the others unread": climb(
-        "top, rest = Split<num_outputs = 2>(made)", x="6, 8, 20", y="3, 8, 24"),
+        "top, rest = Split<num_outputs = 2>(made)", x="6, 20", y="3, 24"),
     "some of the channels": climb("rest, top = Split<axis = 2, num_outputs = 2>(made)", made=WIDE),
     "some of the channels, the others an output": climb(
         "rest, top = Split<axis = 2, num_outputs = 2>(made)", made=WIDE, outputs=", float[batch, 8, 24] rest"),
+    "a single row": climb("top = Reshape(made, row)", x="20", y="1, 24", numbers="int64[2] row = {1, 24}"),
     "heads": climb("split = Reshape(made, heads) top = Reshape(split, merge)"),
     "a mix of tokens": climb("top = MatMul(p, made)", inputs=", float[batch, 8, 8] p"),
 }  # fmt: skip
@@ -60,6 +61,16 @@ def test_folds_and_keeps_the_function(parse, difference, text):
     check(traced)
     check_preserved(before, traced)
     assert difference(before, traced) <= 1e-11
+
+
+@pytest.mark.parametrize("text", FIRES.values(), ids=FIRES.keys())
+def test_a_node_of_another_domain_stops_it(parse, text):
+    traced = parse(text)
+    (node,) = traced.graph.tensors()["top"].inputs
+    node.domain = "other"
+    assert list(fold_rotation_into_producer(traced).reasons()) == [
+        f"{node.op} computes what it rotates, no linear layer"
+    ]
 
 
 NO_RESHAPE, NO_MIX = "Reshape from", "MatMul computes what it rotates, neither a linear layer nor a mix of tokens"

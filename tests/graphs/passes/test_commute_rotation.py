@@ -146,6 +146,19 @@ def test_moving_again_does_nothing(case):
     assert traced.to_onnx() == before
 
 
+OTHER_DOMAIN = [
+    (PARTS, "a"), (PARTS, "b"), (SLICED, "b"), (CHANNELS, "both"), (TOKENS, "both"), (LAYOUT, "shaped"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "name"), OTHER_DOMAIN)
+def test_nothing_moves_past_a_node_of_another_domain(parse, text, name):
+    traced = parse(text)
+    (node,) = traced.graph.tensors()[name].inputs
+    node.domain = "other"
+    assert commute_rotation(traced).fired == 0
+
+
 parts, sliced, channels, tokens, layout = (
     partial(graph_texts.edited, text) for text in (PARTS, SLICED, CHANNELS, TOKENS, LAYOUT)
 )

@@ -130,6 +130,20 @@ def test_fusing_again_does_nothing(case):
     assert traced.to_onnx() == before
 
 
+OTHER_DOMAIN = [
+    (BENT, "g"), (GATED, "hidden"), (GATED, "active"), (GATED, "g"), *((written_out(), name) for name in "defhg"),
+    (bent((GELU, SILU)), "s"), (bent((GELU, SILU)), "g"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "name"), OTHER_DOMAIN)
+def test_a_node_of_another_domain_is_no_part_of_an_activation(parse, text, name):
+    traced = parse(text)
+    (node,) = traced.graph.tensors()[name].inputs
+    node.domain = "other"
+    assert fuse_activation(traced).fired == 0
+
+
 NO_SILU = "a Sigmoid multiplies it, but of another tensor: no SiLU"
 NO_HALVES = "a Gelu multiplies it, but the two are not the halves of one tensor's channels"
 ELSEWHERE = "the activated tokens are also read elsewhere, unrotated"

@@ -156,6 +156,17 @@ def test_a_norm_whose_shape_is_read_is_not_computed_twice(parse, difference, tex
     assert difference(before, traced) <= 1e-11
 
 
+@pytest.mark.parametrize(("text", "name"), [
+    *((MODULATED, name) for name in ("unit", "scaled", "n")), (ALONE, "unit"),
+    *((RMS, name) for name in ("square", "mean", "total", "root", "inverse", "unit")),
+])  # fmt: skip
+def test_a_node_of_another_domain_is_no_part_of_a_norm(parse, text, name):
+    traced = parse(text)
+    (node,) = traced.graph.tensors()[name].inputs
+    node.domain = "other"
+    assert fuse_modulated_norm(traced).fired == 0
+
+
 ELSEWHERE = "the normalized tokens are also read elsewhere, unrotated"
 NOT = {
     "over two axes": (
