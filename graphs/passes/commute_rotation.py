@@ -152,7 +152,7 @@ def _join(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
     """Rotate tokens behind the Concat that joins them, unless one of the equal rotations before it can fold."""
     readers = value_readers(rotation.outputs[0])
     node = readers[0] if len(readers) == 1 and not is_inner(readers[0], traced.graph) else None
-    if not is_standard(node, "Concat") or is_graph_output(rotation.outputs[0], traced.graph):
+    if not is_standard(node, "Concat"):
         return []
     rank = len(rotation.outputs[0].shape or ())
     if not rank or node.attrs["axis"] % rank == rank - 1:

@@ -22,7 +22,7 @@ ROTATE_OPS = tuple(name for name in OPS if name.endswith("Rotate"))
 
 
 def is_lrq(node: gs.Node, *op_types: str) -> bool:
-    return node.domain == names.DOMAIN and node.op in op_types and node.op in OPS
+    return node.domain == names.DOMAIN and node.op in op_types
 
 
 def is_standard(node: gs.Node | None, *op_types: str) -> bool:

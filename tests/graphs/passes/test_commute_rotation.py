@@ -103,6 +103,10 @@ FIRES = {  # text, moves, what the rotations read in the end
         graph_texts.edited(CHANNELS, (BOTH, "both = Concat<axis = -1>(a, b, a)"), ("width = 72", "width = 96"),
                            ("y = Linear<rows = 24, cols = 72>", "y = Linear<rows = 24, cols = 96>")), 1, {"a", "b"}),
     "tokens of two sources": (TOKENS, 1, {"both.joined"}),
+    "tokens of two sources, some of them scaled": (
+        graph_texts.edited(
+            TOKENS, ("(float[batch, both, 24] y)", "(float[batch, both, 24] y)\n<float half = {0.5}>"),
+            ("rc = Rotate<block = 12>(c)", "s = Mul(c, half) rc = Rotate<block = 12>(s)")), 1, {"both.joined"}),
     "tokens of two sources, their axis counted from the last": (
         graph_texts.edited(TOKENS, ("Concat<axis = 1>", "Concat<axis = -2>")), 1, {"both.joined"}),
     "tokens that meet, below a layer": (MEET, 1, {"made", "c"}),
@@ -131,7 +135,9 @@ def rotations(traced):
 def test_moves_up_and_keeps_the_function(case, difference):
     traced, moves, read = case
     before = traced.copy()
-    assert commute_rotation(traced).fired == moves
+    result = commute_rotation(traced)
+    assert result.fired == moves
+    assert {skip.node for skip in result.skipped} <= {node.name for node in traced.graph.nodes}
     assert {node.inputs[0].name for node in rotations(traced)} == read
     check(traced)
     check_preserved(before, traced)
@@ -288,6 +294,18 @@ NOT = {
             ("cols = 24>(rb)", "cols = 12>(rb)"),
             ("batch, 2, 24] y", "batch, 6, 24] y"),
             ("batch, 4, 24] z", "batch, 6, 24] z"),
+        ),
+        "what Slice divides is also read elsewhere, or its channels",
+    ),
+    "tokens and channels are sliced": (
+        sliced(
+            ("int64[1] one = {1}, int64[1] two = {2}", "int64[2] one = {1, 2}, int64[2] two = {2, 12}"),
+            ("int64[1] zero = {0}", "int64[2] zero = {0, 0}"),
+            ("int64[1] six = {6}", "int64[2] six = {6, 24}"),
+            ("ra = Rotate<", "ra = Rotate<width = 12, "),
+            ("rb = Rotate<", "rb = Rotate<width = 12, "),
+            ("cols = 24>(ra)", "cols = 12>(ra)"),
+            ("cols = 24>(rb)", "cols = 12>(rb)"),
         ),
         "what Slice divides is also read elsewhere, or its channels",
     ),
