@@ -199,6 +199,11 @@ NOT = {
     "two of three parts": (
         gated((SPLIT, "hidden, gate, rest = Split<axis = -1, num_outputs = 3>(both)"), ("rows = 72", "rows = 108")),
         NO_HALVES),
+    "parts of fed sizes": (
+        gated((SPLIT, SPLIT.replace("halves", "s")), ("24] x)", "24] x, int64[2] s)")), NO_HALVES),
+    "parts of what has no known size": (
+        gated((SPLIT, "any = Reshape(both, s) hidden, gate = Split<axis = -1, num_outputs = 2>(any)"),
+              ("24] x)", "24] x, int64[3] s)")), NO_HALVES),
     "unequal parts": (
         gated(("{36, 36}", "{36, 1}"), ("rows = 72", "rows = 37")), NO_HALVES),
     "two tensors": (
