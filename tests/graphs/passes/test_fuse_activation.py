@@ -199,6 +199,9 @@ NOT = {
     "two of three parts": (
         gated((SPLIT, "hidden, gate, rest = Split<axis = -1, num_outputs = 3>(both)"), ("rows = 72", "rows = 108")),
         NO_HALVES),
+    "halves of the samples, by default": (
+        gated((SPLIT, "hidden, gate = Split<num_outputs = 2>(both)"), ("[batch, tokens, 24] x", "[8, 24] x"),
+              ("[batch, tokens, 24] y", "[4, 24] y"), ("width = 36", "width = 72"), ("cols = 36", "cols = 72")), NO_HALVES),
     "parts of fed sizes": (
         gated((SPLIT, SPLIT.replace("halves", "s")), ("24] x)", "24] x, int64[2] s)")), NO_HALVES),
     "parts of what has no known size": (
