@@ -86,7 +86,7 @@ def other_shapes(specs: dict[str, InputSpec], inputs: Inputs, seed: int) -> Inpu
             continue
         for axis, extent in enumerate(spec.shape):
             if isinstance(extent, str) and extent not in sizes:
-                # About half, one unit more with every free axis: cheap, never square, never the given size.
+                # About half, one unit more with every free axis: cheap, and neither square nor as given if large.
                 unit, most = spec.unit(extent), spec.most_units(extent)
                 units = max(2, given.shape[axis] // unit // 2 + len(sizes))
                 sizes[extent] = (units if most is None else min(units, most)) * unit

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphs import names
-from graphs.passes.patterns import producer
+from graphs.passes.patterns import computed_by, is_standard
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -41,7 +41,7 @@ def constant_fold(traced: TracedGraph) -> PassResult:
 def _fold_sizes(graph: gs.Graph) -> None:
     """Let the known sizes that a Shape, or a Gather behind one, asks for be constants."""
     for node in graph.nodes:
-        if node.domain or node.op not in ("Shape", "Gather") or any(node.outputs[0] is each for each in graph.outputs):
+        if not is_standard(node, "Shape", "Gather") or any(node.outputs[0] is each for each in graph.outputs):
             continue
         sizes = _sizes(node) if node.op == "Shape" else _gathered(node)
         if sizes is not None and all(isinstance(size, int) for size in np.ravel(sizes).tolist()):
@@ -58,8 +58,8 @@ def _sizes(shape: gs.Node) -> list | None:
 
 def _gathered(gather: gs.Node):
     """The sizes that a Gather picks of a Shape, in the shape of its indices; None if it does not."""
-    shape = producer(gather.inputs[0])
-    sizes = _sizes(shape) if shape is not None and not shape.domain and shape.op == "Shape" else None
+    shape = computed_by(gather.inputs[0], "Shape")
+    sizes = None if shape is None else _sizes(shape)
     if sizes is None or not isinstance(gather.inputs[1], gs.Constant) or gather.attrs.get("axis", 0) != 0:
         return None
     return np.array(sizes, object)[gather.inputs[1].values]

@@ -142,6 +142,31 @@ def test_nothing_of_a_norm_is_left(parse):
         assert ops[: ops.index(rotations(traced)[0].op)] == steps  # what is left of adaLN is 1 + scale
 
 
+@pytest.mark.parametrize(("text", "tokens"), [(MODULATED, "n"), (ALONE, "unit"), (RMS, "unit")])
+def test_a_norm_whose_shape_is_read_is_not_computed_twice(parse, difference, text, tokens):
+    edits = ("24] y)", "24] y, int64[3] size)"), ("r = Rotate", f"size = Shape({tokens}) r = Rotate")
+    traced = parse(graph_texts.edited(text, *edits))
+    before = traced.copy()
+    assert fuse_modulated_norm(traced).fired == 1
+    ops = [node.op for node in traced.graph.nodes]
+    assert not {"LayerNormalization", "Sqrt"} & set(ops)
+    assert "Shape" in ops
+    check(traced)
+    check_preserved(before, traced)
+    assert difference(before, traced) <= 1e-11
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    *((MODULATED, name) for name in ("unit", "scaled", "n")), (ALONE, "unit"),
+    *((RMS, name) for name in ("square", "mean", "total", "root", "inverse", "unit")),
+])  # fmt: skip
+def test_a_node_of_another_domain_is_no_part_of_a_norm(parse, text, name):
+    traced = parse(text)
+    (node,) = traced.graph.tensors()[name].inputs
+    node.domain = "other"
+    assert fuse_modulated_norm(traced).fired == 0
+
+
 ELSEWHERE = "the normalized tokens are also read elsewhere, unrotated"
 NOT = {
     "over two axes": (

@@ -1,6 +1,5 @@
 from dataclasses import replace
 
-import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 from graph_texts import ATTENTION, edited
@@ -193,12 +192,37 @@ def test_half_filled_bytes_are_not_stacked(parse):
     assert list(result.reasons()) == ["the codes of q do not fill whole bytes"]
 
 
-def test_a_weight_that_another_layer_reads_is_left_alone(parse):
+def test_a_projection_in_other_groups_is_a_near_miss(parse):
+    traced = parse(ATTENTION)
+    make_linear(traced)
+    value = next(node for node in traced.graph.nodes if node.name == "v")
+    value.attrs["group_size"] = 12
+    traced.linears["v.codes"] = replace(traced.linears["v.codes"], group_size=12)
+    value.inputs[2].shape = [24, 2, 2, 3]
+    check(traced)
+    assert list(merge_projections(traced).reasons()) == [
+        "another projection reads the same, in another format or width of activations"
+    ]
+    assert stacked_layers(traced) == [("q", "k")]
+
+
+def test_what_makes_the_mask_of_an_attention_is_no_projection(parse):
+    text = edited(
+        FUSED.replace("SOURCE", "x"), ("(q, k, v)", "(q, k, v, mask)"), ("tokens, 24] x", "24, 24] x"),
+        ("batch, tokens, 24] y", "batch, 24, 24] y"), ("y =", "mask = Linear<rows = 24, cols = 24>(x) y ="),
+    )  # fmt: skip
+    traced = parse(text, opset=23)
+    make_linear(traced)
+    merge_projections(traced)
+    assert stacked_layers(traced) == [("q", "k", "v")]
+
+
+@pytest.mark.parametrize("place", range(1, 5), ids=["codes", "exponents", "scale", "bias"])
+def test_a_weight_that_is_also_read_elsewhere_is_left_alone(parse, place):
     traced = parse(ATTENTION)
     make_linear(traced)
     key = next(node for node in traced.graph.nodes if node.name == "k")
-    copy = gs.Variable("copy", np.float32, ["batch", "tokens", 24])
-    traced.graph.nodes.append(gs.Node(key.op, "twin", dict(key.attrs), list(key.inputs), [copy], domain="lrq"))
+    traced.graph.nodes.append(gs.Node("Abs", "other", {}, [key.inputs[place]], [gs.Variable("read")]))
     assert list(merge_projections(traced).reasons()) == ["a weight of k is also read elsewhere"]
 
 
