@@ -23,6 +23,10 @@ SESSION_OPTIONS = frozenset(
     {"session.x64quantprecision", "session.disable_quant_qdq", "session.force_spinning_stop",
      "session.set_denormal_as_zero", "session.intra_op.allow_spinning", "session.inter_op.allow_spinning"}
 )  # fmt: skip
+PROVIDERS, THREADS = "providers", "threads"  # keys of session.json; the others hold session options
+SESSION_KEYS = frozenset({"options", "config_where_products_saturate", PROVIDERS, THREADS})
+SESSION_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+SESSION_THREADS, MOST_THREADS = ("intra_op", "inter_op"), 1024
 ENGINES = (".plan", ".engine")
 # How an engine starts, by the folder of its target. An engine is for one library, and crashes another.
 ENGINE_STARTS = {"tensorrt": (b"ftrt", "TensorRT"), "tensorrt-rtx": (b"vtrt", "TensorRT-RTX")}
@@ -124,13 +128,25 @@ def _check_engine(path: Path) -> None:
 
 def _check_session(path: Path) -> None:
     settings = read_json_object(path)
-    providers = settings.get("providers")
+    for value in settings.values():
+        for key in value if isinstance(value, dict) and value is not settings.get(THREADS) else ():
+            if key not in SESSION_OPTIONS or value[key] not in ("0", "1"):
+                raise _bad_session(f"{path}: got the session option {key!r}", ", ".join(sorted(SESSION_OPTIONS)))
+    for key, value in settings.items():
+        if key not in SESSION_KEYS or (key != PROVIDERS and not isinstance(value, dict)):
+            raise _bad_session(f"{path}: got the key {key!r}", f"objects named {', '.join(sorted(SESSION_KEYS))}")
+    providers = settings.get(PROVIDERS)
     if not isinstance(providers, list) or not all(isinstance(name, str) for name in providers):
         raise InputError(f"{path}: providers: needed a list of names", hint="build the package again")
-    for value in settings.values():
-        for key in value if isinstance(value, dict) else ():
-            if key not in SESSION_OPTIONS or value[key] not in ("0", "1"):
-                raise InputError(
-                    f"{path}: got the session option {key!r}, needed some of {', '.join(sorted(SESSION_OPTIONS))}",
-                    hint="do not use this package unless you trust its source",
-                )
+    for name in providers:
+        if name not in SESSION_PROVIDERS:
+            raise _bad_session(f"{path}: got the provider {name!r}", ", ".join(SESSION_PROVIDERS))
+    for name, count in settings.get(THREADS, {}).items():
+        if name not in SESSION_THREADS or type(count) is not int or not 0 <= count <= MOST_THREADS:
+            raise _bad_session(
+                f"{path}: threads: got {name!r}: {count!r}", f"{' and '.join(SESSION_THREADS)}, 0 to {MOST_THREADS}"
+            )
+
+
+def _bad_session(got: str, needed: str) -> InputError:
+    return InputError(f"{got}, needed some of {needed}", hint="do not use this package unless you trust its source")

@@ -24,11 +24,10 @@ from lrq_export.machine import describe_machine
 from lrq_export.models import family_of
 from lrq_export.package import load_manifest, verify_hashes
 from lrq_export.progress import Progress, Silent, stage
-from lrq_export.runtime import feeds, load
+from lrq_export.runtime import ONNXRUNTIME, TARGETS, feeds, load, obstacle, tensors
 from lrq_export.source import open_source
 from lrq_export.verify.reference import Reference
 
-TARGETS = ("onnxruntime",)
 BASELINES = {"torch fp32": torch.float32, "torch bf16": torch.bfloat16}
 PERCENTILES = (50, 90, 99)
 Run = Callable[[], Any]
@@ -43,14 +42,15 @@ def bench(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Rows of latency, throughput and memory, one for each batch and target; baselines only with `source`.
+    """Rows of latency, throughput and memory, one for each batch and target that can run here; baselines with `source`.
 
     Inputs are those that the package keeps to be judged by. `speedup` is against the fastest baseline of the batch.
     Raises InputError for a bad package or source.
     """
     progress = progress or Silent()
     verify_hashes(package)
-    names = [*TARGETS, *(BASELINES if source is not None else ())]
+    names = [target for target in TARGETS if obstacle(package, target) is None]
+    names += list(BASELINES) if source is not None else []
     if threads is not None:
         torch.set_num_threads(threads)
     rows, timings = [], {}
@@ -94,9 +94,12 @@ def open_run(
 ) -> Run:
     """What runs a target or baseline once on `inputs`."""
     if name in TARGETS:
-        runner = load(package, threads=threads)
-        fed = feeds(runner.specs, inputs)
-        return lambda: runner.session.run(None, fed)
+        runner = load(package, target=name, threads=threads)
+        if name == ONNXRUNTIME:
+            fed = feeds(runner.specs, inputs)
+            return lambda: runner.session.run(None, fed)
+        bound = tensors(runner.specs, inputs, runner.device)
+        return lambda: (runner.run(bound), torch.cuda.synchronize())
     if source is None:
         raise UsageError(f"{name}: needs the floating-point model", hint="pass --source")
     opened, dtype = open_source(source), BASELINES[name]

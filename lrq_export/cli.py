@@ -16,6 +16,7 @@ from lrq_export.errors import Interrupted, LrqError, UsageError
 from lrq_export.plugins_command import plugins
 from lrq_export.serve_command import add_serving
 from lrq_export.several_values import SeveralValues
+from lrq_export.verify_command import verify_against
 
 # Before torch is imported: its OpenMP threads then sleep while they wait. Spinning, they fight whatever else the
 # machine runs: quantizing one 288 x 288 layer beside two busy processes took 9.4 s instead of 0.7 s.
@@ -127,9 +128,20 @@ def verify(
     source: Annotated[
         Path | None, typer.Option(help="The source folder: measures R0 again, R3 on real weights.")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Compare this target with model.onnx: onnxruntime, tensorrt, tensorrt-rtx.")
+    ] = None,
+    inputs: Annotated[
+        str | None, typer.Option(help="With --against: how many samples, or recorded inputs (safetensors).")
+    ] = None,
+    bisect: Annotated[bool, typer.Option("--bisect", help="With --against: find the first wrong tensor.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check every hash, then climb the parity ladder again from the package's files."""
+    """Check every hash, then climb the parity ladder again from the package's files, or compare one target."""
+    if against is not None and source is None:
+        raise typer.Exit(verify_against(package, against, inputs, bisect, as_json))
+    if inputs is not None or bisect or against is not None:
+        raise UsageError("--against excludes --source, and --inputs and --bisect need it", hint="see --help")
     _admit(package)
     report, _ = _verified(package, source, as_json)
     _show_report(report, as_json)

@@ -291,7 +291,8 @@ def _engine(job: Job) -> None:
         return
     with stage(job.progress, "engine", job.timings, 1 + len(lacking(job.path, settings.targets))):
         if not whole:
-            build_engine(rewritten_graph(job.path), QuantizedFile(job.path / QUANTIZED), folder)
+            threads = (settings.intra_op_threads, settings.inter_op_threads)
+            build_engine(rewritten_graph(job.path), QuantizedFile(job.path / QUANTIZED), folder, threads=threads)
             job.progress.advance("onnxruntime")
         job.missing += build_targets(job.path, job.source.config, settings, job.progress)
 

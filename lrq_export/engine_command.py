@@ -7,6 +7,7 @@ from pathlib import Path
 from lrq_export.errors import UsageError
 
 _TABLE = "engine."
+_WHOLE_BUILDS = ("engine.intra_op_threads", "engine.inter_op_threads")  # of ONNX Runtime's engine, which is there
 
 
 def add_engines(package: Path, overrides: Mapping[str, str], others: Sequence[str], as_json: bool) -> None:
@@ -22,7 +23,7 @@ def add_engines(package: Path, overrides: Mapping[str, str], others: Sequence[st
             f"{package}: is no package, and no folder was named for one",
             hint=f"lrq-export build {package} -o OUT, or name a package and --target",
         )
-    foreign = [*others, *(f"--set {key}" for key in overrides if not key.startswith(_TABLE))]
+    foreign = [*others, *(f"--set {key}" for key in overrides if not key.startswith(_TABLE) or key in _WHOLE_BUILDS)]
     if foreign:
         raise UsageError(
             f"{foreign[0]}: {package} is built already", hint="leave it out, or build again from the source with -o"

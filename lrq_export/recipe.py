@@ -118,6 +118,9 @@ class Gates(Table):
         return None if value == UNSET else value
 
 
+Threads = Annotated[int, Field(ge=0, le=1024)]
+
+
 class Engine(Table):
     """Which engines a package holds beside ONNX Runtime's, and how TensorRT builds its own."""
 
@@ -139,6 +142,8 @@ class Engine(Table):
     optimization: Annotated[int, Field(ge=0, le=5)] = Field(3, description="how long TensorRT looks for fast kernels")
     weight_streaming: bool = Field(False, description="weights that the GPU cannot hold are streamed to it")
     refit: bool = Field(False, description="the same weights can be put into a built engine again (kREFIT_IDENTICAL)")
+    intra_op_threads: Threads = Field(0, description="of ONNX Runtime, within an op; 0: as many as there are cores")
+    inter_op_threads: Threads = Field(0, description="of ONNX Runtime, for ops side by side; 0: its choice")
     strip: bool = Field(False, description="the engine is written without the weights that a refit brings")
 
 

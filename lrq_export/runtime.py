@@ -3,29 +3,55 @@
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from lrq_export.admit import admit
 from lrq_export.engine import onnxruntime as engine
+from lrq_export.engine import tensorrt
+from lrq_export.engine.gate import Gate
+from lrq_export.engine.onnxruntime_runner import OnnxRuntimeRunner
+from lrq_export.engine.session_settings import SESSION
 from lrq_export.errors import InputError, MissingError, UsageError
 from lrq_export.models import family_of
 from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily, Sizes, flatten, nest
 from lrq_export.package import MANIFEST, ONNXRUNTIME_ENGINE
 
+AUTO, ONNXRUNTIME = "auto", "onnxruntime"
+CPU_DEVICE = torch.device("cpu")
+TARGETS = (*tensorrt.FOLDERS, ONNXRUNTIME)  # the first that can run here is the one that is wanted
 
-def load(package: str | Path, *, threads: int | None = None) -> "PackagedTransformer":
-    """Open a package that `lrq-export build` wrote. Raises InputError for a folder that is not one, or was edited.
 
-    There is no way around the checks (`admit`); a package that did not change since is not hashed again.
+class Runner(Protocol):
+    """An engine that is open, on one device."""
+
+    device: torch.device
+
+    def __call__(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor: ...
+
+    def close(self) -> None: ...
+
+
+def load(package: str | Path, *, target: str = AUTO, threads: int | None = None) -> "PackagedTransformer":
+    """Open an engine of a package that `lrq-export build` wrote.
+
+    `target`: onnxruntime, tensorrt or tensorrt-rtx; auto takes an engine for the GPU if the package holds one that can
+    run here, else ONNX Runtime's. `threads`: of ONNX Runtime, if not as session.json says.
+
+    Raises InputError for a folder that is no package, or was edited: there is no way around the checks (`admit`); a
+    package that did not change since is not hashed again. Raises MissingError for an engine that is not built or a
+    runtime that is not here, UsageError for another target.
     """
     package = Path(package)
     manifest = admit(package)
-    folder = package / ONNXRUNTIME_ENGINE
-    if not ((folder / engine.MODEL).is_file() and (folder / engine.SESSION).is_file()):
-        raise MissingError(f"{folder}: the package holds no ONNX Runtime engine", hint="run lrq-export build again")
+    if target not in (AUTO, *TARGETS):
+        raise UsageError(f"target: got {target!r}, needed one of {', '.join((AUTO, *TARGETS))}")
+    obstacles = {each: obstacle(package, each) for each in (TARGETS if target == AUTO else [target])}
+    chosen = next((each for each, missing in obstacles.items() if missing is None), None)
+    if chosen is None:
+        raise list(obstacles.values())[-1]
     config = manifest["source"]["config"]
     try:
         family_of(config["_class_name"], str(package / MANIFEST)).inputs(config)
@@ -34,22 +60,69 @@ def load(package: str | Path, *, threads: int | None = None) -> "PackagedTransfo
             f"{package / MANIFEST}: source: not a config of {config['_class_name']}: {error!r}",
             hint="build the package again",
         ) from error
-    return PackagedTransformer(engine.open_session(folder, threads), config)
+    return PackagedTransformer(open_runner(package, chosen, threads), config)
+
+
+def obstacle(package: Path, target: str) -> MissingError | None:
+    """Why a target of an admitted package cannot be loaded here; None if nothing is known to be in the way."""
+    if target == ONNXRUNTIME:
+        folder = package / ONNXRUNTIME_ENGINE
+        if (folder / engine.MODEL).is_file() and (folder / SESSION).is_file():
+            return None
+        return MissingError(f"{folder}: the package holds no ONNX Runtime engine", hint="run lrq-export build again")
+    folder = package / tensorrt.FOLDERS[target]
+    if not ((folder / tensorrt.BUILD).is_file() and (folder / tensorrt.PLAN).is_file()):
+        return MissingError(
+            f"{folder}: the package holds no {target} engine", hint=f"run lrq-export build {package} --target {target}"
+        )
+    return tensorrt.obstacle(target, run=True)
+
+
+def open_runner(package: Path, target: str, threads: int | None = None) -> Runner:
+    """The engine of a target of an admitted package."""
+    if target == ONNXRUNTIME:
+        return OnnxRuntimeRunner(engine.open_session(package / ONNXRUNTIME_ENGINE, threads))
+    from lrq_export.engine.tensorrt_runner import TensorRtRunner
+
+    return TensorRtRunner(package / tensorrt.FOLDERS[target], target)
 
 
 class PackagedTransformer:
     """Has the call signature, `.config`, `.dtype` and `return_dict` of the diffusers transformer it was built from.
 
-    Takes and returns torch tensors; computes in float32. Several threads may call it at once.
+    Takes and returns torch tensors; computes in float32 on `.device`, and the answer lies where the latents do. Several
+    threads may call it at once. `close`, or a `with` block, frees the engine.
     """
 
-    def __init__(self, session, config: dict[str, Any]):
+    def __init__(self, runner: Runner, config: dict[str, Any]):
         from diffusers.configuration_utils import FrozenDict
 
-        self.session, self.config = session, FrozenDict(config)
-        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.config, self.dtype, self.device = FrozenDict(config), torch.float32, runner.device
         family = family_of(config["_class_name"])
         self.specs, self.__signature__ = family.inputs(config), _signature(family)
+        self._runner, self._gate = runner, Gate("the transformer")
+
+    @property
+    def session(self):
+        """The `onnxruntime.InferenceSession`; engines of other targets have none."""
+        with self._gate.passed():
+            return self._runner.session
+
+    def run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the engine answers to its own inputs, as `tensors` makes them. Raises UsageError once it is closed."""
+        with self._gate.passed():
+            return self._runner(inputs)
+
+    def close(self) -> None:
+        """Free the engine, after the calls that run; later calls raise UsageError. A second time does nothing."""
+        if self._gate.close():
+            self._runner.close()
+
+    def __enter__(self) -> "PackagedTransformer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     def __call__(self, *positional: Any, **named: Any):
         """Denoise once; arguments as in diffusers. Raises UsageError for arguments the package was not built with."""
@@ -60,8 +133,9 @@ class PackagedTransformer:
         for name, value in given.items():
             if value is not None and name.partition(".")[0] not in known:
                 raise UsageError(f"the package has no input for {name}", hint="pass None")
-        (sample,) = self.session.run(None, feeds(self.specs, given))
-        output = torch.from_numpy(sample).to(given["hidden_states"].dtype)
+        latents = given["hidden_states"]
+        sample = self.run(tensors(self.specs, given, self.device))
+        output = sample.to(latents.device, latents.dtype)
         if not return_dict:
             return (output,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -92,17 +166,24 @@ def _signature(family: ModelFamily) -> inspect.Signature:
 
 
 def feeds(specs: dict[str, InputSpec], given: dict[str, torch.Tensor | None]) -> dict[str, np.ndarray]:
-    """Inputs of the graph as float32 arrays; an absent optional input is all ones.
+    """`tensors` as arrays."""
+    return {name: tensor.numpy() for name, tensor in tensors(specs, given).items()}
+
+
+def tensors(
+    specs: dict[str, InputSpec], given: dict[str, torch.Tensor | None], device: torch.device = CPU_DEVICE
+) -> dict[str, torch.Tensor]:
+    """Inputs of the graph as contiguous float32 tensors on a device; an absent optional input is all ones.
 
     Raises InputError for one that is missing or of another rank or size, or holds labels of no class.
     """
-    sizes, arrays = Sizes(), {}
+    sizes, made = Sizes(), {}
     for name, spec in specs.items():
         tensor = given.get(name)
         if tensor is None and not spec.optional:
             raise InputError(f"{name}: got None, needed a tensor of shape {spec}")
         if tensor is None:
-            arrays[name] = np.ones([sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape])
+            tensor = torch.ones([sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape])
         else:
             if spec.shape == (SAMPLES,) and tensor.numel() == 1:  # one timestep or label for all samples
                 tensor = tensor.reshape(1).expand(sizes[SAMPLES])
@@ -110,5 +191,5 @@ def feeds(specs: dict[str, InputSpec], given: dict[str, torch.Tensor | None]) ->
                 tensor = tensor.expand(sizes[SAMPLES], *tensor.shape)
             sizes.admit(name, tuple(tensor.shape), spec)
             spec.check_labels(name, tensor)
-            arrays[name] = tensor.detach().cpu().float().numpy()
-    return {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
+        made[name] = tensor.detach().to(device, torch.float32).contiguous()
+    return made

@@ -88,7 +88,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 def cases_of(package: Path, threads: int, batch: int) -> tuple[Any, list[tuple[Arrays, bytes]]]:
     """A bare session, and evaluation inputs of the package with what the session answers to each."""
-    runner, recorded = load(package, threads=threads), Reference.load(package).inputs
+    runner, recorded = load(package, target="onnxruntime", threads=threads), Reference.load(package).inputs
     rows = len(recorded["hidden_states"])
     cases = []
     for first in range(CASES):

@@ -9,7 +9,6 @@ where a product of known sum comes out wrong.
 """
 
 import functools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +22,23 @@ from graphs.passes.patterns import PLAIN_LINEAR_OPS, is_lrq, sole_consumer
 from graphs.traced import TracedGraph
 from lrq_export.bind import coded_weights, float_weight
 from lrq_export.engine.attention import CONTRIB, fuse_attention
+from lrq_export.engine.session_settings import EXACT_PRODUCTS, FOLD_BODIES, STOP_SPINNING, SessionSettings
 from lrq_export.errors import InputError
 from lrq_export.onnx_file import WeightTensor, write_model
-from lrq_export.package import write_json_atomic
 from lrq_export.quantized import QuantizedFile
 
 MODEL = "model.onnx"
-SESSION = "session.json"
-EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
-STOP_SPINNING = ("session.force_spinning_stop", "1")  # between two calls the cores belong to the rest of the pipeline
-PROVIDERS = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 ZERO_POINT = 128
 SMALLEST = np.finfo(np.float32).tiny  # stands in for the scale of an all-zero token, whose codes are then all zero
 
 
-def build_engine(traced: TracedGraph, quantized: QuantizedFile, folder: Path, **options) -> int:
-    """Write engine/onnxruntime/model.onnx and session.json. Returns the bytes of its weights."""
+def build_engine(
+    traced: TracedGraph, quantized: QuantizedFile, folder: Path, *, threads: tuple[int, int] = (0, 0), **options
+) -> int:
+    """Write engine/onnxruntime/model.onnx and session.json. Returns the bytes of its weights.
+
+    `threads`: intra_op and inter_op of its sessions, 0 as ONNX Runtime chooses; `options`: of `write_model`.
+    """
     lowered = traced.copy()
     layers = lower_linears(lowered)
     fuse_attention(lowered.graph)
@@ -48,24 +48,22 @@ def build_engine(traced: TracedGraph, quantized: QuantizedFile, folder: Path, **
         model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
     total = write_model(folder / MODEL, model, engine_weights(lowered, quantized, layers), **options)
     # Without an integer product the option has nothing to do, and ONNX Runtime 1.31 fails to load 2-bit bodies with it.
-    config = EXACT_PRODUCTS if layers else {}
-    write_json_atomic(folder / SESSION, {"config_where_products_saturate": config, "providers": PROVIDERS})
+    exact = EXACT_PRODUCTS if layers else {}
+    bodies = [FOLD_BODIES] if lowered.codes_inputs() else []  # of layers whose activations stay in floating point
+    intra_op, inter_op = threads
+    SessionSettings(dict([STOP_SPINNING, *bodies]), exact, intra_op_threads=intra_op, inter_op_threads=inter_op).write(
+        folder
+    )
     return total
 
 
 def open_session(folder: Path, threads: int | None = None):
-    """An `onnxruntime.InferenceSession` of the engine with the options it needs to be exact."""
+    """An `onnxruntime.InferenceSession` of the engine as its session.json says, but for the `threads` of one run."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry(*STOP_SPINNING)
-    for key, value in session_config(folder).items():
-        options.add_session_config_entry(key, value)
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    available = onnxruntime.get_available_providers()
-    wanted = json.loads((folder / SESSION).read_text())["providers"]
-    providers = [name for name in wanted if name in available]
+    settings = SessionSettings.read(folder)
+    options = settings.session_options(products_saturate(), threads)
+    providers = [name for name in settings.providers if name in onnxruntime.get_available_providers()]
     try:
         # Of the CPU there is nothing to fall back from; ONNX Runtime would print that it does.
         fallback = int(len(providers) > 1)
@@ -78,8 +76,7 @@ def open_session(folder: Path, threads: int | None = None):
 
 def session_config(folder: Path) -> dict[str, str]:
     """The session options that the engine needs to be exact on this processor."""
-    settings = json.loads((folder / SESSION).read_text())
-    return settings["config_where_products_saturate"] if products_saturate() else {}
+    return dict(SessionSettings.read(folder).where_products_saturate) if products_saturate() else {}
 
 
 @functools.cache

@@ -68,6 +68,8 @@ def add_engines(
 
     `changes` are fields of the recipe's engine table. An engine that is there already is not built again.
     """
+    from lrq_export.verify.report_engines import show_added_engines
+
     manifest, progress = admit(package), progress or Silent()
     recipe = Recipe.model_validate(manifest["recipe"])
     wanted = tuple(dict.fromkeys((*recipe.engine.targets, *targets)))
@@ -82,6 +84,7 @@ def add_engines(
             missing = build_targets(workspace.path, manifest["source"]["config"], asked, progress)
         recipe = recipe.model_copy(update={"engine": settings})
         write_bytes_atomic(workspace.path / RECIPE, to_toml(recipe).encode())
+        show_added_engines(workspace.path)
         facts = {name: value for name, value in manifest.items() if name not in _OWN}
         seal(workspace.path, facts | {"recipe": recipe.model_dump(mode="json", by_alias=True)})
         workspace.commit()

@@ -42,8 +42,8 @@ from lrq_export.recipe import Engine
 TENSORRT = "tensorrt"
 MODEL, PLAN, TIMING_CACHE, LAYERS, BUILD = "model.onnx", "model.plan", "timing.cache", "layers.json", "build.json"
 FOLDERS = {TENSORRT: "engine/tensorrt", RTX: "engine/tensorrt-rtx"}
-# Python module of each target, and what to install for it.
-_MODULES = {TENSORRT: ("tensorrt", "pip install tensorrt-cu13"), RTX: ("tensorrt_rtx", "pip install lrq-export[rtx]")}
+MODULES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}  # of Python
+_INSTALL = {TENSORRT: "pip install tensorrt-cu13", RTX: "pip install lrq-export[rtx]"}
 _RTX_LIBRARY = "libtensorrt_rtx.so"
 
 
@@ -71,15 +71,16 @@ class Request:
         return found
 
 
-def obstacle(target: str) -> MissingError | None:
-    """Why this machine cannot build a target's engine; None if nothing is known to be in the way."""
-    module, fix = _MODULES[target]
+def obstacle(target: str, *, run: bool = False) -> MissingError | None:
+    """Why this machine cannot build a target's engine, or `run` it; None if nothing is known to be in the way."""
+    module = MODULES[target]
     if find_spec(module) is None:
-        return MissingError(f"{target}: the Python package {module} is not installed", hint=fix)
-    if find_spec("polygraphy") is None:
+        return MissingError(f"{target}: the Python package {module} is not installed", hint=_INSTALL[target])
+    if not run and find_spec("polygraphy") is None:
         return MissingError(f"{target}: polygraphy is not installed", hint="pip install polygraphy")
-    if target == TENSORRT and not _has_gpu():
-        return MissingError("tensorrt: this machine has no CUDA GPU", hint="build the engine where it will run")
+    if (run or target == TENSORRT) and not _has_gpu():
+        fix = "find one that has" if run else "build the engine where it will run"
+        return MissingError(f"{target}: this machine has no CUDA GPU", hint=fix)
     return None
 
 
@@ -88,13 +89,19 @@ def write_network(traced: TracedGraph, quantized: QuantizedFile, folder: Path, p
     if not plugins:
         write_standard(traced, quantized, folder / MODEL, **options)
         return []
+    lowered = for_plugins(traced)
+    write_for_plugins(lowered, quantized, folder / MODEL, **options)
+    return [node.name for node in lowered.graph.nodes if node.domain == names.DOMAIN]
+
+
+def for_plugins(traced: TracedGraph) -> TracedGraph:
+    """A copy of the graph whose nodes read their codes as the plugins do; every layer is still the same integers."""
     lowered, integers = traced.copy(), integer_layers(traced)
     for step in TARGETS[TENSORRT]:
         step(lowered)
         check(lowered)
         check_same_integers(integers, integer_layers(lowered))
-    write_for_plugins(lowered, quantized, folder / MODEL, **options)
-    return [node.name for node in lowered.graph.nodes if node.domain == names.DOMAIN]
+    return lowered
 
 
 def build_plan(traced: TracedGraph, quantized: QuantizedFile, folder: Path, request: Request) -> dict[str, Any]:
@@ -111,13 +118,13 @@ def build_plan(traced: TracedGraph, quantized: QuantizedFile, folder: Path, requ
         raise missing
     cache = str(folder / TIMING_CACHE) if request.target == TENSORRT else None  # RTX asks the GPU to make one
     job = {
-        "target": request.target, "model": str(folder / MODEL), "engine": str(folder / PLAN),
+        "do": "build", "target": request.target, "model": str(folder / MODEL), "engine": str(folder / PLAN),
         "layers": str(folder / LAYERS), "timing_cache": cache,
         "plugins": None if library is None else str(library), "plugin_nodes": nodes,
         "profiles": [shapes_of(ranges, request.specs) for ranges in request.profiles],
         "options": request.settings.model_dump(mode="json"),
     }  # fmt: skip
-    answer = _run_worker(job)
+    answer = run_worker(job)
     if "error" in answer:
         raise CheckFailed(
             f"{request.target}: {answer['error']}",
@@ -135,8 +142,8 @@ def build_plan(traced: TracedGraph, quantized: QuantizedFile, folder: Path, requ
     return facts
 
 
-def _run_worker(job: dict[str, Any]) -> dict[str, Any]:
-    """The answer of the process that builds; raises CheckFailed if it ended without one."""
+def run_worker(job: dict[str, Any]) -> dict[str, Any]:
+    """The answer of the process that builds or runs an engine; raises CheckFailed if it ended without one."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "job.json"
         file.write_text(json.dumps(job))
@@ -151,7 +158,7 @@ def _run_worker(job: dict[str, Any]) -> dict[str, Any]:
     except (IndexError, ValueError):
         said = " | ".join(line.strip() for line in (done.stderr or done.stdout).splitlines()[-3:])
         raise CheckFailed(
-            f"{job['target']}: the process that builds the engine ended with {done.returncode}: {said}",
+            f"{job['target']}: the process of its library ended with {done.returncode}: {said}",
             hint="check memory and disk, then run the same command again",
         ) from None
 

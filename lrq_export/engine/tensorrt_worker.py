@@ -1,4 +1,6 @@
-"""A process of its own that has NVIDIA's library build one engine: python -m lrq_export.engine.tensorrt_worker JOB.
+"""A process of its own in which NVIDIA's library builds or runs an engine.
+
+    python -m lrq_export.engine.tensorrt_worker JOB
 
 JOB is a JSON file, as `lrq_export.engine.tensorrt` writes it. Polygraphy can drive TensorRT or TensorRT-RTX, one of
 them in a process; and a library that ends its process instead of failing ends only this one. The answer is the last
@@ -10,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 RTX = "tensorrt-rtx"
 
@@ -37,6 +41,50 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "plugin_layers": len(_plugin_layers(trt, network)),
         "inspected": None if job["target"] == RTX else _inspect(trt, file, job),
     }
+
+
+def infer(job: dict[str, Any]) -> dict[str, Any]:
+    """Run an engine on the cases of a job; the names of its outputs, whose values lie in the files that it names."""
+    trt = _library(job["target"])
+    _load_plugins(trt, job["plugins"])
+    from polygraphy.backend.trt import TrtRunner, engine_from_bytes
+
+    plan = marked_plan(job) if job["engine"] is None else Path(job["engine"]).read_bytes()
+    names: list[str] = []
+    with TrtRunner(engine_from_bytes(plan)) as runner:
+        for case in job["cases"]:
+            runner.set_profile(case["profile"])
+            with np.load(case["feed"], allow_pickle=False) as arrays:
+                feed = {name: arrays[f"arr_{index}"] for index, name in enumerate(case["shapes"])}
+            answers = runner.infer(feed)
+            names = list(answers)
+            np.savez(case["answers"], *answers.values())
+    return {"outputs": names}
+
+
+def mark(job: dict[str, Any]) -> dict[str, Any]:
+    """What `infer` does of a model without running it, which needs no GPU."""
+    _load_plugins(_library(job["target"]), job["plugins"])
+    return {"engine_bytes": memoryview(marked_plan(job)).nbytes}
+
+
+def marked_plan(job: dict[str, Any]):
+    """An engine of the job's model whose outputs are the job's, with a profile for the sizes of each case."""
+    from polygraphy.backend.trt import (
+        CreateConfig,
+        Profile,
+        engine_bytes_from_network,
+        modify_network_outputs,
+        network_from_onnx_path,
+    )
+
+    network = modify_network_outputs(network_from_onnx_path(job["model"]), outputs=job["outputs"])
+    profiles = []
+    for case in job["cases"]:
+        profiles.append(Profile())
+        for name, shape in case["shapes"].items():
+            profiles[-1].add(name, min=shape, opt=shape, max=shape)
+    return engine_bytes_from_network(network, CreateConfig(profiles=profiles))
 
 
 def _library(target: str):
@@ -123,7 +171,8 @@ def _inspect(trt, file: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     try:
-        answer = run(json.loads(Path(sys.argv[1]).read_text()))
+        job = json.loads(Path(sys.argv[1]).read_text())
+        answer = {"build": run, "mark": mark, "infer": infer}[job["do"]](job)
     except CannotBuild as error:
         answer = {"error": str(error)}
     except Exception as error:  # polygraphy's own, which say what TensorRT refused

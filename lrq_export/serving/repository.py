@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrq_export.engine import onnxruntime as engine
+from lrq_export.engine.session_settings import SessionSettings
 from lrq_export.errors import MissingError, UsageError
 from lrq_export.models import family_of
 from lrq_export.package import (
@@ -104,11 +104,13 @@ def _outputs(model: Path) -> list[TensorInfo]:
 
 def _parameters(package: Path, layout: Layout) -> dict[str, str]:
     """What the model's session needs, by the names that Triton's ONNX Runtime backend or ONNX Runtime itself has."""
-    threads = {} if layout.threads is None else {"intra_op_thread_count": str(layout.threads)}
-    if layout.portable:
-        return threads
-    settings = json.loads((package / ONNXRUNTIME_ENGINE / engine.SESSION).read_text())
-    return threads | dict(settings["config_where_products_saturate"])
+    settings = SessionSettings.read(package / ONNXRUNTIME_ENGINE)
+    counts = {
+        "intra_op_thread_count": layout.threads or settings.intra_op_threads,
+        "inter_op_thread_count": settings.inter_op_threads,
+    }
+    threads = {name: str(count) for name, count in counts.items() if count}
+    return threads if layout.portable else threads | dict(settings.where_products_saturate)
 
 
 def _write_model(model: Path, files: Mapping[str, Path], layout: Layout, config: str) -> Path:

@@ -48,11 +48,14 @@ def serve(
         raise MissingError(
             f"serving needs {error.name}, which is not installed", hint="pip install 'lrq-export[serve]'"
         ) from error
-    from lrq_export.runtime import load
+    from lrq_export.runtime import ONNXRUNTIME, load
     from lrq_export.serving.model import ServedModel
 
-    service = Service(ServedModel(load(package, threads=threads), name, limits), Bounds(**bounds))
-    with contextlib.closing(service), listen(host, port) as listener:
+    with (
+        load(package, target=ONNXRUNTIME, threads=threads) as transformer,
+        contextlib.closing(Service(ServedModel(transformer, name, limits), Bounds(**bounds))) as service,
+        listen(host, port) as listener,
+    ):
         config = uvicorn.Config(
             create_app(service), log_config=None, access_log=False, lifespan="off", http="h11", ws="none",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,

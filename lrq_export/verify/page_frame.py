@@ -22,11 +22,11 @@ class Part(NamedTuple):
 def render_page(title: str, header: Html, parts: Sequence[Part], style: str = "") -> str:
     """The page as text; `style` is CSS that this page needs beyond what all share."""
     links = join((tag("a", part.title, href=f"#{part.anchor}") for part in parts), " ")
-    body = join([header, tag("nav", links), *map(_section, parts)], "\n")
+    body = join([header, tag("nav", links), *map(render_part, parts)], "\n")
     return PAGE.format(title=html.escape(title), style=STYLE_SHEET + style, body=body)
 
 
-def _section(part: Part) -> Html:
+def render_part(part: Part) -> Html:
     line = tag("p", part.line, class_="line")
     return tag("section", tag("h2", part.title), line, part.content, id=part.anchor)
 

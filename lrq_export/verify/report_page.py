@@ -12,7 +12,7 @@ from typing import Any
 from lrq_export.package import write_bytes_atomic
 from lrq_export.verify.graph_picture import STYLE, Graphs
 from lrq_export.verify.markup import DASH, Html, count, digits, measure, pairs, tag
-from lrq_export.verify.page_frame import Part, render_page
+from lrq_export.verify.page_frame import Part, render_page, render_part
 from lrq_export.verify.report_sections import (
     MARKS,
     RUNGS,
@@ -40,6 +40,12 @@ def render_report_page(report: Report, samples: Samples | None, graphs: Graphs |
     name = _get(report, "source", "class_name") or "model"
     parts = [_part(section, report, Exhibits(samples, graphs)) for section in SECTIONS]
     return render_page(f"lrq-export report: {name}", _header(report), parts, STYLE)
+
+
+def render_section(anchor: str, report: Report) -> str:
+    """The text of one section as it stands in the page, of those that show nothing but the report."""
+    (section,) = (section for section in SECTIONS if section.anchor == anchor)
+    return str(render_part(_part(section, report, Exhibits())))
 
 
 def _part(section: Section, report: Report, shown: Exhibits) -> Part:

@@ -27,6 +27,7 @@ from lrq_export.verify.markup import (
     tag,
 )
 from lrq_export.verify.metrics import psnr
+from lrq_export.verify.report_engines import show_engines
 from lrq_export.verify.report_layers import show_histograms, show_layers
 
 RUNGS = ("R0", "R1", "R2", "R3", "R4", "R5")
@@ -321,6 +322,13 @@ SECTIONS = (
         "No graphs were handed to this page, or no two of their blocks hold the same quantized layers.",
     ),
     Section("sizes", "Sizes", "Bytes on disk. Good: short bars below the source's.", _sizes),
+    Section(
+        "engines",
+        "Engines",
+        "What each target's folder holds, all bytes of an engine over all parameters. Good: few bits, every lrq node a "
+        "plugin layer.",
+        show_engines,
+    ),
     Section("timings", "Timings", "Wall-clock seconds of each stage of this build.", _timings),
     Section("origin", "Recipe and versions", "What it takes to make this package again.", _origin),
 )

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from lrq_export.admit import admit
-from lrq_export.engine.onnxruntime import open_session
 from lrq_export.errors import InputError
 from lrq_export.machine import describe_machine
 from lrq_export.memory import give_back
@@ -14,11 +13,12 @@ from lrq_export.models import family_of
 from lrq_export.package import MODEL, MODEL_DATA, ONNXRUNTIME_ENGINE, QUANTIZED
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe
-from lrq_export.runtime import PackagedTransformer
+from lrq_export.runtime import ONNXRUNTIME, PackagedTransformer, open_runner
 from lrq_export.source import Source, open_source
 from lrq_export.verify import ladder, rungs
 from lrq_export.verify.layers import histograms, layer_table
 from lrq_export.verify.reference import Reference
+from lrq_export.verify.report_engines import engine_rows
 from lrq_export.verify.subject import Subject, quantized_model
 
 
@@ -75,7 +75,7 @@ def climb(
     passed(rungs.r4(subject, answers))
     layers, weight_histograms = layer_table(subject), histograms(subject)
     give_back()
-    transformer = PackagedTransformer(open_session(package / ONNXRUNTIME_ENGINE), config)
+    transformer = PackagedTransformer(open_runner(package, ONNXRUNTIME), config)
     scheduler = source.scheduler_config() if source is not None else scheduler
     r5, trajectory, images, samples = rungs.r5(subject, transformer, scheduler)
     passed(r5)
@@ -93,6 +93,7 @@ def climb(
         "trajectory": trajectory,
         "images": images,
         "sizes": _sizes(package, quantized),
+        "engines": engine_rows(package, _parameters(quantized)),
         "timings": [],
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

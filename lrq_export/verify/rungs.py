@@ -57,7 +57,7 @@ def r2(subject: Subject, answers: list[ArrayFile]) -> ladder.Rung:
     """Teacher-forced (see `forced`) on recorded inputs and on random ones of other sizes; run freely for the note."""
     sliced = forced_model(subject, subject.package / MODEL)
     worst, tensor = forced.worst_difference(sliced, _forced_cases(subject, answers), answers)
-    blamed = _blamed(subject, tensor)
+    blamed = blamed_layer(subject, tensor)
     free = nmse(free_run(subject, subject.few), answers[0][forced.OUTPUT])
     traced = rewritten_graph(subject.package)
     worst, blamed = _or_changed_weight(
@@ -116,7 +116,7 @@ def r4(subject: Subject, answers: list[ArrayFile]) -> ladder.Rung:
     worst, tensor = forced.worst_difference(sliced, cases, expected)
     lowered = rewritten_graph(subject.package)
     meant = engine_weights(lowered, subject.quantized, lower_linears(lowered))
-    worst, blamed = _or_changed_weight(engine / ENGINE_MODEL, meant, worst, _blamed(subject, tensor))
+    worst, blamed = _or_changed_weight(engine / ENGINE_MODEL, meant, worst, blamed_layer(subject, tensor))
     return ladder.at_most(
         "R4", "ONNX Runtime INT8 engine vs model.onnx", f"lowering and kernels (worst at {blamed})", worst,
         subject.recipe.gates.parity_nmse, "each layer on the same input",
@@ -155,7 +155,7 @@ def _forced_cases(subject: Subject, answers: list[ArrayFile]):
     return [forced.forced_inputs(feeds(subject.specs, case), each) for case, each in pairs]
 
 
-def _blamed(subject: Subject, tensor: str) -> str:
+def blamed_layer(subject: Subject, tensor: str) -> str:
     """The quantized layer that reads `tensor`, which means more to a reader than the name of a tensor."""
     readers = [layer for layer, name in subject.tensor_of.items() if name == tensor]
     return f"the input of {readers[0]}" if readers else tensor

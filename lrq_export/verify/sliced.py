@@ -8,6 +8,7 @@ is one slice, the session that a user would open. The function is the same; fusi
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -99,6 +100,39 @@ class SlicedModel:
         return onnxruntime.InferenceSession(
             model.SerializeToString(), frugal_options(self.config), providers=["CPUExecutionProvider"]
         )
+
+
+class SlicedSession:
+    """A sliced model that is called as an `onnxruntime.InferenceSession` is, by polygraphy's runner for one."""
+
+    def __init__(self, model: SlicedModel):
+        self.model = model
+        self._inputs = [
+            SimpleNamespace(name=value.name, type="tensor(float)", shape=_sizes(value))
+            for value in model.model.graph.input
+            if value.name not in model.weights
+        ]
+        self._outputs = [SimpleNamespace(name=value.name) for value in model.model.graph.output]
+
+    def get_inputs(self) -> list[SimpleNamespace]:
+        return self._inputs
+
+    def get_outputs(self) -> list[SimpleNamespace]:
+        return self._outputs
+
+    def run(self, _: None, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        found = {name: array for _, name, array in self.model.run([feed.__getitem__])}
+        return [found[value.name] for value in self._outputs]
+
+
+def sliced_session(path: Path, config: Mapping[str, str] | None = None) -> SlicedSession:
+    """A session of the model at `path`, run a slice at a time."""
+    return SlicedSession(SlicedModel(onnx.load(path, load_external_data=False), path.parent, config=config))
+
+
+def _sizes(value: onnx.ValueInfoProto) -> list[int | None]:
+    """Its shape, None where a size is free."""
+    return [dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim]
 
 
 def _bytes(onnx_type: int, shape: Sequence[int]) -> int:

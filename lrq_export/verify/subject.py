@@ -31,6 +31,7 @@ class Subject:
     source: Source | None
     quantized: QuantizedFile
     reference: Reference
+    samples: int = PARITY_SAMPLES  # of the evaluation inputs, that parity is measured on
 
     @property
     def specs(self) -> dict[str, InputSpec]:
@@ -40,7 +41,7 @@ class Subject:
     def few(self) -> ladder.Inputs:
         """A handful of evaluation inputs, spread over the timesteps."""
         count = len(self.reference.inputs["hidden_states"])
-        rows = np.linspace(0, count - 1, min(PARITY_SAMPLES, count)).round().astype(int)
+        rows = np.linspace(0, count - 1, min(self.samples, count)).round().astype(int)
         return {name: tensor[rows] for name, tensor in self.reference.inputs.items()}
 
     @property

@@ -10,13 +10,12 @@ import torch
 from graphs.passes import PIPELINE
 from graphs.passes.patterns import LINEAR_OPS, ROTATE_OPS
 from lrq_export.compiler import STAGES, build
-from lrq_export.engine.onnxruntime import open_session
 from lrq_export.errors import UsageError
 from lrq_export.models.pixart import PixArt
 from lrq_export.package import load_manifest, verify_hashes
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe, load_recipe
-from lrq_export.runtime import PackagedTransformer, feeds
+from lrq_export.runtime import PackagedTransformer, feeds, open_runner
 from lrq_export.source import open_source
 from lrq_export.verify.ladder import run_torch
 from lrq_export.verify.metrics import nmse
@@ -166,7 +165,7 @@ def test_every_recipe_builds_an_engine_that_agrees_with_torch(engine, one_block)
     quantized = QuantizedFile(folder / "quantized.safetensors")
     inputs = example()
     wanted = run_torch(PixArt(), quantized_model(PixArt(), source.config, quantized), inputs).numpy()
-    drop_in = PackagedTransformer(open_session(folder / "engine/onnxruntime"), source.config)
+    drop_in = PackagedTransformer(open_runner(folder, "onnxruntime"), source.config)
     got = drop_in(**inputs, return_dict=False)[0].numpy()
     portable = onnxruntime_answer(folder / "model.onnx", feeds(drop_in.specs, inputs))
     # With rounded activations a value beside a boundary may fall to either side, and layers after it amplify that.

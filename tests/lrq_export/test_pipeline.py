@@ -13,12 +13,11 @@ from lrq_export.calibrate.inputs import load_inputs
 from lrq_export.calibrate.pipeline import open_pipeline, read_prompts, record_prompts
 from lrq_export.checkpoint import TensorFile
 from lrq_export.compiler import build
-from lrq_export.engine.onnxruntime import open_session
 from lrq_export.errors import InputError, UsageError
 from lrq_export.models.pixart import PixArt
 from lrq_export.package import save_tensors_atomic
 from lrq_export.recipe import load_recipe
-from lrq_export.runtime import PackagedTransformer
+from lrq_export.runtime import PackagedTransformer, open_runner
 from lrq_export.source import open_source
 
 pytest.importorskip("transformers", reason="pip install transformers: it makes the tiny text encoder")
@@ -105,7 +104,7 @@ def drop_in(conditioned, recorded, tmp_path_factory):
         source, folder / "package", recipe=load_recipe(overrides=changes), calibration=recorded, conditions=conditions,
         until="engine",
     ).out  # fmt: skip
-    return PackagedTransformer(open_session(made / "engine/onnxruntime"), open_source(source).config)
+    return PackagedTransformer(open_runner(made, "onnxruntime"), open_source(source).config)
 
 
 def test_a_recording_holds_every_input_of_guided_calls(recorded, conditioned):

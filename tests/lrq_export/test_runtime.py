@@ -1,15 +1,19 @@
 """`load(OUT)` stands in for the diffusers transformer."""
 
 import inspect
+import json
 import threading
 
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 
+from lrq_export.admit import ENGINE_STARTS
+from lrq_export.engine import tensorrt, tensorrt_runner
+from lrq_export.engine.onnxruntime_runner import OnnxRuntimeRunner
 from lrq_export.errors import InputError, LrqError, MissingError, UsageError
 from lrq_export.models.base import InputSpec
-from lrq_export.runtime import feeds, load
+from lrq_export.runtime import PackagedTransformer, feeds, load, tensors
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +183,87 @@ def test_a_package_without_an_engine_says_so(package, copy_of, reseal):
     reseal(bare)
     with pytest.raises(MissingError, match="no ONNX Runtime engine"):
         load(bare)
+
+
+def test_a_target_is_taken_if_it_is_there(package, drop_in):
+    assert torch.equal(
+        load(package, target="onnxruntime", threads=1)(**arguments()).sample, drop_in(**arguments()).sample
+    )
+    with pytest.raises(MissingError, match="holds no tensorrt engine") as missing:
+        load(package, target="tensorrt")
+    assert f"lrq-export build {package} --target tensorrt" in str(missing.value)
+    with pytest.raises(UsageError, match="needed one of auto, tensorrt, tensorrt-rtx, onnxruntime"):
+        load(package, target="openvino")
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_for_a_gpu_is_taken_where_it_can_run_and_nowhere_else(
+    package, copy_of, reseal, monkeypatch, drop_in, target
+):
+    folder = copy_of(package)
+    place = folder / tensorrt.FOLDERS[target]
+    place.mkdir()
+    (place / "model.plan").write_bytes(ENGINE_STARTS[target][0])
+    (place / "build.json").write_text(json.dumps({"target": target, "plugins": False, "version": "1"}))
+    reseal(folder)
+    assert load(folder).device == torch.device("cpu")  # there is no GPU
+    with pytest.raises(MissingError, match=rf"{target}: "):
+        load(folder, target=target)
+    asked = []
+
+    def stand_in(engine_folder, name):
+        asked.append((engine_folder, name))
+        return OnnxRuntimeRunner(drop_in.session)
+
+    monkeypatch.setattr(tensorrt, "obstacle", lambda name, run: None)
+    monkeypatch.setattr(tensorrt_runner, "TensorRtRunner", stand_in)
+    assert torch.equal(load(folder)(**arguments()).sample, drop_in(**arguments()).sample)
+    assert asked == [(place, target)]
+
+
+def test_a_closed_transformer_answers_no_more(package):
+    with load(package, threads=1) as transformer:
+        transformer(**arguments())
+    for late in (lambda: transformer(**arguments()), lambda: transformer.session):
+        with pytest.raises(UsageError, match="the transformer is closed"):
+            late()
+    transformer.close()
+
+
+def test_closing_waits_for_the_calls_that_run(drop_in):
+    """A runner that computes until it is let go."""
+    inside, let_go, closed, answers = threading.Event(), threading.Event(), [], []
+
+    def runner(inputs):
+        inside.set()
+        assert let_go.wait(30)
+        assert not closed
+        return torch.zeros(1)
+
+    runner.device, runner.close = torch.device("cpu"), lambda: closed.append(True)
+    transformer = PackagedTransformer(runner, dict(drop_in.config))
+    caller = threading.Thread(target=lambda: answers.append(transformer.run({})))
+    caller.start()
+    assert inside.wait(30)
+    closers = [threading.Thread(target=transformer.close) for _ in range(2)]
+    for closer in closers:
+        closer.start()
+    closers[0].join(0.1)
+    assert all(closer.is_alive() for closer in closers)
+    let_go.set()
+    for thread in (caller, *closers):
+        thread.join(30)
+    assert (closed, len(answers)) == ([True], 1)
+
+
+def test_bound_inputs_and_outputs_give_the_same_bits(drop_in):
+    """As on CUDA, where tensors are bound to where they lie; here that is the CPU's memory."""
+    bound, plain = (OnnxRuntimeRunner(drop_in.session, bind=bind) for bind in (True, False))
+    for batch, height in ((2, 8), (1, 12)):
+        inputs = tensors(drop_in.specs, arguments(batch=batch, height=height))
+        assert bound._output_shape(inputs) == (batch, 1, height, 8)
+        assert torch.equal(bound(inputs), plain(inputs))
+    assert not torch.equal(bound(inputs), plain(inputs | {"timestep": torch.zeros(1)}))
 
 
 def test_an_absent_optional_input_takes_its_sizes_from_the_others():

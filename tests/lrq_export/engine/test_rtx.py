@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import trt_build
 
 from lrq_export.engine import tensorrt
 from lrq_export.engine.targets import add_engines, engines
 from lrq_export.errors import CheckFailed
-from lrq_export.package import verify_hashes
+from lrq_export.package import load_manifest, verify_hashes
+from lrq_export.quantized import QuantizedFile
+from lrq_export.saved_graphs import rewritten_graph
+from lrq_export.verify import nvidia
+from lrq_export.verify.against import _subject
+from lrq_export.verify.target import Target
+from lrq_export.verify.target_rungs import Compared, Error
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install lrq-export[rtx]")
 pytestmark = pytest.mark.rtx
@@ -71,3 +78,42 @@ def test_a_process_that_ends_without_an_answer_is_an_error(package, copy_of, mon
     with pytest.raises(CheckFailed, match="tensorrt-rtx: "):
         add_engines(folder, ["tensorrt-rtx"], changes=SIZES)
     verify_hashes(folder)
+
+
+@pytest.mark.parametrize("plugins", [False, True])
+def test_engines_of_a_comparison_have_the_tensors_that_are_asked_for(package, copy_of, monkeypatch, library, plugins):
+    """All of `verify --against` that needs no GPU: a cut network is parsed, its outputs marked, an engine built."""
+    monkeypatch.setattr(tensorrt, "find_library", lambda: library if plugins else None)
+    monkeypatch.setattr(nvidia, "find_library", lambda: library)
+    folder, build, answers = copy_of(package), tensorrt.run_worker, []
+    tensorrt.write_network(
+        rewritten_graph(folder),
+        QuantizedFile(folder / "quantized.safetensors"),
+        folder / "engine/tensorrt-rtx",
+        plugins,
+    )
+    target = Target("tensorrt-rtx", folder)
+    assert bool(target.plugin_nodes) == plugins
+
+    def without_running(job):
+        assert job["do"] == "infer"
+        answers.append(build(job | {"do": "mark"}))
+        return {"error": "there is no GPU"}
+
+    monkeypatch.setattr(tensorrt, "run_worker", without_running)
+    compared = Compared(subject_of(folder), target)
+    with pytest.raises(CheckFailed, match="there is no GPU"):
+        compared.layers_on_gpu()
+    tensor = compared.subject.tensor_of["transformer_blocks.1.ff.net.2"]
+    compared.errors.append(Error(1, tensor, 1.0))
+    with pytest.raises(CheckFailed, match="there is no GPU"):
+        compared.bisect(folder.parent / "replay")
+    whole, step = (answer["engine_bytes"] for answer in answers)
+    assert whole > step > 1000
+    with pytest.raises(CheckFailed):
+        nvidia.run(target, [{"x": np.zeros(2, np.float32)}], model=folder / "replay" / "none", outputs=["nothing"])
+    assert "error" in answers[-1]
+
+
+def subject_of(package):
+    return _subject(package, load_manifest(package), None, 2)

@@ -29,7 +29,7 @@ def builder(monkeypatch):
 
     monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
     monkeypatch.setattr(tensorrt, "find_library", lambda: None)
-    monkeypatch.setattr(tensorrt, "_run_worker", build)
+    monkeypatch.setattr(tensorrt, "run_worker", build)
     return jobs
 
 
@@ -39,7 +39,8 @@ def test_an_engine_is_added_and_nothing_else_changes(package, copy_of, builder, 
     assert add_engines(folder, ["tensorrt-rtx"]) == []
     manifest, after = verify_hashes(folder), digests(folder)
     assert {name for name in after if before.get(name) != after[name]} == {
-        "manifest.json", "recipe.toml", *(f"{FOLDER}/{name}" for name in ("build.json", "model.onnx", "model.plan")),
+        "manifest.json", "recipe.toml", "report.json", "report.html",
+        *(f"{FOLDER}/{name}" for name in ("build.json", "model.onnx", "model.plan")),
     }  # fmt: skip
     assert before.keys() <= after.keys()
     assert manifest["recipe"]["engine"]["targets"] == ["onnxruntime", "tensorrt-rtx"]
@@ -47,6 +48,26 @@ def test_an_engine_is_added_and_nothing_else_changes(package, copy_of, builder, 
     assert list(engines(folder)) == [("tensorrt-rtx", folder / FOLDER)]
     assert admit(folder) == manifest
     assert not list(folder.parent.glob("*.partial"))
+
+
+def test_the_report_tells_of_the_added_engine_and_keeps_the_rest(package, copy_of, builder):
+    folder = copy_of(package)
+    add_engines(folder, ["tensorrt-rtx"])
+    before, after = (json.loads((each / "report.json").read_text()) for each in (package, folder))
+    engines_before, engines_after = before.pop("engines"), after.pop("engines")
+    assert before == after
+    assert [row["target"] for row in engines_before] == ["onnxruntime"]
+    assert engines_before[0]["bits_per_weight"] > 8  # decoded codes, scales and what is kept in floating point
+    added = engines_after[1]
+    assert added["target"] == "tensorrt-rtx"
+    assert added["bytes"] == 7
+    assert added["profiles"][0]["samples"] == [1, 1, 4]
+    was, now = ((each / "report.html").read_text() for each in (package, folder))
+    start, end = was.index('<section id="engines">'), was.index("</section>", was.index('<section id="engines">'))
+    assert now.startswith(was[:start])
+    assert now.endswith(was[end:])
+    assert "tensorrt-rtx" not in was[start:end]
+    assert "none: standard ops" in now[start : len(now) - len(was) + end]
 
 
 def test_what_is_there_is_not_built_again(package, copy_of, builder, digests):
@@ -115,7 +136,7 @@ def test_a_machine_without_tensorrt_leaves_all_but_the_engine(package, copy_of, 
 
 
 def test_an_engine_that_is_refused_leaves_the_package_as_it_was(package, copy_of, builder, monkeypatch, digests, cli):
-    monkeypatch.setattr(tensorrt, "_run_worker", lambda job: {"error": "no plugin runs proj_out"})
+    monkeypatch.setattr(tensorrt, "run_worker", lambda job: {"error": "no plugin runs proj_out"})
     folder = copy_of(package)
     before = digests(folder)
     with pytest.raises(CheckFailed, match="tensorrt-rtx: no plugin runs proj_out"):

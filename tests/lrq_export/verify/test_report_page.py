@@ -70,6 +70,13 @@ def _report(layers=3):
             "source_fp16_bytes": 1_221_712_192, "packed_bytes": 283_115_520, "kept_float_bytes": 60_211_200,
             "model_bytes": 344_326_720, "engine_bytes": None, "packed_ratio": 0.252,
         },
+        "engines": [
+            {"target": "onnxruntime", "built": True, "bytes": 640_000_000, "bits_per_weight": 8.382},
+            {"target": "tensorrt", "built": False, "bytes": None, "bits_per_weight": None},
+            {"target": "tensorrt-rtx", "built": True, "bytes": 350_000_000, "bits_per_weight": 4.584, "plugins": True,
+             "plugin_layers": 417, "layers": 2345, "profiles": [{"samples": [1, 2, 8], "text": [77, 77, 77]}],
+             "version": "1.7.1.116"},
+        ],
         "timings": [{"stage": "quantize", "seconds": 301.55}, {"stage": "verify", "seconds": 96.4}],
         "peak_memory_bytes": 3_912_000_000,
     }  # fmt: skip
@@ -86,6 +93,8 @@ SHOWN = {
     "passes": ["share_rotation", "56", "1.7e-14", "–", "two readers: /a/MatMul, /b/MatMul", "2 nodes, 1 reason"],
     "blocks": ["No graphs were handed to this page"],  # test_graph_picture hands it some
     "sizes": ["1.22 GB", "283,115,520", "60.2 MB", "0.282", "–", "0.252"],
+    "engines": ["onnxruntime", "640 MB", "8.38", "network only", "417 layers", "2,345", "samples 1–8 text 77",
+                "1.7.1.116"],
     "timings": ["quantize", "301.55", "96.40", "398.0 s", "3.91 GB"],
     "origin": ["weights.bits", "pos_embed*, proj_out", "9f31ab", "2.13.7", "amx_int8"],
 }  # fmt: skip

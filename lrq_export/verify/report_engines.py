@@ -1,0 +1,73 @@
+"""The report's section on engines: what `engine/` of a package holds, from each build.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lrq_export.engine import tensorrt
+from lrq_export.package import ONNXRUNTIME_ENGINE, REPORT, REPORT_PAGE, write_bytes_atomic, write_json_atomic
+from lrq_export.untrusted_json import read_json_object
+from lrq_export.verify.markup import DASH, Html, byte_size, digits, table
+
+HEADS = ("Target", "State", "Size", "Bits per weight", "Plugins", "Layers", "Sizes it takes", "Version")
+
+
+def engine_rows(package: Path, parameters: int) -> list[dict[str, Any]]:
+    """What each folder of `engine/` holds; `bits_per_weight` counts all bytes of an engine over all parameters."""
+    folder = package / ONNXRUNTIME_ENGINE
+    rows = [_row("onnxruntime", True, sum(file.stat().st_size for file in folder.iterdir()), parameters)]
+    for target, place in tensorrt.FOLDERS.items():
+        build = package / place / tensorrt.BUILD
+        if build.is_file():
+            facts = read_json_object(build)
+            rows.append(_row(target, True, facts["engine_bytes"], parameters) | _built(facts))
+        elif (package / place / tensorrt.MODEL).is_file():
+            rows.append(_row(target, False, None, parameters))
+    return rows
+
+
+def _row(target: str, built: bool, size: int | None, parameters: int) -> dict[str, Any]:
+    bits = None if size is None else round(8 * size / parameters, 3)
+    return {"target": target, "built": built, "bytes": size, "bits_per_weight": bits}
+
+
+def _built(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What build.json says of an engine that the report shows."""
+    return {name: facts.get(name) for name in ("plugins", "plugin_layers", "layers", "profiles", "version")}
+
+
+def show_engines(report: Mapping[str, Any], _: Any) -> Html | None:
+    rows = report.get("engines") or []
+    return table(HEADS, [_cells(row) for row in rows]) if rows else None
+
+
+def _cells(row: Mapping[str, Any]) -> list[Any]:
+    plugins = {None: DASH, False: "none: standard ops"}.get(row.get("plugins"), f"{row.get('plugin_layers')} layers")
+    sizes = "; ".join(map(_sizes, row.get("profiles") or []))
+    return [
+        row.get("target"), "built" if row.get("built") else "network only: finish where its GPU is",
+        byte_size(row.get("bytes")), digits(row.get("bits_per_weight"), ".2f"), plugins,
+        digits(row.get("layers")), sizes or DASH, row.get("version") or DASH,
+    ]  # fmt: skip
+
+
+def _sizes(profile: Mapping[str, Any]) -> str:
+    """An optimization profile, e.g. samples 1–4 height 64."""
+    least_and_most = {axis: dict.fromkeys((least, most)) for axis, (least, _, most) in profile.items()}
+    return " ".join(f"{axis} {'–'.join(map(str, sizes))}" for axis, sizes in least_and_most.items())
+
+
+def show_added_engines(package: Path) -> None:
+    """Write report.json and report.html of a finished package anew where engines are told, and nowhere else.
+
+    The page's pictures are kept nowhere else, so its section is replaced as text: equal reports give equal text.
+    """
+    from lrq_export.verify.report_page import render_section
+
+    report = json.loads((package / REPORT).read_text(encoding="utf-8"))
+    before = render_section("engines", report)
+    report["engines"] = engine_rows(package, report["source"]["parameters"])
+    page = (package / REPORT_PAGE).read_text(encoding="utf-8")
+    write_json_atomic(package / REPORT, report)
+    write_bytes_atomic(package / REPORT_PAGE, page.replace(before, render_section("engines", report)).encode("utf-8"))

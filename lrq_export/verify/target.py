@@ -1,0 +1,102 @@
+"""A target of a package as `verify --against` sees it: its model, the weights meant for it, what can run it here."""
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from graphs import names
+from lrq_export.bind import portable_weights
+from lrq_export.engine import tensorrt
+from lrq_export.engine.onnxruntime import engine_weights, lower_linears, open_session, session_config
+from lrq_export.engine.targets import ONNXRUNTIME
+from lrq_export.errors import MissingError, UsageError
+from lrq_export.models.base import InputSpec
+from lrq_export.onnx_file import WeightTensor
+from lrq_export.package import ONNXRUNTIME_ENGINE, QUANTIZED
+from lrq_export.quantized import QuantizedFile
+from lrq_export.saved_graphs import rewritten_graph
+from lrq_export.verify.sliced import sliced_session
+
+FOLDERS = {ONNXRUNTIME: ONNXRUNTIME_ENGINE} | tensorrt.FOLDERS
+
+
+class Target:
+    """One target of a package.
+
+    Raises UsageError for a name of none, MissingError for one whose model the package does not hold.
+    """
+
+    def __init__(self, name: str, package: Path):
+        if name not in FOLDERS:
+            raise UsageError(f"--against: got {name!r}, needed one of {', '.join(FOLDERS)}")
+        self.name, self.package = name, package
+        self.path = package / FOLDERS[name] / tensorrt.MODEL
+        self.plan = self.path.with_name(tensorrt.PLAN)
+        if not self.path.is_file():
+            raise MissingError(
+                f"{package}: holds no network for {name}", hint=f"run lrq-export build {package} --target {name}"
+            )
+
+    @property
+    def is_nvidia(self) -> bool:
+        return self.name != ONNXRUNTIME
+
+    @property
+    def title(self) -> str:
+        """What is compared in ONNX Runtime."""
+        return "ONNX Runtime INT8 engine" if self.name == ONNXRUNTIME else f"{self.name}'s network in ONNX Runtime"
+
+    @cached_property
+    def plugin_nodes(self) -> list[str]:
+        """The nodes of its model that plugins run: ONNX Runtime does not know them."""
+        if not self.is_nvidia:
+            return []
+        nodes = onnx.load(self.path, load_external_data=False).graph.node
+        return [node.name for node in nodes if node.domain == names.DOMAIN]
+
+    @property
+    def config(self) -> dict[str, str]:
+        """Session options that its model needs in ONNX Runtime."""
+        return session_config(self.path.parent) if self.name == ONNXRUNTIME else {}
+
+    def session(self) -> Any:
+        """Its model in ONNX Runtime: of ONNX Runtime's own target the session that users open."""
+        return open_session(self.path.parent) if self.name == ONNXRUNTIME else sliced_session(self.path)
+
+    def weights(self) -> Iterator[WeightTensor]:
+        """Every weight as it is meant to be in its model."""
+        traced, quantized = rewritten_graph(self.package), QuantizedFile(self.package / QUANTIZED)
+        if self.name == ONNXRUNTIME:
+            return engine_weights(traced, quantized, lower_linears(traced))
+        return portable_weights(tensorrt.for_plugins(traced) if self.plugin_nodes else traced, quantized)
+
+    def obstacle(self) -> MissingError | None:
+        """Why NVIDIA's library cannot run it here; None if it can, and for ONNX Runtime's own target."""
+        if not self.is_nvidia:
+            return None
+        found = tensorrt.obstacle(self.name, run=True)
+        if found is None and not self.plan.is_file():
+            found = MissingError(
+                f"{self.name}: the engine is not built",
+                hint=f"run lrq-export build {self.package} --target {self.name}",
+            )
+        if found is None:
+            return None
+        again = f"lrq-export verify {self.package} --against {self.name}"
+        return MissingError(found.message, hint=f"{found.hint}, then run there: {again}")
+
+    def profile_of(self, specs: Mapping[str, InputSpec], feed: Mapping[str, np.ndarray]) -> int | None:
+        """The optimization profile of its plan that takes inputs of these sizes; None if none does."""
+        sizes = {
+            axis: size for name, spec in specs.items() for axis, size in zip(spec.shape, feed[name].shape, strict=True)
+        }
+        built = json.loads((self.plan.with_name(tensorrt.BUILD)).read_text())
+        for index, ranges in enumerate(built["profiles"]):
+            if all(least <= sizes[axis] <= most for axis, (least, _, most) in ranges.items()):
+                return index
+        return None

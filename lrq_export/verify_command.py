@@ -1,0 +1,87 @@
+"""`lrq-export verify OUT --against TARGET`: a target of a package beside its model.onnx, in sight of the user."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lrq_export.errors import UsageError
+
+REPLAY = ".replay"  # behind the package's name: a folder beside it
+
+
+def verify_against(package: Path, target: str, inputs: str | None, bisect: bool, as_json: bool) -> int:
+    """Print every rung and what `bisect` found; returns the exit code.
+
+    `inputs`: how many of the package's own samples, or a file or folder of recorded ones. Raises the MissingError of
+    what this machine lacks where nothing but weights could be compared.
+    """
+    from lrq_export.progress import shown, stage
+    from lrq_export.verify.against import RUNGS, compare
+
+    replay = package.resolve().with_name(package.resolve().name + REPLAY) if bisect else None
+    with shown(as_json) as progress, stage(progress, f"against {target}", {}, len(RUNGS)):
+        findings = compare(package, target, **chosen(inputs), replay=replay, advance=progress.advance)
+    _print_json(findings) if as_json else _print(findings, bisect)
+    if findings.broken:
+        return 1
+    if findings.not_run is not None and not findings.ran:
+        raise findings.not_run
+    return 0
+
+
+def chosen(inputs: str | None) -> dict[str, Any]:
+    """Keyword arguments of `compare`. Raises UsageError for neither a number nor something that is there."""
+    if inputs is None:
+        return {}
+    if inputs.isdecimal() and int(inputs) > 0:
+        return {"samples": int(inputs)}
+    path = Path(inputs)
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise UsageError(f"--inputs: {path} holds {len(found)} safetensors files, needed one", hint="name the file")
+        return {"inputs": found[0]}
+    if not path.is_file():
+        raise UsageError(
+            f"--inputs: got {inputs!r}, needed a number of samples, or recorded denoiser inputs (safetensors)"
+        )
+    return {"inputs": path}
+
+
+def _print_json(findings: Any) -> None:
+    for rung in findings.rungs:
+        print(json.dumps({"event": "rung"} | rung.to_json()))
+    if findings.not_run is not None:
+        print(json.dumps({"event": "not run", "missing": findings.not_run.message, "fix": findings.not_run.hint}))
+    if findings.divergence is not None:
+        found = findings.divergence
+        print(
+            json.dumps(
+                {"event": "first difference", "tensor": found.tensor, "node": found.node, "op": found.op,
+                 "nmse": found.nmse if found.nmse < float("inf") else None, "replay": findings.command}
+            )
+        )  # fmt: skip
+
+
+def _print(findings: Any, bisect: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("rung", "compares", "metric", "value", "bound", "cosine", "error/RMS at 99%", "")
+    for rung in findings.rungs:
+        similar = "–" if rung.cosine is None else f"{rung.cosine:.8f}"
+        error = f"{rung.quantiles[0.99]:.1e}" if 0.99 in rung.quantiles else "–"
+        verdict = "ok" if rung.passed else "FAILED"
+        row = (rung.rung, rung.title, rung.metric, f"{rung.value:.3g}", f"{rung.bound:.3g}", similar, error, verdict)
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    if findings.broken:
+        first = findings.broken[0]
+        print(f"first diverging rung: {first.rung}, which blames {first.blames}")
+    if findings.divergence is not None:
+        print(f"{findings.divergence.line()}\nreplay by hand: {findings.command}")
+    elif findings.broken:
+        print("no layer's input differs by itself: nothing to bisect" if bisect else "--bisect finds the first tensor")
+    if findings.not_run is not None and findings.ran:
+        print(f"not run here: {findings.not_run}")

@@ -1,0 +1,240 @@
+"""The runner of TensorRT plans: what it uses of NVIDIA's classes exists, and in the right order, as far as a stand-in
+for a GPU can show. `-m trt` runs a real plan.
+"""
+
+import ast
+import contextlib
+import ctypes
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lrq_export.engine import tensorrt_runner, tensorrt_worker
+from lrq_export.engine.tensorrt_runner import BUCKETS, TensorRtRunner
+from lrq_export.errors import InputError, MissingError, UsageError
+
+# The NVIDIA class behind each name of a variable; "" is the module itself.
+CLASSES = {
+    "trt": "", "runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext",
+    "registry": "IPluginRegistry", "network": "INetworkDefinition", "config": "IBuilderConfig",
+}  # fmt: skip
+
+
+def uses(source):
+    """(class, attribute) for whatever the source reads of NVIDIA's module and objects; enums as (enum, member)."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Attribute):
+            continue
+        owner = node.value
+        if isinstance(owner, ast.Name) and owner.id in CLASSES:
+            found.add((CLASSES[owner.id], node.attr))
+        elif isinstance(owner, ast.Attribute) and isinstance(owner.value, ast.Name) and owner.value.id == "trt":
+            found.add((owner.attr, node.attr))
+    return found
+
+
+def absent(module, source):
+    return [
+        f"{owner}.{name}"
+        for owner, name in sorted(uses(source))
+        if not hasattr(getattr(module, owner) if owner else module, name)
+    ]
+
+
+@pytest.mark.parametrize("module", [tensorrt_runner, tensorrt_worker])
+def test_every_attribute_that_is_used_of_nvidia_s_classes_exists(module):
+    """TensorRT-RTX's bindings share their names with TensorRT's."""
+    rtx = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install lrq-export[rtx]")
+    source = Path(module.__file__).read_text()
+    assert len(uses(source)) > 10
+    assert absent(rtx, source) == []
+
+
+def test_an_attribute_that_does_not_exist_is_seen():
+    rtx = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install lrq-export[rtx]")
+    source = "context.execute_async_v2(1)\ntrt.DataType.UINT4\nengine.get_tensor_name(0)\ntrt.Parser"
+    assert absent(rtx, source) == [".Parser", "DataType.UINT4", "IExecutionContext.execute_async_v2"]
+
+
+# ------------------------------------------------------------- a stand-in for TensorRT and CUDA: sample = 2 x + t
+
+
+class Context:
+    def __init__(self, engine):
+        self.engine, self.shapes, self.addresses, self.runs, self.profile = engine, {}, {}, 0, None
+
+    def set_device_memory(self, address, size):
+        assert size >= self.engine.device_memory_size_v2
+
+    def set_optimization_profile_async(self, index, stream):
+        self.profile = index
+
+    def set_input_shape(self, name, shape):
+        assert self.profile is not None
+        self.shapes[name] = tuple(shape)
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+
+    def infer_shapes(self):
+        return [name for name in ("x", "t") if name not in self.shapes]
+
+    def get_tensor_shape(self, name):
+        return self.shapes["x"]
+
+    def execute_async_v3(self, stream):
+        def at(name):
+            shape = self.get_tensor_shape(name) if name == "sample" else self.shapes[name]
+            size = int(np.prod(shape))
+            return np.ctypeslib.as_array((ctypes.c_float * size).from_address(self.addresses[name])).reshape(shape)
+
+        self.runs += 1
+        at("sample")[:] = 2 * at("x") + at("t")[:, None]
+        return self.engine.runs_well
+
+
+class Engine:
+    device_memory_size_v2, streamable_weights_size, num_optimization_profiles = 1024, 0, 2
+    names, num_io_tensors, runs_well = ("x", "t", "sample"), 3, True
+
+    def __init__(self):
+        self.contexts = []
+
+    def get_tensor_name(self, index):
+        return self.names[index]
+
+    def get_tensor_mode(self, name):
+        return "output" if name == "sample" else "input"
+
+    def get_tensor_dtype(self, name):
+        return "float"
+
+    def get_tensor_profile_shape(self, name, index):
+        """The first profile is for one sample, the second for 2 to 20; 3 channels."""
+        sizes = ((1,), (1,), (1,)) if index == 0 else ((2,), (2,), (20,))
+        return [(*size, 3) if name == "x" else size for size in sizes]
+
+    def create_execution_context(self, strategy):
+        assert strategy == "user managed"
+        self.contexts.append(Context(self))
+        return self.contexts[-1]
+
+
+class Graph:
+    captured = None
+
+    def replay(self):
+        Graph.captured.execute_async_v3(0)
+
+
+@pytest.fixture
+def engine(monkeypatch, tmp_path):
+    """A plan in tmp_path, and a GPU that is this machine's memory."""
+    made = Engine()
+    stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda other: None, synchronize=lambda: None)
+    trt = SimpleNamespace(
+        __version__="11.4", Logger=type("Logger", (), {"WARNING": 1, "__init__": lambda self, level: None}),
+        Runtime=lambda logger: SimpleNamespace(
+            deserialize_cuda_engine=lambda plan: made if plan == b"ftrt good" else None
+        ),
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
+        TensorIOMode=SimpleNamespace(INPUT="input"),
+        DataType=SimpleNamespace(FLOAT="float", HALF="half", BF16="bf16", INT32="i", INT64="l", BOOL="b"),
+    )  # fmt: skip
+
+    @contextlib.contextmanager
+    def capture(graph, stream, capture_error_mode):
+        yield
+        Graph.captured = made.contexts[-1]
+
+    monkeypatch.setattr(tensorrt_runner.importlib, "import_module", lambda name: trt)
+    fakes = {
+        "Stream": lambda device: stream, "current_stream": lambda device=None: stream, "graph": capture,
+        "stream": lambda one: contextlib.nullcontext(), "device": lambda device: contextlib.nullcontext(),
+        "CUDAGraph": Graph,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    (tmp_path / "model.plan").write_bytes(b"ftrt good")
+    (tmp_path / "build.json").write_text(json.dumps({"plugins": False, "version": "10.16"}))
+    return made
+
+
+def opened(folder, target="tensorrt"):
+    return TensorRtRunner(folder, target, torch.device("cpu"))
+
+
+def given(samples, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {"x": torch.randn(samples, 3, generator=generator), "t": torch.randn(samples, generator=generator)}
+
+
+def right(runner, inputs):
+    return torch.equal(runner(inputs), 2 * inputs["x"] + inputs["t"][:, None])
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_answers_are_the_plan_s_and_sizes_are_made_ready_once(engine, tmp_path, target):
+    runner = opened(tmp_path, target)
+    first = given(2)
+    kept = runner(first)
+    assert torch.equal(kept, 2 * first["x"] + first["t"][:, None])
+    assert right(runner, given(2, seed=1))
+    assert torch.equal(kept, 2 * first["x"] + first["t"][:, None])  # an answer is no view of a buffer
+    assert right(runner, given(1))
+    assert [context.profile for context in engine.contexts] == [1, 0]
+    assert all(bucket.graph is None for bucket in runner._buckets.values()) == (target == "tensorrt-rtx")
+
+
+def test_buckets_that_were_not_used_for_longest_go(engine, tmp_path):
+    runner = opened(tmp_path)
+    for samples in range(2, BUCKETS + 3):
+        assert right(runner, given(samples))
+    assert len(runner._buckets) == BUCKETS
+    assert len(engine.contexts) == BUCKETS + 1
+    assert right(runner, given(2))
+    assert len(engine.contexts) == BUCKETS + 2
+
+
+def test_what_cannot_be_run_is_told(engine, tmp_path, monkeypatch):
+    runner = opened(tmp_path)
+    with pytest.raises(UsageError, match=r"no optimization profile of the plan takes x \(21, 3\)"):
+        runner(given(21))
+    monkeypatch.setattr(engine, "runs_well", False)
+    with pytest.raises(RuntimeError, match="did not enqueue"):
+        runner(given(5))
+    (tmp_path / "model.plan").write_bytes(b"ftrt other")
+    with pytest.raises(InputError, match=r"tensorrt 11\.4 does not take it; it was built by 10\.16"):
+        opened(tmp_path)
+    (tmp_path / "build.json").write_text(json.dumps({"plugins": True, "version": "10.16"}))
+    monkeypatch.setattr(tensorrt_runner, "find_library", lambda: None)
+    with pytest.raises(MissingError, match="plugins build"):
+        opened(tmp_path)
+
+
+@pytest.mark.trt
+def test_a_real_plan_answers_as_onnx_runtime_does(package, copy_of):
+    """Not yet run."""
+    from lrq_export.engine.targets import add_engines
+    from lrq_export.runtime import load, tensors
+    from lrq_export.verify.metrics import nmse
+    from lrq_export.verify.reference import Reference
+
+    pytest.importorskip("tensorrt", reason="needs TensorRT: pip install tensorrt-cu13")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    folder = copy_of(package)
+    assert add_engines(folder, ["tensorrt"], changes={"profiles": ("samples=1:2:4",)}) == []
+    recorded = {name: tensor[:3] for name, tensor in Reference.load(folder).inputs.items()}
+    with load(folder, target="tensorrt") as ours, load(folder, target="onnxruntime") as theirs:
+        assert ours.device.type == "cuda"
+        expected = theirs.run(tensors(theirs.specs, recorded)).cpu()
+        for _ in range(3):  # made ready, then replayed
+            got = ours.run(tensors(ours.specs, recorded, ours.device)).cpu()
+            assert nmse(got, expected) < 1e-4
+        assert nmse(got, expected.flip(0)) > 1e-3

@@ -1,0 +1,218 @@
+"""`verify --against`: a target that agrees, and twins with one fault each, found where it is."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+
+from lrq_export.engine import tensorrt
+from lrq_export.engine.targets import add_engines
+from lrq_export.errors import MissingError, UsageError
+from lrq_export.saved_graphs import rewritten_graph
+from lrq_export.verify import nvidia
+from lrq_export.verify.against import compare
+from lrq_export.verify.bisect import OnnxTensors
+from lrq_export.verify.forced import layer_inputs
+from lrq_export.verify_command import chosen
+
+pytest.importorskip("polygraphy", reason="needs polygraphy: pip install lrq-export[dev]")
+LAYER = "transformer_blocks.0.attn1.to_q"
+ENGINE = "engine/onnxruntime/model.onnx"
+SHOWN = ("rung", "first difference")  # of the lines of --json, besides progress
+
+
+@pytest.fixture(scope="module")
+def with_network(package, tmp_path_factory):
+    """A package that holds TensorRT's network in standard ops, and no plan: there is no GPU."""
+    folder = shutil.copytree(package, tmp_path_factory.mktemp("against") / "package")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorrt, "obstacle", no_gpu)
+        add_engines(folder, ["tensorrt"], changes={"plugins": "never"})
+    return folder
+
+
+def no_gpu(target, run=False):
+    return MissingError(f"{target}: this machine has no CUDA GPU", hint="find one that has")
+
+
+@pytest.fixture
+def edited(copy_of, reseal):
+    """A copy of a package whose model was spoilt, with hashes that do not tell."""
+
+    def edit(package, name, spoil):
+        folder = copy_of(package)
+        model = onnx.load(folder / name)
+        spoil(model)
+        onnx.save(model, folder / name)
+        reseal(folder)
+        return folder
+
+    return edit
+
+
+def flip(name, mask, byte=0):
+    def spoil(model):
+        (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+        raw = bytearray(tensor.raw_data)
+        raw[byte] ^= mask
+        tensor.raw_data = bytes(raw)
+
+    return spoil
+
+
+def reader(model, name):
+    return next(node for node in model.graph.node if name in node.input)
+
+
+def failed(findings):
+    return [rung.rung for rung in findings.broken]
+
+
+def test_the_engine_agrees_and_nothing_is_written(package, cli, digests):
+    before = digests(package.parent)
+    outcome = cli("verify", package, "--against", "onnxruntime", "--inputs", 2, "--bisect", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    rungs = [event for line in outcome.out.splitlines() if (event := json.loads(line))["event"] == "rung"]
+    assert [rung["rung"] for rung in rungs] == ["T1", "T2", "T3"]
+    assert all(rung["passed"] for rung in rungs)
+    assert rungs[1]["value"] < 1e-11
+    assert rungs[2]["cosine"] > 0.9999
+    assert 0 < rungs[2]["quantiles"]["0.5"] < rungs[2]["quantiles"]["1"] < 0.1
+    assert digests(package.parent) == before
+
+
+def test_one_changed_code_is_found_and_can_be_replayed(package, edited, cli):
+    folder = edited(package, ENGINE, flip(f"{LAYER}.int8", 0x7F))
+    node = reader(onnx.load(folder / ENGINE), f"{LAYER}.int8")
+    outcome = cli("verify", folder, "--against", "onnxruntime", "--bisect", "--json")
+    assert outcome.code == 1
+    events = [event for line in outcome.out.splitlines() if (event := json.loads(line))["event"] in SHOWN]
+    assert [event["rung"] for event in events if not event.get("passed", True)][:2] == ["T1", "T2"]
+    assert f"{LAYER}.int8" in events[0]["blames"]
+    found = events[-1]
+    # The product has no tensor of its own in model.onnx; the layer's output is the first that has.
+    assert found["tensor"] in names_after(folder / ENGINE, node)
+    assert replayed(found["replay"]) == 1
+
+
+def names_after(path, node):
+    """Tensors computed from a node through nodes that each have one reader."""
+    model, found = onnx.load(path), list(node.output)
+    while len(readers := [each for each in model.graph.node if found[-1] in each.input]) == 1:
+        found += readers[0].output
+    return found
+
+
+def replayed(command):
+    words = shlex.split(command)
+    assert words[:2] == ["polygraphy", "run"]
+    program = Path(sys.executable).with_name("polygraphy")
+    return subprocess.run([program, *words[1:]], capture_output=True, text=True).returncode
+
+
+def test_one_changed_scale_is_found_on_recorded_inputs(package, tiny, edited, tmp_path):
+    name = "transformer_blocks.1.ff.net.2.scale"
+    folder = edited(package, ENGINE, flip(name, 0x40, byte=2))  # the exponent's lowest bit is in the third byte
+    findings = compare(folder, "onnxruntime", inputs=tiny.calibration, samples=1, replay=tmp_path / "replay")
+    assert failed(findings)[:2] == ["T1", "T2"]
+    assert findings.divergence.tensor in names_after(folder / ENGINE, reader(onnx.load(folder / ENGINE), name))
+    assert "first differs at" in findings.divergence.line()
+
+
+def test_a_fault_that_no_weight_shows_is_found(package, edited, tmp_path):
+    def other_epsilon(model):
+        norms = [node for node in model.graph.node if node.op_type == "LayerNormRotate"]
+        next(each for each in norms[-1].attribute if each.name == "epsilon").f = 0.1
+
+    folder = edited(package, ENGINE, other_epsilon)
+    findings = compare(folder, "onnxruntime", replay=tmp_path / "replay")
+    assert failed(findings)[0] == "T2"
+    assert "the input of transformer_blocks.1.ff.net.0.proj" in findings.broken[0].blames
+    assert "LayerNormRotate" in findings.divergence.op
+
+
+def test_the_network_of_tensorrt_runs_in_onnx_runtime_where_there_is_no_gpu(with_network, cli):
+    outcome = cli("verify", with_network, "--against", "tensorrt")
+    assert outcome.code == 0
+    assert outcome.out.count(" ok ") == 3
+    assert "not run here: tensorrt" in outcome.out.replace("\n", " ")
+    assert f"lrq-export verify {with_network} --against tensorrt" in outcome.out
+
+
+def test_one_changed_code_of_the_network_is_found(with_network, edited, tmp_path):
+    codes = f"{LAYER}+to_k+to_v.codes"
+    findings = compare(
+        edited(with_network, "engine/tensorrt/model.onnx", flip(codes, 0x0F)), "tensorrt", replay=tmp_path / "replay"
+    )
+    assert failed(findings)[:2] == ["T1", "T2"]
+    assert codes in findings.broken[0].blames
+    assert findings.divergence.nmse > 1e-6
+
+
+@pytest.fixture
+def gpu(with_network, copy_of, reseal, monkeypatch):
+    """A package with a plan, and ONNX Runtime in the place of TensorRT; `spoilt` tensors come out 2 % too large."""
+    folder, spoilt = copy_of(with_network), set()
+    (folder / "engine/tensorrt/model.plan").write_bytes(b"ftrt")
+    ranges = {"samples": [1, 2, 4], "height": [8, 8, 8], "width": [8, 8, 8], "text": [6, 6, 6]}
+    facts = {"target": "tensorrt", "plugins": False, "profiles": [ranges], "version": "11", "engine_bytes": 4}
+    (folder / "engine/tensorrt/build.json").write_text(json.dumps(facts))
+    reseal(folder)
+
+    def run(target, cases, *, model=None, outputs=(), engine=None, profiles=None):
+        names = outputs or ["sample"]
+        assert (engine is None) == (model is not None)
+        assert profiles is None or profiles == [0] * len(cases)
+        answers = [OnnxTensors(model or target.path, case)(names) for case in cases]
+        return [{name: array * (1.02 if name in spoilt else 1) for name, array in each.items()} for each in answers]
+
+    monkeypatch.setattr(tensorrt, "obstacle", lambda target, run: None)
+    monkeypatch.setattr(nvidia, "run", run)
+    return folder, spoilt
+
+
+def test_with_a_gpu_layers_and_the_plan_are_compared_in_tensorrt(gpu, tmp_path):
+    folder, spoilt = gpu
+    findings = compare(folder, "tensorrt", replay=tmp_path / "replay")
+    assert [rung.rung for rung in findings.rungs] == ["T1", "T2", "T3", "T4", "T5"]
+    assert failed(findings) == []
+    assert "1 of 2 cases fit" in findings.rungs[-1].note  # the other is of other sizes
+    assert findings.not_run is findings.command is None
+    tensor = layer_inputs(rewritten_graph(folder))["transformer_blocks.1.attn1.to_out.0"]
+    spoilt |= {tensor, "sample"}
+    findings = compare(folder, "tensorrt", replay=tmp_path / "replay")
+    assert failed(findings) == ["T4", "T5"]
+    assert "first at the input of transformer_blocks.1.attn1.to_out.0" in findings.broken[0].blames
+    assert findings.divergence.tensor == tensor
+    assert " --trt " in findings.command
+
+
+def test_a_network_for_plugins_needs_a_gpu(package, copy_of, cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(tensorrt, "obstacle", no_gpu)
+    monkeypatch.setattr(tensorrt, "find_library", lambda: tmp_path / "liblrq_plugins.so")
+    folder = copy_of(package)
+    add_engines(folder, ["tensorrt"])
+    again = f"lrq-export verify {folder} --against tensorrt"
+    cli("verify", folder, "--against", "tensorrt").refused(4, "no CUDA GPU", again)
+
+
+def test_what_cannot_be_compared_is_refused(package, cli, tmp_path):
+    cli("verify", package, "--against", "tensorrt").refused(4, "no network for tensorrt", "--target tensorrt")
+    cli("verify", package, "--against", "openvino").refused(2, "--against", "tensorrt-rtx")
+    cli("verify", package, "--bisect").refused(2, "--against")
+    cli("verify", package, "--against", "onnxruntime", "--inputs", "none").refused(2, "--inputs", "a number of samples")
+
+
+def test_inputs_are_a_number_a_file_or_the_one_file_of_a_folder(tiny, tmp_path):
+    assert chosen(None) == {}
+    assert chosen("5") == {"samples": 5}
+    assert chosen(str(tiny.calibration)) == {"inputs": tiny.calibration}
+    with pytest.raises(UsageError, match="holds 0 safetensors"):
+        chosen(str(tmp_path))
+    (tmp_path / "one.safetensors").touch()
+    assert chosen(str(tmp_path)) == {"inputs": tmp_path / "one.safetensors"}
