@@ -67,13 +67,14 @@ def _print(findings: Any, bisect: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("rung", "compares", "metric", "value", "bound", "cosine", "error/RMS at 99%", "")
+    table = Table("rung", "compares", "NMSE", "bound", "cosine", "error at 99 %", "")
     for rung in findings.rungs:
-        similar = "–" if rung.cosine is None else f"{rung.cosine:.8f}"
+        similar = "–" if rung.cosine is None else f"{rung.cosine:.7f}"
         error = f"{rung.quantiles[0.99]:.1e}" if 0.99 in rung.quantiles else "–"
-        verdict = "ok" if rung.passed else "FAILED"
-        row = (rung.rung, rung.title, rung.metric, f"{rung.value:.3g}", f"{rung.bound:.3g}", similar, error, verdict)
-        table.add_row(*row)
+        value, bound = (f"{number:.2g}" if rung.metric == "NMSE" else rung.note for number in (rung.value, rung.bound))
+        if rung.metric != "NMSE":
+            value = "the same" if rung.passed else "changed"
+        table.add_row(rung.rung, rung.title, value, bound, similar, error, "ok" if rung.passed else "FAILED")
     console = Console()
     console.print(table)
     if findings.broken:
@@ -82,6 +83,6 @@ def _print(findings: Any, bisect: bool) -> None:
     if findings.divergence is not None:
         print(f"{findings.divergence.line()}\nreplay by hand: {findings.command}")
     elif findings.broken:
-        print("no layer's input differs by itself: nothing to bisect" if bisect else "--bisect finds the first tensor")
+        print("no tensor differs on these inputs: nothing to bisect" if bisect else "--bisect finds the first tensor")
     if findings.not_run is not None and findings.ran:
         print(f"not run here: {findings.not_run}")

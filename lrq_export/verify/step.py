@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 from onnx.external_data_helper import load_external_data_for_tensor
 
+from lrq_export.onnx_file import WeightTensor
 from lrq_export.package import write_bytes_atomic
 
 
@@ -47,6 +48,21 @@ def first_of(graph: onnx.GraphProto, tensors: Iterable[str]) -> str:
     """The one of `tensors` that the graph computes first."""
     wanted = set(tensors)
     return next(name for node in graph.node for name in node.output if name in wanted)
+
+
+def reader_of(graph: onnx.GraphProto, weight: str) -> str:
+    """What the first node that reads a weight computes."""
+    return next(node.output[0] for node in graph.node if weight in node.input)
+
+
+def put_weights(path: Path, meant: Iterable[WeightTensor]) -> None:
+    """Write the model at `path` anew with the bytes that are meant for its weights."""
+    model = onnx.load(path)
+    held = {tensor.name: tensor for tensor in model.graph.initializer}
+    for weight in meant:
+        if weight.name in held:
+            held[weight.name].raw_data = weight.read()
+    write_bytes_atomic(path, model.SerializeToString(deterministic=True))
 
 
 def _leading(graph: onnx.GraphProto, tensor: str) -> list[onnx.NodeProto]:

@@ -47,9 +47,9 @@ class Target:
         return self.name != ONNXRUNTIME
 
     @property
-    def title(self) -> str:
-        """What is compared in ONNX Runtime."""
-        return "ONNX Runtime INT8 engine" if self.name == ONNXRUNTIME else f"{self.name}'s network in ONNX Runtime"
+    def where(self) -> str:
+        """What of it runs in ONNX Runtime."""
+        return "of its network, in ONNX Runtime," if self.is_nvidia else "of the engine"
 
     @cached_property
     def plugin_nodes(self) -> list[str]:

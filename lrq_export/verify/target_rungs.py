@@ -20,16 +20,13 @@ from lrq_export.verify.bound import differing_weight
 from lrq_export.verify.metrics import cosine, error_quantiles, nmse
 from lrq_export.verify.rungs import blamed_layer, forced_model
 from lrq_export.verify.sliced import ReadInput, SlicedModel
-from lrq_export.verify.step import first_of, write_step
+from lrq_export.verify.step import first_of, put_weights, reader_of, write_step
 from lrq_export.verify.subject import Subject
 from lrq_export.verify.target import Target
 
 # Two correct implementations of a quantized model that run freely part by some 1e-6 (docs/graph.md). TensorRT's, too,
 # computes in float32: polygraphy leaves TF32 off.
 FREE_NMSE = 1e-4
-# What two correct implementations never reach where each layer is given the same input: some 1e-13 was measured. One
-# changed code of a wide layer may stay below the bound of a rung; its bytes show that it is there, this where it acts.
-FLOOR_NMSE = 1e-10
 Feed = Mapping[str, np.ndarray]
 Runs = Iterable[tuple[int, str, np.ndarray]]  # case, tensor, value
 
@@ -72,11 +69,10 @@ class Comparison(ladder.Rung):
 
 @dataclass(frozen=True)
 class Error:
-    """A layer's input that differs by more than FLOOR_NMSE, and in which case."""
+    """A layer's input, or the output, that differs by more than the bound, and in which case."""
 
     case: int
     tensor: str
-    nmse: float
 
 
 class Compared:
@@ -109,24 +105,23 @@ class Compared:
         changed = self.changed_weight = differing_weight(self.target.path, self.target.weights())
         blames = "the engine's weights" if changed is None else f"{changed}, whose bytes are not those of {QUANTIZED}"
         return Comparison(
-            "T1", f"weights in {self.target.path.name} of {self.target.name} vs {QUANTIZED}", blames, "changed",
-            float(changed is not None), 0.0, changed is None, "byte for byte",
+            "T1", f"its weights vs {QUANTIZED}", blames, "changed", float(changed is not None), 0.0, changed is None,
+            "byte for byte",
         )  # fmt: skip
 
     def layers(self) -> Comparison:
         cut = forced_model(self.subject, self.target.path, self.target.config)
-        return self._layers("T2", self.target.title, cut.model.graph, cut.run(self._reads()))
+        return self._layers("T2", self.target.where, cut.model.graph, cut.run(self._reads()))
 
     def layers_on_gpu(self) -> Comparison:
         cut = forced_model(self.subject, self.target.path).model
-        self.on_gpu = not self._beyond(self._parity)
         runs = nvidia.run_cut(self.target, cut, self._reads())
-        return self._layers("T4", self.target.name, cut.graph, runs)
+        return self._layers("T4", f"in {self.target.name}", cut.graph, runs)
 
     def output(self) -> Comparison:
         """Both run freely."""
         found = agreement(self.answers, self.cases, self.target.session(), FREE_NMSE)
-        title = f"output of {self.target.title} vs {MODEL}"
+        title = f"output {self.target.where} vs {MODEL}"
         return Comparison.of("T3", title, "what adds up over layers", found, "both run freely")
 
     def output_on_gpu(self) -> Comparison:
@@ -141,29 +136,34 @@ class Compared:
         session = nvidia.PlanSession(self.target, cases, list(fitting.values()))
         found = agreement([self.answers[index] for index in fitting], cases, session, FREE_NMSE)
         note = f"both run freely; {len(cases)} of {len(self.cases)} cases fit its profiles"
-        return Comparison.of("T5", f"output of {self.target.name}'s plan vs {MODEL}", "the engine", found, note)
+        return Comparison.of("T5", f"output of its plan vs {MODEL}", "the engine", found, note)
 
     def bisect(self, folder: Path) -> tuple[Divergence, str] | None:
-        """The first tensor that differs, and the command that replays it; None if no layer's input differs.
+        """The first tensor that differs, and the command that replays it; None if none does.
 
-        Searched is what leads from one layer's input to the first that differs. `folder` gets that part of both models.
+        Searched is what leads from one layer's input to the first that differs from model.onnx. If none does, but a
+        weight is another than was meant: what reads it, beside the same model with the right one. `folder` gets that
+        part of both models.
         """
-        bound = self._parity if self._beyond(self._parity) or self.changed_weight is None else FLOOR_NMSE
-        errors = self._beyond(bound)
-        if not errors:
-            return None
         cut = forced_model(self.subject, self.target.path, self.target.config).model
-        tensor = first_of(cut.graph, [error.tensor for error in errors])
-        case = next(error.case for error in errors if error.tensor == tensor)
-        portable = forced_model(self.subject, self.subject.package / MODEL).model
-        ours, theirs, read = folder / "target.onnx", folder / "reference.onnx", self._reads()[case]
+        ours, theirs = folder / "target.onnx", folder / "reference.onnx"
+        if self.errors:
+            tensor, bound = first_of(cut.graph, [error.tensor for error in self.errors]), self._parity
+            read = self._reads()[next(error.case for error in self.errors if error.tensor == tensor)]
+            portable = forced_model(self.subject, self.subject.package / MODEL).model
+            expected = write_step(portable, self.subject.package, tensor, theirs, read)
+        elif self.changed_weight is not None:
+            tensor, bound, read = reader_of(cut.graph, self.changed_weight), 0.0, self._reads()[0]
+            expected = write_step(cut, self.target.path.parent, tensor, theirs, read)
+            put_weights(theirs, self.target.weights())
+        else:
+            return None
         feed = write_step(cut, self.target.path.parent, tensor, ours, read)
-        reference = OnnxTensors(theirs, write_step(portable, self.subject.package, tensor, theirs, read))
         if self.on_gpu:
             suspect = nvidia.TensorRtTensors(ours, feed, self.target)
         else:
             suspect = OnnxTensors(ours, feed, config=self.target.config)
-        found = first_divergence(suspect, reference, bound=bound)
+        found = first_divergence(suspect, OnnxTensors(theirs, expected, config=self.target.config), bound=bound)
         if found is None:
             return None
         return found, save_replay(folder, found, suspect, *(["--trt"] if self.on_gpu else []))
@@ -172,28 +172,26 @@ class Compared:
     def _parity(self) -> float:
         return self.subject.recipe.gates.parity_nmse
 
-    def _beyond(self, bound: float) -> list[Error]:
-        return [error for error in self.errors if error.nmse > bound]
-
     def _reads(self) -> list[ReadInput]:
         return [forced.forced_inputs(*pair) for pair in zip(self.cases, self.answers, strict=True)]
 
-    def _layers(self, rung: str, title: str, graph: onnx.GraphProto, runs: Runs) -> Comparison:
+    def _layers(self, rung: str, where: str, graph: onnx.GraphProto, runs: Runs) -> Comparison:
         """The rung of all tensors that `runs` yields, each in its case."""
         bound = self._parity
-        worst, blamed = None, ""
+        worst, blamed, broken = None, "", []
         for case, name, array in runs:
             expected = self.answers[case][name]
             error = nmse(array, expected) if array.shape == expected.shape else math.inf
-            if error > FLOOR_NMSE:
-                self.errors.append(Error(case, name, error))
+            if error > bound:
+                broken.append(Error(case, name))
             if worst is None or error > worst.nmse:
                 worst, blamed = Agreement.of(array, expected, bound), name
-        broken = self._beyond(bound)
+        if broken and not self.errors:
+            self.errors, self.on_gpu = broken, rung == "T4"
         if broken:
             blamed = first_of(graph, [error.tensor for error in broken])
         blames = f"lowering and kernels ({'first' if broken else 'worst'} at {blamed_layer(self.subject, blamed)})"
-        return Comparison.of(rung, f"layers of {title} vs {MODEL}", blames, worst, "each layer on the same input")
+        return Comparison.of(rung, f"layers {where} vs {MODEL}", blames, worst, "each layer on the same input")
 
 
 def agreement(reference: Sequence[Feed], cases: Sequence[Feed], session: Any, bound: float) -> Agreement:

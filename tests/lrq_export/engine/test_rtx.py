@@ -105,7 +105,7 @@ def test_engines_of_a_comparison_have_the_tensors_that_are_asked_for(package, co
     with pytest.raises(CheckFailed, match="there is no GPU"):
         compared.layers_on_gpu()
     tensor = compared.subject.tensor_of["transformer_blocks.1.ff.net.2"]
-    compared.errors.append(Error(1, tensor, 1.0))
+    compared.errors, compared.on_gpu = [Error(1, tensor)], True
     with pytest.raises(CheckFailed, match="there is no GPU"):
         compared.bisect(folder.parent / "replay")
     whole, step = (answer["engine_bytes"] for answer in answers)
