@@ -201,7 +201,8 @@ NOT = {
         NO_HALVES),
     "halves of the samples, by default": (
         gated((SPLIT, "hidden, gate = Split<num_outputs = 2>(both)"), ("[batch, tokens, 24] x", "[8, 24] x"),
-              ("[batch, tokens, 24] y", "[4, 24] y"), ("width = 36", "width = 72"), ("cols = 36", "cols = 72")), NO_HALVES),
+              ("[batch, tokens, 24] y", "[4, 24] y"), ("width = 36", "width = 72"), ("cols = 36", "cols = 72")),
+        NO_HALVES),
     "parts of fed sizes": (
         gated((SPLIT, SPLIT.replace("halves", "s")), ("24] x)", "24] x, int64[2] s)")), NO_HALVES),
     "parts of what has no known size": (

@@ -194,6 +194,10 @@ NOT = {
     "a scale of more axes": (
         modulated(("float[batch, 1, 24] scale", "float[2, batch, 1, 24] scale"), ("=> (float[", "=> (float[2, ")),
         "the scale of the norm before it has shape (2, batch, 1, 24)"),
+    "tokens of no known shape": (
+        modulated((UNIT, "any = Reshape(x, s) " + UNIT.replace("(x", "(any")),
+                  ("1, 24] shift)", "1, 24] shift, int64[n] s)")),
+        "the scale of the norm before it has shape (batch, 1, 24), needed one that broadcasts to unknown"),
     "a scale for samples that share their tokens": (
         modulated(("float[batch, tokens, 24] x", "float[1, tokens, 24] x")),
         "the scale of the norm before it has shape (batch, 1, 24), needed one that broadcasts to (1, tokens, 24)"),
@@ -209,6 +213,7 @@ NOT = {
     "no norm": (modulated((UNIT, "unit = Relu(x)")), None),
     "the mean over tokens": (rms(("last = {-1}", "last = {1}")), None),
     "the mean over tokens and channels": (rms(("int64[1] last = {-1}", "int64[2] last = {1, 2}")), None),
+    "the mean over all": (rms((MEAN, MEAN.replace(", last", ""))), None),
     "a mean that loses its axis": (
         rms((MEAN, MEAN.replace("(", "<keepdims = 0>(")), ("[batch, tokens, 24] x", "[24, 24, 24] x"),
             ("[batch, tokens, 24] y", "[24, 24, 24] y")),
