@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from graphs.passes.channels import NoMatch
 from graphs.passes.norms import modulated_norm
-from graphs.passes.patterns import DEQUANT_OPS, LINEAR_OPS, ROTATE_OPS, is_lrq, is_number, producer
+from graphs.passes.patterns import DEQUANT_OPS, LINEAR_OPS, ROTATE_OPS, is_lrq, is_number, is_standard, producer
 from graphs.traced import TracedGraph
 
 
@@ -33,7 +33,7 @@ def online_channels(x: gs.Tensor, traced: TracedGraph) -> tuple[int, int]:
         return 0, x.shape[-1]
     if (moved := _moved(node)) is not None:
         return online_channels(moved, traced)
-    if node.op != "Concat":
+    if not is_standard(node, "Concat"):
         return 0, 0
     parts = [online_channels(each, traced) for each in node.inputs]
     if node.attrs["axis"] % len(x.shape) != len(x.shape) - 1:
@@ -49,7 +49,7 @@ def online_channels(x: gs.Tensor, traced: TracedGraph) -> tuple[int, int]:
 
 def _moved(node: gs.Node) -> gs.Tensor | None:
     """What a node reads that moves, cuts or scales whole tokens, as those do that `commute_rotation` passes by."""
-    if node.domain or node.op not in ("Transpose", "Mul", "Reshape", "Split", "Slice"):
+    if not is_standard(node, "Transpose", "Mul", "Reshape", "Split", "Slice"):
         return None
     if node.op == "Mul":
         tokens = [each for each in node.inputs if not is_number(each)]

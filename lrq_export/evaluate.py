@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from graphs import expressions
@@ -29,6 +30,35 @@ def evaluate(expression: Expression, read: ReadTensor, dtype: torch.dtype = torc
         else:
             raise TypeError(f"no evaluation is defined for the map {type(step).__name__}")
     return value
+
+
+class KeptWeights:
+    """Evaluates expressions in float32, and keeps what fits into `limit` bytes for when they are asked for again.
+
+    What is asked for in the same order again and again finds as large a part of it kept as fits.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.held = limit, 0
+        self._kept: dict[Expression, np.ndarray] = {}
+        self._asked: set[Expression] = set()
+
+    def array(self, expression: Expression, read: ReadTensor) -> np.ndarray:
+        """As `evaluate`; not to be written to."""
+        self._asked.add(expression)
+        if expression in self._kept:
+            return self._kept[expression]
+        array = evaluate(expression, read).numpy()
+        if self.held + array.nbytes <= self.limit:
+            self._kept[expression] = array
+            self.held += array.nbytes
+        return array
+
+    def forget_unasked(self) -> None:
+        """Let go of what was not asked for since the last call."""
+        for expression in self._kept.keys() - self._asked:
+            self.held -= self._kept.pop(expression).nbytes
+        self._asked.clear()
 
 
 def rotation_of(step: expressions.Rotation, width: int) -> Rotation | PartialRotation:

@@ -15,12 +15,13 @@ import torch
 
 from graphs.float_model import float_model, weight_names
 from graphs.traced import TracedGraph
-from lrq_export.evaluate import ReadTensor, evaluate
+from lrq_export.evaluate import KeptWeights, ReadTensor
 from lrq_export.models.base import InputSpec
 from lrq_export.runtime import feeds
 from lrq_export.verify.metrics import nmse
 from lrq_export.verify.sliced import SlicedModel
 
+KEPT_BYTES = 5 << 29  # all of PixArt-XL/2, and a part of larger models
 Inputs = dict[str, torch.Tensor]
 Answers = list[np.ndarray]
 
@@ -35,17 +36,22 @@ class Proof:
         other = other_shapes(specs, recorded, seed=3)
         cases = [{name: tensor[:1] for name, tensor in recorded.items()}, other, other_shapes(specs, other, seed=4)]
         self.cases, self.read = [feeds(specs, case) for case in cases], read
+        self.kept = KeptWeights(KEPT_BYTES)  # most passes leave most weights as they are
 
     def answers(self, traced: TracedGraph) -> Answers:
-        """Every output for every case; each weight is evaluated when the slice of the graph that reads it runs."""
+        """Every output for every case; each weight is evaluated when the slice of the graph that reads it runs.
+
+        Weights of `KEPT_BYTES` in all are kept for the next graph.
+        """
         read = self.read or random_source(traced)
         weights = {
-            name: functools.partial(lambda expression: evaluate(expression, read).numpy(), expression)
+            name: functools.partial(self.kept.array, expression, read)
             for name, expression in weight_names(traced).items()
         }
         sliced = SlicedModel(float_model(traced), weights=weights)
         runs = sliced.run([case.__getitem__ for case in self.cases])
         outputs = {(case, name): array for case, name, array in runs}
+        self.kept.forget_unasked()
         names = [tensor.name for tensor in traced.graph.outputs]
         return [outputs[index, name] for index in range(len(self.cases)) for name in names]
 
@@ -80,7 +86,7 @@ def other_shapes(specs: dict[str, InputSpec], inputs: Inputs, seed: int) -> Inpu
             continue
         for axis, extent in enumerate(spec.shape):
             if isinstance(extent, str) and extent not in sizes:
-                # About half, one unit more with every free axis: cheap, never square, never the given size.
+                # About half, one unit more with every free axis: cheap, and neither square nor as given if large.
                 unit, most = spec.unit(extent), spec.most_units(extent)
                 units = max(2, given.shape[axis] // unit // 2 + len(sizes))
                 sizes[extent] = (units if most is None else min(units, most)) * unit

@@ -37,14 +37,13 @@ class Rows:
     stop: int | None = None  # None: to the last
 
 
-def rows_behind(tensor: gs.Tensor, block: int, traced: TracedGraph) -> list[Rows]:
+def rows_behind(tensor: gs.Tensor, block: int, traced: TracedGraph, readers: int = 1) -> list[Rows]:
     """The weights and biases whose rows are the channels on the last axis of `tensor`, all of them in the same order.
 
-    `block` neighbouring channels are to be mixed with each other. Raises NoMatch with the reason.
+    `block` neighbouring channels are to be mixed with each other, and so many `readers` of `tensor` want them mixed.
+    Raises NoMatch with the reason.
     """
-    if not tensor.shape:
-        raise NoMatch("what it rotates has no known shape")
-    return _Climb(block, traced).up(tensor, (len(tensor.shape) - 1,))
+    return _Climb(block, traced).up(tensor, (len(tensor.shape or ()) - 1,), readers)
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,14 @@ class _Climb:
     block: int
     traced: TracedGraph
 
-    def up(self, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
+    def up(self, tensor: gs.Tensor, axes: tuple[int, ...], readers: int = 1) -> list[Rows]:
         """The rows behind the channels on `axes` of `tensor`, the first axis counting most."""
         node = producer(tensor)
+        if not tensor.shape:
+            raise NoMatch("what it rotates has no known shape")
         if node is None:
             raise NoMatch("an input of the graph computes what it rotates, no linear layer")
-        if len(value_readers(tensor)) > 1 or is_graph_output(tensor, self.traced.graph):
+        if len(value_readers(tensor)) > readers or is_graph_output(tensor, self.traced.graph):
             raise NoMatch(f"the output of {node.op} is also read elsewhere")
         rule = RULES.get(node.op) if not node.domain else None
         if rule is None:
@@ -84,7 +85,7 @@ class _Climb:
         if sum(numbers) != 1:
             raise NoMatch("Mul computes what it rotates, and not with one number for all channels")
         scaled = node.inputs[numbers.index(False)]
-        if len(scaled.shape or ()) != len(tensor.shape):
+        if scaled.shape and len(scaled.shape) < len(tensor.shape):
             raise NoMatch("Mul adds axes to what it multiplies")
         return self.up(scaled, axes)
 
@@ -127,7 +128,7 @@ class _Climb:
         if bias.name not in self.traced.tensors or len(bias.outputs) != 1:
             raise NoMatch("the layer's bias is not a weight of its own")
         other = next(each for each in node.inputs if each is not bias)
-        if len(other.shape or ()) != len(tensor.shape) or other.shape[-1] != tensor.shape[-1]:
+        if other.shape and other.shape[-1] != tensor.shape[-1]:
             raise NoMatch("Add stretches what it rotates")
         return [*self.up(other, axes), Rows(bias.name)]
 
@@ -161,10 +162,10 @@ class _Climb:
             return self.mix(values, tensor, axes)
         if axes != (rank - 1,):
             raise NoMatch("Attention computes what it rotates, but not its channels alone")
-        heads = node.attrs.get("kv_num_heads")
-        if heads is None or heads != node.attrs.get("q_num_heads") or not isinstance(tensor.shape[-1], int):
-            raise NoMatch("Attention shares its values between heads, or their number is not known")
-        self.check_head(tensor.shape[-1] // heads)
+        heads, width = node.attrs["kv_num_heads"], tensor.shape[-1]
+        if heads != node.attrs["q_num_heads"]:
+            raise NoMatch("Attention shares its values between heads")
+        self.check_head(width // heads if isinstance(width, int) else None)
         return self.up(values, axes)
 
     def check_head(self, width) -> None:
@@ -192,9 +193,9 @@ RULES: dict[str, Rule] = {
 
 def _axes_before(reshape: gs.Node, axes: tuple[int, ...]) -> tuple[int, ...]:
     """The axes of a Reshape's input that hold what is on neighbouring `axes` of its output; row-major order stays."""
-    before, after = reshape.inputs[0].shape, reshape.outputs[0].shape
-    unknown = NoMatch(f"Reshape from {before} to {after} does not keep the channels together")
-    if before is None or after is None or axes != tuple(range(axes[0], axes[-1] + 1)):
+    before, after = reshape.inputs[0].shape or [], reshape.outputs[0].shape
+    unknown = NoMatch(f"Reshape from {before or '?'} to {after} does not keep the channels together")
+    if axes != tuple(range(axes[0], axes[-1] + 1)):
         raise unknown
     behind, width = after[axes[-1] + 1 :], [after[axis] for axis in axes]
     if not all(isinstance(size, int) for size in (*behind, *width)):

@@ -21,6 +21,7 @@ from graphs.passes.patterns import (
     is_inner,
     is_lrq,
     is_number,
+    is_standard,
     producer,
     redirect_readers,
     remove_node,
@@ -85,13 +86,10 @@ def _past(node: gs.Node, operand: int, rotation: gs.Node, traced: TracedGraph) -
 def _past_parts(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
     """Above all the Splits and Slices of one tensor, if every part is rotated; one part alone would be less work."""
     whole = node.inputs[0]
-    if not all(map(_parts_tokens, value_readers(whole))) or is_graph_output(whole, traced.graph):
-        raise NoMatch(f"what {node.op} divides is also read elsewhere, or its channels are divided")
-    cutters = list({id(each): each for each in value_readers(whole)}.values())
-    parts = [part for each in cutters for part in each.outputs if part.outputs or is_graph_output(part, traced.graph)]
-    if len(parts) < 2:
+    equal = _rotations_of_parts(node, rotation, traced)
+    if not equal:
         return []
-    equal = _rotations_of(parts, rotation, traced)
+    cutters = value_readers(whole)
     moved = _rotate(whole, rotation, traced)
     for each in cutters:
         each.inputs[0] = moved.outputs[0]
@@ -99,10 +97,20 @@ def _past_parts(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[g
     return [moved]
 
 
+def _rotations_of_parts(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
+    """The rotations of all parts of what `node` divides, equal to `rotation`, if there are two parts at least."""
+    whole = node.inputs[0]
+    cutters = value_readers(whole)
+    if not all(map(_parts_tokens, cutters)) or is_graph_output(whole, traced.graph):
+        raise NoMatch(f"what {node.op} divides is also read elsewhere, or its channels are divided")
+    parts = [part for each in cutters for part in each.outputs if part.outputs or is_graph_output(part, traced.graph)]
+    return _rotations_of(parts, rotation, traced) if len(parts) > 1 else []
+
+
 def _parts_tokens(node: gs.Node) -> bool:
     """Whether a node is a Split or Slice of other axes than the last, known ones."""
     rank = len(node.inputs[0].shape or ())
-    if not rank or node.domain or node.op not in ("Split", "Slice"):
+    if not rank or not is_standard(node, "Split", "Slice"):
         return False
     if node.op == "Split":
         return node.attrs.get("axis", 0) % rank != rank - 1
@@ -144,7 +152,7 @@ def _join(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
     """Rotate tokens behind the Concat that joins them, unless one of the equal rotations before it can fold."""
     readers = value_readers(rotation.outputs[0])
     node = readers[0] if len(readers) == 1 and not is_inner(readers[0], traced.graph) else None
-    if node is None or node.op != "Concat" or is_graph_output(rotation.outputs[0], traced.graph):
+    if not is_standard(node, "Concat"):
         return []
     rank = len(rotation.outputs[0].shape or ())
     if not rank or node.attrs["axis"] % rank == rank - 1:
@@ -174,8 +182,17 @@ def _join(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
 
 
 def _folds(rotation: gs.Node, traced: TracedGraph) -> bool:
+    """Whether a rotation can fold into weights where it is, or above the Split or Slices that hand it its tokens."""
+    x, block = rotation.inputs[0], int(rotation.attrs["block"])
     try:
-        return bool(rows_behind(rotation.inputs[0], int(rotation.attrs["block"]), traced))
+        return bool(rows_behind(x, block, traced))
+    except NoMatch:
+        node = producer(x)
+    if node is None or not _parts_tokens(node):
+        return False
+    try:
+        whole, parts = node.inputs[0], _rotations_of_parts(node, rotation, traced)
+        return bool(parts) and bool(rows_behind(whole, block, traced, readers=len(value_readers(whole))))
     except NoMatch:
         return False
 

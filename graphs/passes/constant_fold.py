@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphs import names
-from graphs.passes.patterns import producer
+from graphs.passes.patterns import computed_by, is_standard
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -39,11 +39,12 @@ def constant_fold(traced: TracedGraph) -> PassResult:
 
 
 def _fold_sizes(graph: gs.Graph) -> None:
-    """Let the known sizes that a Shape, or a Gather behind one, asks for be constants."""
+    """Let the known sizes that a Shape, or a Gather or Slice behind one, asks for be constants."""
+    asks = {"Shape": _sizes, "Gather": _gathered, "Slice": _sliced}
     for node in graph.nodes:
-        if node.domain or node.op not in ("Shape", "Gather") or any(node.outputs[0] is each for each in graph.outputs):
+        if not is_standard(node, *asks) or any(node.outputs[0] is each for each in graph.outputs):
             continue
-        sizes = _sizes(node) if node.op == "Shape" else _gathered(node)
+        sizes = asks[node.op](node)
         if sizes is not None and all(isinstance(size, int) for size in np.ravel(sizes).tolist()):
             (output,) = node.outputs
             output.to_constant(np.array(sizes, np.int64))
@@ -58,11 +59,27 @@ def _sizes(shape: gs.Node) -> list | None:
 
 def _gathered(gather: gs.Node):
     """The sizes that a Gather picks of a Shape, in the shape of its indices; None if it does not."""
-    shape = producer(gather.inputs[0])
-    sizes = _sizes(shape) if shape is not None and not shape.domain and shape.op == "Shape" else None
-    if sizes is None or not isinstance(gather.inputs[1], gs.Constant) or gather.attrs.get("axis", 0) != 0:
+    sizes = _sizes_behind(gather)
+    if sizes is None or gather.attrs.get("axis", 0) != 0:
         return None
     return np.array(sizes, object)[gather.inputs[1].values]
+
+
+def _sliced(cut: gs.Node) -> list | None:
+    """The sizes that a Slice takes of a Shape; None if it does not."""
+    sizes = _sizes_behind(cut)
+    if sizes is None:
+        return None
+    start, stop, *_, step = [int(each.values.item()) for each in cut.inputs[1:]] + [1] * (len(cut.inputs) < 5)
+    return sizes[start:stop:step]  # Python's rules for what lies outside are ONNX's
+
+
+def _sizes_behind(node: gs.Node) -> list | None:
+    """What the Shape asks for that computes a node's first input; None if none does, or the others are no constants."""
+    shape = computed_by(node.inputs[0], "Shape")
+    return (
+        None if shape is None or not all(isinstance(each, gs.Constant) for each in node.inputs[1:]) else _sizes(shape)
+    )
 
 
 def _is_lrq(node: gs.Node) -> bool:

@@ -4,12 +4,24 @@
     HadamardRotate(x * Sigmoid(x))         ->  SiluRotate(x)
     HadamardRotate(a * Gelu(b))            ->  GegluRotate(x)      a, b = Split(x), the halves of its channels
 
-So the activated tokens are written to memory once, rotated.
+So the activated tokens are written to memory once, rotated. The exact Gelu may be written out in single steps, as older
+exports do: x * 0.5 * (1 + Erf(x / √2)).
 """
+
+import math
 
 import onnx_graphsurgeon as gs
 
-from graphs.passes.patterns import is_graph_output, is_lrq, producer, sole_operand, value_readers
+from graphs.passes.patterns import (
+    computed_by,
+    is_graph_output,
+    is_lrq,
+    is_number,
+    producer,
+    redirect_shapes,
+    sole_operand,
+    value_readers,
+)
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -17,16 +29,18 @@ from graphs.traced import TracedGraph
 def fuse_activation(traced: TracedGraph) -> PassResult:
     result = PassResult()
     for rotation in [node for node in traced.graph.nodes if is_lrq(node, "HadamardRotate")]:
-        found = activation(rotation.inputs[0])
+        tokens, signs = rotation.inputs
+        found = activation(tokens)
         if found is None:
-            if (obstacle := _near_miss(rotation.inputs[0])) is not None:
+            if (obstacle := _near_miss(tokens)) is not None:
                 result.skip(rotation, obstacle)
             continue
-        if len(value_readers(rotation.inputs[0])) > 1 or is_graph_output(rotation.inputs[0], traced.graph):
+        if len(value_readers(tokens)) > 1 or is_graph_output(tokens, traced.graph):
             result.skip(rotation, "the activated tokens are also read elsewhere, unrotated")
             continue
         rotation.op, x = found
-        rotation.inputs = [x, rotation.inputs[1]]
+        rotation.inputs = [x, signs]
+        redirect_shapes(tokens, rotation.outputs[0])
         result.fired += 1
     if result.fired:
         traced.forget_unused()
@@ -35,25 +49,66 @@ def fuse_activation(traced: TracedGraph) -> PassResult:
 
 def activation(tensor: gs.Tensor) -> tuple[str, gs.Tensor] | None:
     """The fused op that computes `tensor` and rotates it, and what it reads; None if no activation computes it."""
-    node = producer(tensor)
-    if node is None or node.domain:
-        return None
-    if node.op == "Gelu":
-        return ("GeluTanhRotate" if node.attrs.get("approximate") == "tanh" else "GeluRotate"), node.inputs[0]
-    if node.op != "Mul":
-        return None
-    for x, factor in (node.inputs, node.inputs[::-1]):
+    if (x := _under_gelu(tensor)) is not None:
+        return ("GeluTanhRotate" if _approximate(tensor) else "GeluRotate"), x
+    for x, factor in _operands(tensor, "Mul"):
         if sole_operand(factor, "Sigmoid") is x:
             return "SiluRotate", x
-        if (gated := _halves(x, sole_operand(factor, "Gelu"))) is not None and not _approximate(factor):
+        if (gated := _halves(x, _under_gelu(factor))) is not None and not _approximate(factor):
             return "GegluRotate", gated
     return None
 
 
+def _operands(tensor: gs.Tensor, op: str) -> list[tuple[gs.Tensor, gs.Tensor]]:
+    """The operands of the binary `op` that computes `tensor`, and these the other way round; [] if another does."""
+    node = computed_by(tensor, op)
+    return [] if node is None else [tuple(node.inputs), tuple(node.inputs[::-1])]
+
+
+def _under_gelu(tensor: gs.Tensor) -> gs.Tensor | None:
+    """x, if `tensor` is Gelu(x), or x * 0.5 * (1 + Erf(x / √2)) with its factors in any order."""
+    if (x := sole_operand(tensor, "Gelu")) is not None:
+        return x
+    for bent in _factors(tensor):
+        x = _under_erf(bent)
+        if x is None or len(x.shape or ()) != len(tensor.shape or ()):
+            continue
+        factors = _factors(tensor, whole=x)
+        numbers = [_number(each) for each in factors if is_number(each)]
+        others = [id(each) for each in factors if not is_number(each)]
+        if sorted(others) == sorted([id(x), id(bent)]) and math.isclose(math.prod(numbers), 0.5):
+            return x
+    return None
+
+
+def _factors(tensor: gs.Tensor, whole: gs.Tensor | None = None) -> list[gs.Tensor]:
+    """What one Mul or several multiply to `tensor`; `whole` is one factor even where it is a product itself."""
+    products = [] if tensor is whole else _operands(tensor, "Mul")
+    return [factor for each in products[0] for factor in _factors(each, whole)] if products else [tensor]
+
+
+def _under_erf(tensor: gs.Tensor) -> gs.Tensor | None:
+    """x, if `tensor` is 1 + Erf(x / √2)."""
+    for erf, one in _operands(tensor, "Add"):
+        argument = sole_operand(erf, "Erf")
+        if argument is None or not is_number(one) or _number(one) != 1:
+            continue
+        quotients = [(x, divisor, 2) for x, divisor in _operands(argument, "Div")[:1]]
+        products = [(x, factor, 0.5) for x, factor in _operands(argument, "Mul")]
+        for x, number, square in quotients + products:
+            if is_number(number) and math.isclose(_number(number), math.sqrt(square), rel_tol=1e-6):
+                return x
+    return None
+
+
+def _number(constant: gs.Constant) -> float:
+    return float(constant.values.item())
+
+
 def _halves(hidden: gs.Tensor, gate: gs.Tensor | None) -> gs.Tensor | None:
     """What `hidden` and `gate` are the first and second half of, along the last axis."""
-    split = producer(hidden)
-    if gate is None or split is None or split.domain or split.op != "Split" or len(split.outputs) != 2:
+    split = computed_by(hidden, "Split")
+    if gate is None or split is None or len(split.outputs) != 2:
         return None
     in_order = split.outputs[0] is hidden and split.outputs[1] is gate
     last = split.attrs.get("axis", 0) in (-1, len(hidden.shape or ()) - 1)
@@ -63,11 +118,8 @@ def _halves(hidden: gs.Tensor, gate: gs.Tensor | None) -> gs.Tensor | None:
 
 def _near_miss(tensor: gs.Tensor) -> str | None:
     """Why a product with an activation, which computes `tensor`, is none that a fused op has; None if it is no such."""
-    node = producer(tensor)
-    if node is None or node.domain or node.op != "Mul":
-        return None
-    for x, factor in (node.inputs, node.inputs[::-1]):
-        gate = sole_operand(factor, "Gelu")
+    for x, factor in _operands(tensor, "Mul"):
+        gate = _under_gelu(factor)
         if gate is None:
             if sole_operand(factor, "Sigmoid") is not None:
                 return "a Sigmoid multiplies it, but of another tensor: no SiLU"
@@ -77,6 +129,10 @@ def _near_miss(tensor: gs.Tensor) -> str | None:
         if _halves(x, gate) is None:
             return "a Gelu multiplies it, but the two are not the halves of one tensor's channels"
         return "its Gelu is the approximate one, GegluRotate has the exact one"
+    for factor in _factors(tensor):
+        for bent, _ in _operands(factor, "Add"):
+            if (node := computed_by(bent, "Erf", "Tanh")) is not None:
+                return f"a sum with {node.op} multiplies it: no Gelu, or one that is written out in an unknown way"
     return None
 
 

@@ -10,7 +10,15 @@ import onnx_graphsurgeon as gs
 
 from graphs.passes.channels import NoMatch
 from graphs.passes.norms import check_modulates
-from graphs.passes.patterns import PLAIN_LINEAR_OPS, RESIDUAL_OF, is_lrq, is_number, numpy_type, sole_consumer
+from graphs.passes.patterns import (
+    PLAIN_LINEAR_OPS,
+    RESIDUAL_OF,
+    is_lrq,
+    is_number,
+    is_standard,
+    numpy_type,
+    sole_consumer,
+)
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -33,10 +41,10 @@ def _fuse(linear: gs.Node, traced: TracedGraph) -> bool:
     """Whether a gate and a residual, or the latter alone, follow the layer and are part of it now."""
     product, gate = linear.outputs[0], None
     last, reader = product, sole_consumer(product, traced.graph)
-    if reader is not None and reader.op == "Mul":
+    if is_standard(reader, "Mul"):
         gate, last = _other(reader, product), reader.outputs[0]
         reader = sole_consumer(last, traced.graph)
-    if reader is None or reader.op != "Add":
+    if not is_standard(reader, "Add"):
         if gate is not None and not is_number(gate):
             raise NoMatch("it is multiplied by a gate, and nothing is added to that alone")
         return False

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from graphs.passes.channels import NoMatch
 from graphs.passes.norms import Norm, check_modulates, modulated_norm
-from graphs.passes.patterns import is_graph_output, is_lrq, numpy_type, value_readers
+from graphs.passes.patterns import is_graph_output, is_lrq, numpy_type, redirect_shapes, value_readers
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -35,12 +35,13 @@ def fuse_modulated_norm(traced: TracedGraph) -> PassResult:
 
 
 def _fuse(rotation: gs.Node, norm: Norm) -> None:
-    signs, (rotated,) = rotation.inputs[1], rotation.outputs
+    (tokens, signs), (rotated,) = rotation.inputs, rotation.outputs
     channels, dtype = signs.shape[0], numpy_type(norm.x)
     scale = norm.scale or gs.Constant(f"{rotated.name}.scale", np.ones(channels, dtype))
     shift = norm.shift or gs.Constant(f"{rotated.name}.shift", np.zeros(channels, dtype))
     rotation.op, rotation.attrs = f"{norm.kind}Rotate", rotation.attrs | {"epsilon": norm.epsilon}
     rotation.inputs = [norm.x, scale, shift, signs]
+    redirect_shapes(tokens, rotated)
 
 
 def _check(norm: Norm, tokens: gs.Tensor, traced: TracedGraph) -> None:

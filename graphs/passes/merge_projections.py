@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 
 from graphs import names
 from graphs.ops import OPS, packing
-from graphs.passes.patterns import PLAIN_LINEAR_OPS, is_graph_output, is_lrq, is_number, producer
+from graphs.passes.patterns import PLAIN_LINEAR_OPS, is_graph_output, is_lrq, is_number, is_standard, producer
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -55,8 +55,8 @@ def _around(softmax: gs.Node) -> tuple[gs.Tensor, ...]:
     while len(mixed) == 1 and _by_number(mixed[0]):
         probabilities = mixed[0].outputs[0]
         mixed = list(probabilities.outputs)
-    mixed = [reader for reader in mixed if reader.op == "MatMul"]
-    if scores is None or scores.op != "MatMul" or len(mixed) != 1 or mixed[0].inputs[0] is not probabilities:
+    mixed = [reader for reader in mixed if is_standard(reader, "MatMul")]
+    if not is_standard(scores, "MatMul") or len(mixed) != 1 or mixed[0].inputs[0] is not probabilities:
         return ()
     return (*scores.inputs, mixed[0].inputs[1])
 
@@ -65,14 +65,14 @@ def _scaled_or_masked(node: gs.Node) -> gs.Node | None:
     """The node whose scores this one multiplies with a number, or adds a mask to; None for any other."""
     if _by_number(node):
         return next((made for made in map(producer, node.inputs) if made is not None), None)
-    if node.op != "Add" or node.domain:
+    if not is_standard(node, "Add"):
         return None
-    made = [each for each in map(producer, node.inputs) if each is not None]
-    return next((each for each in made if each.op == "MatMul" or _by_number(each)), None)
+    made = map(producer, node.inputs)
+    return next((each for each in made if is_standard(each, "MatMul") or _by_number(each)), None)
 
 
-def _by_number(node: gs.Node) -> bool:
-    return not node.domain and node.op in ("Mul", "Div") and sum(map(is_number, node.inputs)) == 1
+def _by_number(node: gs.Node | None) -> bool:
+    return is_standard(node, "Mul", "Div") and sum(map(is_number, node.inputs)) == 1
 
 
 def _nearest_linears(tensor: gs.Tensor) -> Iterator[gs.Node]:
@@ -97,7 +97,7 @@ def _siblings(graph: gs.Graph, result: PassResult) -> list[list[gs.Node]]:
     served: dict[int, set[int]] = {}  # layer -> attentions
     places: dict[int, int] = {}  # layer -> its place among the projections of an attention, the least one
     found: dict[int, gs.Node] = {}
-    for attention in [node for node in graph.nodes if node.op in ("Softmax", "Attention") and not node.domain]:
+    for attention in [node for node in graph.nodes if is_standard(node, "Softmax", "Attention")]:
         for place, node in enumerate(projections(attention)):
             found[id(node)] = node
             served.setdefault(id(node), set()).add(id(attention))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import onnx_graphsurgeon as gs
 
 from graphs.passes.channels import NoMatch
-from graphs.passes.patterns import is_number, producer, sole_operand
+from graphs.passes.patterns import computed_by, is_number, is_standard, producer, sole_operand
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ def modulated_norm(tensor: gs.Tensor) -> Norm | None:
 
     Raises NoMatch for one that is both, or over other axes than the last.
     """
-    node = producer(tensor)
-    if node is None or node.domain or node.op != "Add":
-        return _norm(node)
-    for product, shift in (node.inputs, node.inputs[::-1]):
-        multiply = producer(product)
-        if product is shift or multiply is None or multiply.domain or multiply.op != "Mul":
+    add = computed_by(tensor, "Add")
+    if add is None:
+        return _norm(producer(tensor))
+    for product, shift in (add.inputs, add.inputs[::-1]):
+        multiply = computed_by(product, "Mul")
+        if product is shift or multiply is None:
             continue
         for normalized, scale in (multiply.inputs, multiply.inputs[::-1]):
             norm = _norm(producer(normalized))
@@ -63,17 +63,13 @@ def _listed(shape) -> str:
 
 def _norm(node: gs.Node | None) -> Norm | None:
     """The norm that ends in `node`, without modulation."""
-    if node is None or node.domain:
-        return None
-    if node.op == "LayerNormalization":
+    if is_standard(node, "LayerNormalization"):
         return _layer_norm(node)
     found = _unit_rms(node)
-    if found is None and node.op == "Mul":
+    if found is None and is_standard(node, "Mul"):
         for normalized, weight in (node.inputs, node.inputs[::-1]):
             inner = producer(normalized)
-            found = _unit_rms(inner)
-            if found is None and inner is not None and not inner.domain and inner.op == "LayerNormalization":
-                found = _layer_norm(inner)
+            found = _layer_norm(inner) if is_standard(inner, "LayerNormalization") else _unit_rms(inner)
             if found is not None and (found.scale is not None or found.shift is not None):
                 raise NoMatch("the norm before it has weights of its own and is scaled besides")
             if found is not None:
@@ -97,11 +93,9 @@ def _unless(value: float, tensor: gs.Tensor) -> gs.Tensor | None:
 
 def _unit_rms(node: gs.Node | None) -> Norm | None:
     """x / sqrt(mean(x²) + epsilon), divided by the root or multiplied by its reciprocal."""
-    if node is None or node.domain:
-        return None
-    if node.op == "Div":
+    if is_standard(node, "Div"):
         return _over_root(*node.inputs)
-    if node.op != "Mul":
+    if not is_standard(node, "Mul"):
         return None
     for x, factor in (node.inputs, node.inputs[::-1]):
         root = sole_operand(factor, "Reciprocal")
@@ -114,12 +108,12 @@ def _unit_rms(node: gs.Node | None) -> Norm | None:
 def _over_root(x: gs.Tensor, root: gs.Tensor) -> Norm | None:
     """x / root, if that is sqrt(mean(x²) + epsilon) over the last axis."""
     total = sole_operand(root, "Sqrt")
-    add = None if total is None else producer(total)
-    if add is None or add.op != "Add" or sum(map(is_number, add.inputs)) != 1:
+    add = None if total is None else computed_by(total, "Add")
+    if add is None or sum(map(is_number, add.inputs)) != 1:
         return None
     averaged, epsilon = add.inputs if is_number(add.inputs[1]) else add.inputs[::-1]
-    mean = producer(averaged)
-    if mean is None or mean.op != "ReduceMean" or not mean.attrs.get("keepdims", 1) or len(mean.inputs) < 2:
+    mean = computed_by(averaged, "ReduceMean")
+    if mean is None or not mean.attrs.get("keepdims", 1) or len(mean.inputs) < 2:
         return None
     axes = mean.inputs[1]
     if not isinstance(axes, gs.Constant) or axes.values.tolist() not in ([-1], [len(x.shape or ()) - 1]):
@@ -128,8 +122,8 @@ def _over_root(x: gs.Tensor, root: gs.Tensor) -> Norm | None:
 
 
 def _is_square(tensor: gs.Tensor, x: gs.Tensor) -> bool:
-    node = producer(tensor)
-    if node is None or node.domain or node.op not in ("Mul", "Pow") or node.inputs[0] is not x:
+    node = computed_by(tensor, "Mul", "Pow")
+    if node is None or node.inputs[0] is not x:
         return False
     other = node.inputs[1]
     return other is x if node.op == "Mul" else is_number(other) and other.values.item() == 2

@@ -22,12 +22,22 @@ ROTATE_OPS = tuple(name for name in OPS if name.endswith("Rotate"))
 
 
 def is_lrq(node: gs.Node, *op_types: str) -> bool:
-    return node.domain == names.DOMAIN and node.op in op_types and node.op in OPS
+    return node.domain == names.DOMAIN and node.op in op_types
+
+
+def is_standard(node: gs.Node | None, *op_types: str) -> bool:
+    return node is not None and not node.domain and node.op in op_types
 
 
 def producer(tensor: gs.Tensor) -> gs.Node | None:
     """The node that computes `tensor`; None for a graph input or a constant."""
     return tensor.inputs[0] if tensor.inputs else None
+
+
+def computed_by(tensor: gs.Tensor, *op_types: str) -> gs.Node | None:
+    """The node that computes `tensor`, if it is one of these standard ops."""
+    node = producer(tensor)
+    return node if is_standard(node, *op_types) else None
 
 
 def operand(node: gs.Node, name: str) -> gs.Tensor:
@@ -49,8 +59,8 @@ def numpy_type(tensor: gs.Tensor) -> np.dtype:
 
 def sole_operand(tensor: gs.Tensor, op: str) -> gs.Tensor | None:
     """What the standard op of one operand that computes `tensor` reads; None if another op computes it."""
-    node = producer(tensor)
-    return node.inputs[0] if node is not None and not node.domain and node.op == op else None
+    node = computed_by(tensor, op)
+    return None if node is None else node.inputs[0]
 
 
 def is_graph_output(tensor: gs.Tensor, graph: gs.Graph) -> bool:
@@ -78,6 +88,12 @@ def is_inner(node: gs.Node, graph: gs.Graph) -> bool:
 def value_readers(tensor: gs.Tensor) -> list[gs.Node]:
     """The nodes that read what is in `tensor`, one entry for each read; not those that ask for its shape."""
     return [node for node in tensor.outputs if node.op != "Shape"]
+
+
+def redirect_shapes(tensor: gs.Tensor, to: gs.Tensor) -> None:
+    """Let every Shape that reads `tensor` read `to`, of the same shape, so that `tensor` need not be computed."""
+    for reader in [node for node in tensor.outputs if node.op == "Shape"]:
+        reader.inputs = [to]
 
 
 def remove_node(node: gs.Node, graph: gs.Graph) -> None:
@@ -113,16 +129,16 @@ class OpenLinear:
 
 def open_linear(matmul: gs.Node, graph: gs.Graph) -> OpenLinear | None:
     """Match an `OpenLinear` at its MatMul; None when the right operand is not a transposed dequantized weight."""
-    if matmul.op != "MatMul" or is_inner(matmul, graph):
+    if not is_standard(matmul, "MatMul") or is_inner(matmul, graph):
         return None
-    transpose = producer(matmul.inputs[1])
-    if transpose is None or transpose.op != "Transpose" or transpose.attrs.get("perm") != [1, 0]:
+    transpose = computed_by(matmul.inputs[1], "Transpose")
+    if transpose is None or transpose.attrs.get("perm") != [1, 0]:
         return None
     dequant = producer(transpose.inputs[0])
     if dequant is None or not is_lrq(dequant, *DEQUANT_OPS):
         return None
     following = sole_consumer(matmul.outputs[0], graph)
-    if following is not None and following.op == "Add":
+    if is_standard(following, "Add"):
         others = [tensor for tensor in following.inputs if tensor is not matmul.outputs[0]]
         # Anything else that is added, a (1,) or a computed row, broadcasts and is no bias of this layer.
         if len(others) == 1 and not others[0].inputs and list(others[0].shape or ()) == [dequant.attrs["rows"]]:
@@ -135,8 +151,8 @@ def layer_weight(operand: gs.Tensor) -> list[gs.Tensor]:
 
     The first is the weight, by its codes if it is quantized.
     """
-    transpose = producer(operand)
-    if transpose is None or transpose.op != "Transpose" or transpose.attrs.get("perm") != [1, 0]:
+    transpose = computed_by(operand, "Transpose")
+    if transpose is None or transpose.attrs.get("perm") != [1, 0]:
         return []
     weight = transpose.inputs[0]
     dequant = producer(weight)

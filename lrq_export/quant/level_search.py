@@ -107,6 +107,18 @@ def gains(table: torch.Tensor, h: torch.Tensor, y: torch.Tensor, sets: LevelSets
     return gain
 
 
+def gains_of_all(table: torch.Tensor, h: torch.Tensor, y: torch.Tensor, sets: LevelSets) -> torch.Tensor:
+    """`gains` of every set for all pairs, (pairs, sets): the same numbers, several times as fast.
+
+    All pairs look up the same entries, which lie side by side when the table is turned.
+    """
+    entries, tops = table.T.contiguous(), sets.tops[:, None]
+    gain = tops * (y - tops * h)  # (sets, pairs)
+    for middle, rise in zip(sets.middles.unbind(1), sets.rises.unbind(1), strict=True):
+        gain += entries[middle].mul_(rise[:, None])
+    return gain.T.contiguous()
+
+
 def search(
     source: Magnitudes, sets: LevelSets, *, fine: int, clips: tuple[int, ...], candidates: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,10 +155,9 @@ def _shortlists(
         seen[sums.bucket] = True
     occupied = seen.nonzero()[:, 0]
     pooled = Sums(h[occupied], y[occupied], occupied)
-    every = torch.arange(len(sets.levels))
     shortlist = torch.zeros(buckets, len(clips), candidates, dtype=torch.int64)
     for position, clip in enumerate(clips):
         table = pooled.decision_table(fine, clip)
-        gain = gains(table, pooled.h[:, -1], pooled.y[:, -1] * (fine / clip), sets, every)
+        gain = gains_of_all(table, pooled.h[:, -1], pooled.y[:, -1] * (fine / clip), sets)
         shortlist[occupied, position] = gain.topk(candidates, dim=1).indices
     return shortlist

@@ -115,6 +115,13 @@ def rotated_in_a_branch(traced):
     traced.graph.nodes.append(gs.Node("If", "choice", attributes, [flag], [gs.Variable("z", np.float32)]))
 
 
+def rotated_in_a_branch_of_a_branch(traced):
+    rotated_in_a_branch(traced)
+    choice = traced.graph.nodes.pop()
+    flag, attributes = choice.inputs[0], {name: gs.Graph([choice], outputs=choice.outputs) for name in choice.attrs}
+    traced.graph.nodes.append(gs.Node("If", "outer", attributes, [flag], [gs.Variable("z2", np.float32)]))
+
+
 def weight_without_row(traced):
     del traced.linears["u.codes"]
 
@@ -212,6 +219,8 @@ BROKEN = {
     "bias of another length": (rotated_weight_of_other_rows, ["weight 'u_bias'", "shape (48,), needed (24,)"]),
     "dangling rotation": (dangling_rotation, ["HadamardRotate 'rotate.r': nobody reads the rotated tensor"]),
     "lrq node in a subgraph": (rotated_in_a_branch, ["'hidden': sits in a subgraph of If 'choice'"]),
+    "lrq node in a subgraph of one": (
+        rotated_in_a_branch_of_a_branch, ["'hidden': sits in a subgraph of If 'outer'"]),
     "signs that are not signs": (signs_of_twos, ["its signs 'signs24_3' are in the table", "a constant of +-1"]),
     "signs that are fed": (signs_fed, ["its signs 'signs24_3' are in the table", "a constant of +-1"]),
     "signs that lost their seed": (signs_without_their_seed, ["are negative, needed none where the table has no"]),

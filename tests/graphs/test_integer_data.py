@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from graph_texts import ATTENTION, edited
@@ -107,6 +108,16 @@ def test_what_changes_them_is_found(parse, wrong, found):
     before = integer_layers(traced)
     wrong(traced)
     with pytest.raises(ValueError, match=found):
+        check_same_integers(before, integer_layers(traced))
+
+
+def test_codes_in_elements_that_do_not_hold_them_are_found(parse):
+    """A byte has four codes of two bits, an INT4 two."""
+    traced = parse(ATTENTION.replace("rows = 24", "rows = 24, bits = 2"))
+    before = integer_layers(traced)
+    for name in traced.codes_inputs():
+        traced.graph.tensors()[name].dtype = np.dtype(ml_dtypes.int4)
+    with pytest.raises(GraphError, match="of 96 integers differ"):
         check_same_integers(before, integer_layers(traced))
 
 

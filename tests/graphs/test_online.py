@@ -57,6 +57,24 @@ CHANNELS = {  # of `both`
     "turned about": (
         joined((BOTH, "both = Transpose<perm = [0, 2, 1]>(ra)"), ("tokens, 24] x", "48, 24] x"),
                ("tokens, 24] y", "24, 24] y")), (0, 0)),
+    "joined tokens, their axis counted from the last": (
+        joined((BOTH, "both = Concat<axis = -2>(ra, rb)"), ONE, ("tokens, 24] y", "all, 24] y")), (0, 24)),
+    "the first, their axis counted from the first": (
+        joined((RB, "rb = Neg(b)"), (BOTH, "both = Concat<axis = 2>(ra, rb)")), (0, 24)),
+    "a product of two": (joined((BOTH, "both = Mul(ra, rb)"), ONE), (0, 0)),
+    "a sum of two": (joined((BOTH, "both = Add(ra, rb)"), ONE), (0, 0)),
+    "axes that are reversed": (
+        joined((BOTH, "both = Transpose(ra)"), ONE, ("[batch, tokens, 24] x", "[24, tokens, 24] x"),
+               ("[batch, tokens, 24] y", "[24, tokens, 24] y")), (0, 0)),
+    "pairs of tokens": (
+        joined((BOTH, "both = Reshape(ra, pairs)"), ("{\n    a", "<int64[3] pairs = {0, -1, 48}>\n{\n    a"),
+               ("batch, tokens, 24] x", "batch, 8, 24] x"), ("batch, tokens, 24] y", "batch, 4, 24] y")), (0, 0)),
+    "a shape that is not known": (
+        joined((BOTH, "both = Reshape(ra, s)"), ("24] x)", "24] x, int64[n] s)"), ONE), (0, 0)),
+    "what had no known shape": (
+        joined((BOTH, "any = Reshape(ra, s) both = Reshape(any, known)"), ("24] x)", "24] x, int64[n] s)"), ONE,
+               ("{\n    a", "<int64[3] known = {2, 3, 24}>\n{\n    a"), ("batch, tokens, 24] y", "2, 3, 24] y")),
+        (0, 0)),
     "an activation behind": (joined((BOTH, "both = Relu(ra)"), ONE), (0, 0)),
     "an input of the graph": (joined((BOTH, "both = Mul(x, two)"), ONE,
                                      ("{\n    a", "<float two = {2}>\n{\n    a")), (0, 0)),
@@ -131,6 +149,31 @@ def test_a_norm_without_such_factors_does_not(parse, text):
     traced = parse(edited(text, ("<block = 1, equalized = 3>", "<block = 12>")))
     x = read_by_y(traced).inputs[0].inputs[0]
     assert online_channels(x, traced) == (0, 0)
+
+
+OTHER_NORMS = {
+    "scaled by a product": (
+        SMOOTHED,
+        ("(unit, scale)", "(unit, more)"),
+        ("scaled =", "more = Mul(scale, scale) scaled ="),
+    ),
+    "with weights of its own besides": (SMOOTHED, ("(x, ones)", "(x, weight)")),
+}
+
+
+@pytest.mark.parametrize(("text", "edits"), [(text, edits) for text, *edits in OTHER_NORMS.values()], ids=OTHER_NORMS)
+def test_a_norm_that_is_scaled_otherwise_does_not(parse, text, edits):
+    traced = parse(edited(text, *edits, ("r = Rotate<block = 1, equalized = 3>(n)", ""), ("(r)", "(n)")))
+    assert online_channels(read_by_y(traced), traced) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["Concat", "Transpose"])
+def test_a_node_of_another_domain_computes_its_channels_anew(parse, name):
+    traced = parse(joined() if name == "Concat" else joined((BOTH, "both = Transpose<perm = [1, 0, 2]>(ra)"), ONE))
+    both = read_by_y(traced)
+    assert online_channels(both, traced)[1]
+    both.inputs[0].domain = "other"
+    assert online_channels(both, traced) == (0, 0)
 
 
 # (block, width) -> operations a token: for each channel the factor, m butterflies and K additions.

@@ -158,7 +158,7 @@ def test_with_keep_going_the_graph_is_as_if_the_wrong_passes_had_not_run(trace, 
 
 
 # No rotation undoes another here, nothing is dead, and rotations rather than mere factors are chosen by shape.
-IDLE = {"constant_fold", "dead_code", "cancel_rotations", "fold_smoothing"}
+IDLE = {"dead_code", "cancel_rotations", "fold_smoothing"}
 
 
 def test_what_fired_is_proved_and_what_did_not_is_not(trace, proof):

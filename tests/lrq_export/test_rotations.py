@@ -1,5 +1,6 @@
 """`auto`: each input gets the rotation that loses least on its own tokens, and its layers agree on it."""
 
+import json
 import shutil
 
 import numpy as np
@@ -242,27 +243,33 @@ def chosen_by_build(tiny, tmp_path_factory):
     return build(tiny.source, out, recipe=automatic(tiny), calibration=tiny.calibration)
 
 
-def says_why(result):
-    assert result.passed, result.report["ladder"]
-    reasons = {layer["reason"] for layer in load_manifest(result.out)["layers"].values()}
-    return all(": output error " in reason for reason in reasons)
+def decided(out):
+    """The plans of a build that was stopped after calibration."""
+    (file,) = out.with_name(f"{out.name}.partial").rglob("plans.json")
+    return json.loads(file.read_text())
 
 
 def test_a_build_chooses_and_says_why(chosen_by_build):
-    assert says_why(chosen_by_build)
+    assert chosen_by_build.passed, chosen_by_build.report["ladder"]
+    layers = load_manifest(chosen_by_build.out)["layers"].values()
+    assert all(": output error " in layer["reason"] for layer in layers)
 
 
 def test_a_build_of_int8_weights_chooses_too(tiny, tmp_path):
-    recipe = automatic(tiny, weights__bits="8")
-    assert says_why(build(tiny.source, tmp_path / "package", recipe=recipe, calibration=tiny.calibration))
+    out, recipe = tmp_path / "package", automatic(tiny, weights__bits="8")
+    build(tiny.source, out, recipe=recipe, calibration=tiny.calibration, until="calibrate")
+    assert all(": output error " in plan["reason"] and plan["bits"] == 8 for plan in decided(out))
 
 
-def test_a_killed_build_keeps_its_choices(tiny, chosen_by_build, tmp_path):
-    recipe = automatic(tiny)
-    build(tiny.source, tmp_path / "again", recipe=recipe, calibration=tiny.calibration, until="calibrate")
-    again = build(tiny.source, tmp_path / "again", recipe=recipe, calibration=tiny.calibration).out
-    whole = chosen_by_build.out
-    assert (whole / "quantized.safetensors").read_bytes() == (again / "quantized.safetensors").read_bytes()
+def test_a_stopped_build_keeps_its_choices(tiny, chosen_by_build, tmp_path, monkeypatch):
+    inputs = {"recipe": automatic(tiny), "calibration": tiny.calibration}
+    out, whole = tmp_path / "again", chosen_by_build.out
+    build(tiny.source, out, **inputs, until="calibrate")
+    reasons = {plan["name"]: plan["reason"] for plan in decided(out)}
+    assert reasons == {name: layer["reason"] for name, layer in load_manifest(whole)["layers"].items()}
+    monkeypatch.setattr("lrq_export.compiler.choose_rotations", None)  # they are not chosen again
+    (built,) = build(tiny.source, out, **inputs, until="quantize").out.parent.rglob("quantized.safetensors")
+    assert built.read_bytes() == (whole / "quantized.safetensors").read_bytes()
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import graph_texts
+import pytest
 
 from graphs.checks import check, check_preserved
 from graphs.passes import constant_fold
@@ -108,6 +109,34 @@ def test_known_sizes_are_constants_and_others_stay(parse, difference):
     assert inputs["shape"].values.tolist() == [6, 24]
     assert inputs["tokens"].values.tolist() == 6
     assert inputs["all"].inputs[0].op == "Shape"  # the batch is free
+
+
+SLICED = """
+sliced (float[batch, 6, 24] x) => (float[batch, 6, 24] y, int64[k] part)
+<int64[1] start = {%d}, int64[1] stop = {%d}, int64[1] zero = {0}, int64[1] step = {%d}>
+{
+    sizes = Shape(x)
+    cut = Slice(sizes, start, stop%s)
+    part = Identity(cut)
+    y = Linear<rows = 24, cols = 24>(x)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("bounds", "part"),
+    [
+        ((-1, 2**63 - 1, 1, ""), [24]),
+        ((1, 9, 1, ", zero"), [6, 24]),
+        ((-1, 0, -1, ", zero, step"), [24, 6]),
+        ((0, 2, 1, ""), None),  # the batch is free
+    ],
+)
+def test_a_slice_of_known_sizes_is_a_constant(parse, bounds, part):
+    traced = parse(SLICED % bounds)
+    assert constant_fold(traced).fired == (part is not None)
+    cut = traced.graph.outputs[1].inputs[0].inputs[0]
+    assert (cut.inputs[0].op == "Slice") if part is None else (cut.values.tolist() == part)
 
 
 def test_a_branch_is_left_as_it_is(parse):

@@ -6,7 +6,7 @@ from graphs.passes import dead_code
 
 NEUTRAL = """
 neutral (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
-<float one = {{1}}, float nought = {{0}}, float two = {{2}}, float[1, 1, 1, 1] more_axes = {{1}}>
+<float one = {{1}}, float nought = {{0}}, float two = {{2}}>
 {{
     a = Relu(x)
     b = {step}
@@ -44,10 +44,19 @@ def test_what_does_something_stays(parse, step):
     assert [node.op for node in traced.graph.nodes] == before
 
 
-def test_what_changes_the_number_of_axes_stays(parse):
-    text = NEUTRAL.format(step="Mul(a, more_axes)").replace("24] y)", "24] y, float[q, batch, tokens, 24] b)")
-    traced = parse(text.replace("y = Linear<rows = 24, cols = 24>(b)", "y = Linear<rows = 24, cols = 24>(a)"))
+GROWING = {
+    "more axes": "z (float[batch, 24] x) => (float[1, batch, 24] y) <float[1, 1, 1] c = {1}>",
+    "a longer axis": "z (float[batch, 1, 2] x) => (float[batch, 3, 2] y) <float[1, 3, 2] c = {1, 1, 1, 1, 1, 1}>",
+    "no known shape": "z (float[batch, 24] x, int64[n] s) => (float[a, b, c] y) <float[1, 1, 1] c = {1}>",
+}
+
+
+@pytest.mark.parametrize("head", GROWING.values(), ids=GROWING.keys())
+def test_what_changes_the_shape_stays(parse, head):
+    a = "Reshape(x, s)" if "s)" in head else "Abs(x)"
+    traced = parse(f"{head} {{ a = {a} b = Mul(a, c) y = Relu(b) }}")
     assert dead_code(traced).fired == 0
+    assert [node.op for node in traced.graph.nodes][1:] == ["Mul", "Relu"]
 
 
 def test_an_output_keeps_what_computes_it(parse):

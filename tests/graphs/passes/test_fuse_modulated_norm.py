@@ -142,6 +142,31 @@ def test_nothing_of_a_norm_is_left(parse):
         assert ops[: ops.index(rotations(traced)[0].op)] == steps  # what is left of adaLN is 1 + scale
 
 
+@pytest.mark.parametrize(("text", "tokens"), [(MODULATED, "n"), (ALONE, "unit"), (RMS, "unit")])
+def test_a_norm_whose_shape_is_read_is_not_computed_twice(parse, difference, text, tokens):
+    edits = ("24] y)", "24] y, int64[3] size)"), ("r = Rotate", f"size = Shape({tokens}) r = Rotate")
+    traced = parse(graph_texts.edited(text, *edits))
+    before = traced.copy()
+    assert fuse_modulated_norm(traced).fired == 1
+    ops = [node.op for node in traced.graph.nodes]
+    assert not {"LayerNormalization", "Sqrt"} & set(ops)
+    assert "Shape" in ops
+    check(traced)
+    check_preserved(before, traced)
+    assert difference(before, traced) <= 1e-11
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    *((MODULATED, name) for name in ("unit", "scaled", "n")), (ALONE, "unit"),
+    *((RMS, name) for name in ("square", "mean", "total", "root", "inverse", "unit")),
+])  # fmt: skip
+def test_a_node_of_another_domain_is_no_part_of_a_norm(parse, text, name):
+    traced = parse(text)
+    (node,) = traced.graph.tensors()[name].inputs
+    node.domain = "other"
+    assert fuse_modulated_norm(traced).fired == 0
+
+
 ELSEWHERE = "the normalized tokens are also read elsewhere, unrotated"
 NOT = {
     "over two axes": (
@@ -169,6 +194,10 @@ NOT = {
     "a scale of more axes": (
         modulated(("float[batch, 1, 24] scale", "float[2, batch, 1, 24] scale"), ("=> (float[", "=> (float[2, ")),
         "the scale of the norm before it has shape (2, batch, 1, 24)"),
+    "tokens of no known shape": (
+        modulated((UNIT, "any = Reshape(x, s) " + UNIT.replace("(x", "(any")),
+                  ("1, 24] shift)", "1, 24] shift, int64[n] s)")),
+        "the scale of the norm before it has shape (batch, 1, 24), needed one that broadcasts to unknown"),
     "a scale for samples that share their tokens": (
         modulated(("float[batch, tokens, 24] x", "float[1, tokens, 24] x")),
         "the scale of the norm before it has shape (batch, 1, 24), needed one that broadcasts to (1, tokens, 24)"),
@@ -184,6 +213,7 @@ NOT = {
     "no norm": (modulated((UNIT, "unit = Relu(x)")), None),
     "the mean over tokens": (rms(("last = {-1}", "last = {1}")), None),
     "the mean over tokens and channels": (rms(("int64[1] last = {-1}", "int64[2] last = {1, 2}")), None),
+    "the mean over all": (rms((MEAN, MEAN.replace(", last", ""))), None),
     "a mean that loses its axis": (
         rms((MEAN, MEAN.replace("(", "<keepdims = 0>(")), ("[batch, tokens, 24] x", "[24, 24, 24] x"),
             ("[batch, tokens, 24] y", "[24, 24, 24] y")),

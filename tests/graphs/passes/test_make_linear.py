@@ -128,3 +128,18 @@ def test_a_product_in_a_branch_is_left_alone(parse):
     make_linear(traced)
     check(traced)
     assert "If" in [node.op for node in traced.graph.nodes]
+
+
+def test_a_weight_that_another_layer_multiplies_is_no_layer(parse, difference):
+    """One MatMul reads its transpose, on the left of another weight: only that one's layer is there."""
+    traced = parse(
+        edited(("batch, tokens, 36] y", "24, 12] y"), ("y = Relu(u)", "y = Linear<rows = 12, cols = 36>(u_wt)"))
+    )
+    before = traced.copy()
+    result = make_linear(traced)
+    assert result.fired == 1
+    assert [skip.reason for skip in result.skipped] == [
+        "its weight is read by 1 nodes, needed one MatMul by the transpose"
+    ]
+    check(traced)
+    assert difference(before, traced) <= 1e-12

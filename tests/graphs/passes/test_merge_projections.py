@@ -1,6 +1,5 @@
 from dataclasses import replace
 
-import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 from graph_texts import ATTENTION, edited
@@ -8,6 +7,7 @@ from graph_texts import ATTENTION, edited
 from graphs.checks import GraphError, check, check_preserved
 from graphs.expressions import StackRows
 from graphs.passes import make_linear, merge_projections
+from graphs.passes.merge_projections import _common_name
 
 Q, K, V = (f"{name} = Linear<rows = 24, cols = 24>(x)" for name in "qkv")
 
@@ -49,6 +49,9 @@ FIRES = {
         edited(ATTENTION, (Q, "q = Linear<rows = 24, act_bits = 16, cols = 24>(x)")), [("k", "v")]),
     "a value of 8 bits": (
         edited(ATTENTION, (V, "v = Linear<rows = 24, bits = 8, cols = 24>(x)")), [("q", "k")]),
+    "probabilities that are also read elsewhere": (
+        edited(ATTENTION, ("24] y)", "24] y, float[batch, 2, tokens, tokens] z)"), ("mixed =", "z = Neg(p) mixed =")),
+        [("q", "k", "v")]),
     "text and image in one attention": (
         edited(
             ATTENTION,
@@ -81,7 +84,10 @@ def test_merges_what_meets_in_an_attention_and_keeps_the_function(case, differen
     before = traced.copy()
     assert merge_projections(traced).fired == len(stacks)
     assert stacked_layers(traced) == sorted(stacks)
-    assert sum(node.op == "Split" for node in traced.graph.nodes) == len(stacks)
+    splits = [node for node in traced.graph.nodes if node.op == "Split"]
+    assert len(splits) == len(stacks)
+    for split in splits:
+        assert split.inputs[0].shape == [*split.outputs[0].shape[:-1], 24 * len(split.outputs)]
     check(traced)
     check_preserved(before, traced)
     assert traced.linears == before.linears  # each is still quantized by itself
@@ -167,7 +173,17 @@ NOT = {
     "no attention": ([("p = Softmax(scores)", "p = Relu(scores)")], None),
     "the softmax is of one projection": (
         [("scores = MatMul(qh, kh)", "scores = Abs(qh)"), ("MatMul(p, vh)", "Mul(p, vh)")], None),
-    "the probabilities are the right operand": ([("MatMul(p, vh)", "MatMul(kh, p)"), ("(mixed)", "(qh)")], None),
+    "the probabilities are the right operand": (
+        [("MatMul(p, vh)", "MatMul(kh, p)"),
+         ("back = Transpose<perm = [0, 2, 1, 3]>", "back = Transpose<perm = [0, 3, 1, 2]>")], None),
+    "an activation of the scores": ([("p = Softmax(scores)", "bent = Relu(scores) p = Softmax(bent)")], None),
+    "two products with the probabilities": (
+        [("24] y)", "24] y, float[batch, 2, tokens, 12] z)"), ("mixed =", "z = MatMul(p, qh) mixed =")], None),
+    "no product with the probabilities": (
+        [("24] y)", "24] y, float[batch, 2, tokens, tokens] p)"), ("MatMul(p, vh)", "Identity(vh)")], None),
+    "a bias that is an input of the graph": (
+        [("24] x)", "24] x, float[24] b)"), (K, "u = Linear<rows = 24, bias = 0, cols = 24>(x) k = Add(u, b)")],
+        "the bias of u is not a weight"),
     "a bias beside none": ([(K, "k = Linear<rows = 24, bias = 0, cols = 24>(x)")], A_BIAS_MISSING),
     "an output of the graph": ([("24] y)", "24] y, float[batch, tokens, 24] k)")], "k is an output of the graph"),
 }  # fmt: skip
@@ -180,7 +196,7 @@ def test_does_not_fire_and_says_why(parse, edits, reason):
     before = traced.to_onnx()
     result = merge_projections(traced)
     assert result.fired == 0
-    assert list(result.reasons()) == ([] if reason is None else [reason])
+    assert [(skip.node, skip.reason) for skip in result.skipped] == ([] if reason is None else [("q", reason)])
     assert traced.to_onnx() == before
 
 
@@ -193,12 +209,95 @@ def test_half_filled_bytes_are_not_stacked(parse):
     assert list(result.reasons()) == ["the codes of q do not fill whole bytes"]
 
 
-def test_a_weight_that_another_layer_reads_is_left_alone(parse):
+def test_a_projection_in_other_groups_is_a_near_miss(parse):
+    traced = parse(ATTENTION)
+    make_linear(traced)
+    value = next(node for node in traced.graph.nodes if node.name == "v")
+    value.attrs["group_size"] = 12
+    traced.linears["v.codes"] = replace(traced.linears["v.codes"], group_size=12)
+    value.inputs[2].shape = [24, 2, 2, 3]
+    check(traced)
+    assert list(merge_projections(traced).reasons()) == [
+        "another projection reads the same, in another format or width of activations"
+    ]
+    assert stacked_layers(traced) == [("q", "k")]
+
+
+def test_layers_of_unlike_rows_are_merged(parse, difference):
+    """Two heads of queries that share one of keys and values."""
+    text = edited(
+        FUSED.replace("SOURCE", "x"), ("kv_num_heads = 2", "kv_num_heads = 1"),
+        ("k = Linear<rows = 24", "k = Linear<rows = 12"), ("v = Linear<rows = 24", "v = Linear<rows = 12"),
+    )  # fmt: skip
+    traced = parse(text, opset=23)
+    make_linear(traced)
+    before = traced.copy()
+    assert merge_projections(traced).fired == 1
+    (split,) = [node for node in traced.graph.nodes if node.op == "Split"]
+    assert split.inputs[1].values.tolist() == [24, 12, 12]
+    check(traced)
+    assert difference(before, traced) <= 1e-12
+
+
+def test_what_is_merged_is_not_merged_again_with_others(parse):
+    traced = parse(edited(ATTENTION, (Q, "q = Linear<rows = 24, act_bits = 6, cols = 24>(x)")))
+    make_linear(traced)
+    assert merge_projections(traced).fired == 1
+    query = next(node for node in traced.graph.nodes if node.name == "q")
+    query.attrs["act_bits"], traced.linears["q.codes"] = 8, replace(traced.linears["q.codes"], act_bits=8)
+    check(traced)
+    assert list(merge_projections(traced).reasons()) == ["k+v is merged with others already"]
+
+
+def test_an_input_of_no_known_shape_is_projected_as_one(parse):
+    text = ATTENTION.replace("cols = 24>(x)", "cols = 24>(r)")
+    traced = parse(edited(text, ("24] x)", "24] x, int64[n] s)"), ("q =", "r = Reshape(x, s) q =")))
+    make_linear(traced)
+    assert merge_projections(traced).fired == 1
+    check(traced)
+
+
+def test_rows_are_in_the_order_of_the_first_place_that_each_has(parse):
+    text = edited(
+        FUSED.replace("SOURCE", "x"), ("24] y)", "24] y, float[batch, tokens, 24] z)"),
+        ("y =", "z = Attention<q_num_heads = 2, kv_num_heads = 2>(v, k, q) y ="),
+    )  # fmt: skip
+    traced = parse(text, opset=23)
+    make_linear(traced)
+    assert merge_projections(traced).fired == 1
+    assert stacked_layers(traced) == [("q", "v", "k")]
+
+
+NAMES = {
+    ("blocks.0.to_q", "blocks.0.to_k", "blocks.0.to_v"): "blocks.0.to_q+to_k+to_v",
+    ("blocks.0.to_q", "blocks.1.to_k"): "blocks.0.to_q+blocks.1.to_k",
+    ("blocks.0.to_q", "to_k"): "blocks.0.to_q+to_k",
+    ("to_q", "to_k"): "to_q+to_k",
+}
+
+
+@pytest.mark.parametrize(("layers", "name"), NAMES.items())
+def test_what_is_merged_has_the_name_of_the_module_that_they_share(layers, name):
+    assert _common_name(list(layers)) == name
+
+
+def test_what_makes_the_mask_of_an_attention_is_no_projection(parse):
+    text = edited(
+        FUSED.replace("SOURCE", "x"), ("(q, k, v)", "(q, k, v, mask)"), ("tokens, 24] x", "24, 24] x"),
+        ("batch, tokens, 24] y", "batch, 24, 24] y"), ("y =", "mask = Linear<rows = 24, cols = 24>(x) y ="),
+    )  # fmt: skip
+    traced = parse(text, opset=23)
+    make_linear(traced)
+    merge_projections(traced)
+    assert stacked_layers(traced) == [("q", "k", "v")]
+
+
+@pytest.mark.parametrize("place", range(1, 5), ids=["codes", "exponents", "scale", "bias"])
+def test_a_weight_that_is_also_read_elsewhere_is_left_alone(parse, place):
     traced = parse(ATTENTION)
     make_linear(traced)
     key = next(node for node in traced.graph.nodes if node.name == "k")
-    copy = gs.Variable("copy", np.float32, ["batch", "tokens", 24])
-    traced.graph.nodes.append(gs.Node(key.op, "twin", dict(key.attrs), list(key.inputs), [copy], domain="lrq"))
+    traced.graph.nodes.append(gs.Node("Abs", "other", {}, [key.inputs[place]], [gs.Variable("read")]))
     assert list(merge_projections(traced).reasons()) == ["a weight of k is also read elsewhere"]
 
 
@@ -285,7 +384,7 @@ def test_what_two_attentions_share_stays_apart_in_any_order_of_nodes(parse, diff
 SCALED = {
     "scores, then masked": [
         ("24] x)", "24] x, float[batch, 1, 1, tokens] mask)"),
-        ("p = Softmax(scores)", "small = Mul(scores, half) masked = Add(small, mask) p = Softmax(masked)")],
+        ("p = Softmax(scores)", "small = Mul(half, scores) masked = Add(small, mask) p = Softmax(masked)")],
     "scores": [("p = Softmax(scores)", "small = Div(scores, half) p = Softmax(small)")],
     "probabilities": [("mixed = MatMul(p, vh)", "small = Mul(half, p) mixed = MatMul(small, vh)")],
 }  # fmt: skip

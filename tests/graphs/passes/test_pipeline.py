@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -274,6 +275,15 @@ def test_the_result_does_not_depend_on_a_round_trip_through_onnx_between_passes(
         saved = type(saved).from_onnx(saved.to_onnx())
         step(saved)
     assert structure(straight) == structure(saved)
+
+
+@pytest.mark.parametrize("step", PIPELINE[2:], ids=lambda step: step.__name__)
+def test_a_pass_that_does_not_fire_leaves_even_what_nobody_reads(parse, step):
+    """All but the first two, which are there to remove that."""
+    traced = parse("g (float[batch, 24] x) => (float[batch, 24] y) { y = Relu(x) }")
+    traced.graph.nodes.append(gs.Node("Neg", "unread", {}, [traced.graph.inputs[0]], [gs.Variable("z")]))
+    assert step(traced).fired == 0
+    assert [node.op for node in traced.graph.nodes] == ["Relu", "Neg"]
 
 
 def test_structure_tells_different_graphs_apart(parse):

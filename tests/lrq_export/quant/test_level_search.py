@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lrq_export.quant.level_search import HALF_UNITS, Magnitudes, gains, prefix_sums, search
+from lrq_export.quant.level_search import HALF_UNITS, Magnitudes, gains, gains_of_all, prefix_sums, search
 from lrq_export.quant.level_sets import searched_sets
 
 
@@ -30,6 +30,13 @@ def test_a_gain_from_the_table_is_the_gain_by_definition(clip):
                 expected = direct_gain(weight[row, side], moment[0, side], scale, sets.levels[index])
                 energy = direct_gain(weight[row, side], moment[0, side], scale, torch.tensor([0])) + 1e4
                 assert abs(found[row, sign, column] - expected) < 1e-5 * energy + 1e-5 * abs(expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gains_of_all_sets_are_those_of_each_to_the_last_bit(bits):
+    torch.manual_seed(0)
+    table, h, y, sets = torch.randn(3, HALF_UNITS + 1), torch.rand(3), 100 * torch.rand(3), searched_sets(bits)
+    assert torch.equal(gains_of_all(table, h, y, sets), gains(table, h, y, sets, torch.arange(len(sets.levels))))
 
 
 def test_a_sign_without_weights_takes_the_all_zero_set():
