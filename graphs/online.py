@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from graphs.passes.channels import NoMatch
 from graphs.passes.norms import modulated_norm
-from graphs.passes.patterns import DEQUANT_OPS, LINEAR_OPS, ROTATE_OPS, is_lrq, is_number, is_standard, producer
+from graphs.passes.patterns import LINEAR_OPS, ROTATE_OPS, is_lrq, is_number, is_standard, layer_weight, producer
 from graphs.traced import TracedGraph
 
 
@@ -131,11 +131,8 @@ def _readers(tensor: gs.Tensor) -> Iterator[gs.Node]:
 def _layers(node: gs.Node, traced: TracedGraph) -> list[str]:
     if is_lrq(node, *LINEAR_OPS):
         return [weight.layer for weight in traced.linear_parts(node.inputs[1].name)]
-    if node.op == "MatMul" and (transpose := producer(node.inputs[1])) is not None:
-        dequant = producer(transpose.inputs[0]) if transpose.inputs else None
-        if dequant is not None and is_lrq(dequant, *DEQUANT_OPS):
-            return [traced.linears[dequant.inputs[0].name].layer]
-    return []
+    weight = layer_weight(node.inputs[1])[:1] if is_standard(node, "MatMul") else []
+    return [traced.linears[each.name].layer for each in weight if each.name in traced.linears]
 
 
 def _products(node: gs.Node, traced: TracedGraph) -> Iterator[tuple[str, int]]:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphs.passes.patterns import is_graph_output, redirect_readers, remove_node
+from graphs.passes.patterns import is_graph_output, redirect_readers
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -23,7 +23,6 @@ def dead_code(traced: TracedGraph) -> PassResult:
             result.skip(node, f"{node.op} hands on its input as an output of the graph, which keeps its name")
             continue
         redirect_readers(node.outputs[0], node.inputs[0])
-        remove_node(node, graph)
     traced.forget_unused()
     result.fired = before - len(graph.nodes)
     return result

@@ -212,7 +212,7 @@ mlp (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
     y = Add(start, end)
 }
 """
-LAYERS = {"up": "blocks.0.up", "down": "blocks.0.down", "last": "blocks.10.last", "end": "proj_out"}
+LAYERS = {"up": "blocks.2.up", "down": "blocks.2.down", "last": "blocks.10.last", "end": "proj_out"}
 
 
 def named(traced):
@@ -228,7 +228,7 @@ def named(traced):
 
 WORK = {
     "": BlockWork(0, 0, 0, 2 * 24 * 36),
-    "blocks.0": BlockWork(2, 0, 24 * 13 + 48 * 4, 2 * 48 * 24 + 2 * 24 * 48),
+    "blocks.2": BlockWork(2, 0, 24 * 13 + 48 * 4, 2 * 48 * 24 + 2 * 24 * 48),
     "blocks.10": BlockWork(1, 0, 24 * 14, 2 * 36 * 24),
 }
 
@@ -236,8 +236,8 @@ WORK = {
 def test_work_is_counted_where_it_is_read(parse):
     traced = named(parse(MLP))
     assert work_by_block(traced) == WORK
-    assert list(work_by_block(traced)) == ["", "blocks.0", "blocks.10"]
-    assert WORK["blocks.0"].share == (24 * 13 + 48 * 4) / (24 * 13 + 48 * 4 + 4 * 48 * 24)
+    assert list(work_by_block(traced)) == ["", "blocks.2", "blocks.10"]
+    assert WORK["blocks.2"].share == (24 * 13 + 48 * 4) / (24 * 13 + 48 * 4 + 4 * 48 * 24)
 
 
 def test_folded_rotations_are_no_work_and_fused_ones_are(parse):
@@ -246,7 +246,7 @@ def test_folded_rotations_are_no_work_and_fused_ones_are(parse):
     for step in PIPELINE:
         step(traced)
     assert work_by_block(traced) == WORK | {
-        "blocks.0": BlockWork(2, 1, 24 * 13 + 48 * 4, 2 * 48 * 24 + 2 * 24 * 48),
+        "blocks.2": BlockWork(2, 1, 24 * 13 + 48 * 4, 2 * 48 * 24 + 2 * 24 * 48),
         "blocks.10": BlockWork(0, 0, 0, 2 * 36 * 24),
     }
 
@@ -283,7 +283,7 @@ def test_a_rotation_that_no_layer_reads_counts_outside_of_blocks(parse):
 
 
 PATHS = {
-    "transformer_blocks.0.attn1.to_q": "transformer_blocks.0",
+    "transformer_blocks.2.attn1.to_q": "transformer_blocks.2",
     "transformer_blocks.12.ff.net.2": "transformer_blocks.12",
     "blocks.3": "blocks.3",
     "proj_out": "",

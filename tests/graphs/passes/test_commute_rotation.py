@@ -86,6 +86,10 @@ FIRES = {  # text, moves, what the rotations read in the end
             ("float[batch, 4, 24] z", "float[batch, 4, 24] z, float[batch, 4, 24] z2")), 1, {"bent"}),
     "parts of a Split, its axis counted from the last": (
         graph_texts.edited(PARTS, ("Split<axis = 1>", "Split<axis = -2>")), 1, {"bent"}),
+    "parts of a Split, of its first axis by default": (
+        graph_texts.edited(
+            PARTS, ("Split<axis = 1>", "Split"), ("[batch, 6, 24] x", "[6, 24] x"), ("[batch, 2, 24] y", "[2, 24] y"),
+            ("[batch, 4, 24] z", "[4, 24] z")), 1, {"bent"}),
     "Slices of one tensor, their axis counted from the last": (
         graph_texts.edited(SLICED, ("int64[1] one = {1}", "int64[1] one = {-2}")), 1, {"bent"}),
     "channels of two sources": (CHANNELS, 1, {"a", "b"}),

@@ -44,6 +44,12 @@ def test_what_does_something_stays(parse, step):
     assert [node.op for node in traced.graph.nodes] == before
 
 
+def test_a_node_of_another_domain_stays(parse):
+    traced = parse(NEUTRAL.format(step="Identity(a)"))
+    traced.graph.nodes[1].domain = "other"
+    assert dead_code(traced).fired == 0
+
+
 GROWING = {
     "more axes": "z (float[batch, 24] x) => (float[1, batch, 24] y) <float[1, 1, 1] c = {1}>",
     "a longer axis": "z (float[batch, 1, 2] x) => (float[batch, 3, 2] y) <float[1, 3, 2] c = {1, 1, 1, 1, 1, 1}>",
