@@ -99,7 +99,7 @@ def drop_in(conditioned, recorded, tmp_path_factory):
         "added_cond_kwargs.aspect_ratio",
     )
     save_tensors_atomic(conditions, {name: TensorFile(recorded).read(name) for name in names})
-    changes = {"calibration.samples": "8", "sampling.images": "1", "sampling.steps": "1"}
+    changes = {"rotation.kind": "hadamard", "calibration.samples": "8", "sampling.images": "1", "sampling.steps": "1"}
     made = build(
         source, folder / "package", recipe=load_recipe(overrides=changes), calibration=recorded, conditions=conditions,
         until="engine",
@@ -174,7 +174,8 @@ def prompts(tmp_path):
 
 
 FLAGS = [
-    "--set", "calibration.samples=3", "--set", "sampling.steps=1", "--set", "sampling.images=1", "--until", "calibrate",
+    "--set", "rotation.kind=hadamard", "--set", "calibration.samples=3", "--set", "sampling.steps=1",
+    "--set", "sampling.images=1", "--until", "calibrate",
 ]  # fmt: skip
 
 
