@@ -23,7 +23,7 @@ from graphs.ops.codebook_dequant import CODEBOOK
 from graphs.ops.int8_dequant import INT8
 from graphs.ops.twin_log_dequant import TWIN_LOG
 from graphs.ops.weight_format import WeightFormat
-from graphs.passes.patterns import LINEAR_OF, RESIDUAL_OF
+from graphs.passes.patterns import LINEAR_OF, LINEAR_OPS, RESIDUAL_OF, is_lrq
 from graphs.traced import LinearWeight, TracedGraph
 
 ROWS = 4  # of each layer; an even number, since rows of INT4 share a byte where columns are odd
@@ -42,6 +42,7 @@ class IntegerLayer:
 
     act_bits: int
     weight: np.ndarray  # (ROWS or fewer, cols) int8
+    multiplied: bool = False  # as integers, wherever it is read: its activations are quantized, not only meant to be
 
 
 def integer_layers(traced: TracedGraph) -> dict[str, IntegerLayer]:
@@ -50,9 +51,12 @@ def integer_layers(traced: TracedGraph) -> dict[str, IntegerLayer]:
     for codes in [tensor for tensor in traced.graph.inputs if tensor.name in set(traced.codes_inputs())]:
         for node in codes.outputs:
             for weight, decoded in _decoded(traced, codes, node):
-                known = layers.setdefault(weight.layer, IntegerLayer(weight.act_bits, decoded))
+                now = IntegerLayer(weight.act_bits, decoded, is_lrq(node, *LINEAR_OPS))
+                known = layers.setdefault(weight.layer, now)
                 if not np.array_equal(known.weight, decoded):
                     raise ValueError(f"{node.op} {node.name!r} decodes {weight.layer} otherwise than another node does")
+                if not now.multiplied:
+                    layers[weight.layer] = now
     return layers
 
 
@@ -64,6 +68,8 @@ def check_same_integers(before: dict[str, IntegerLayer], after: dict[str, Intege
             raise GraphError(where, "there was no such layer", "those that the graph had")
         if now.act_bits != was.act_bits:
             raise GraphError(where, f"activations of {now.act_bits} bits", f"{was.act_bits} as before")
+        if was.multiplied and not now.multiplied:
+            raise GraphError(where, "its activations are left in floating point", "a product of integers as before")
         if now.weight.shape != was.weight.shape:
             raise GraphError(where, f"integers of shape {now.weight.shape}", f"{was.weight.shape} as before")
         wrong = np.argwhere(now.weight != was.weight)

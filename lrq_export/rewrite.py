@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from graphs.checks import GraphError, check, check_preserved
 from graphs.integer_data import check_same_integers, integer_layers
 from graphs.passes import Pass
@@ -56,7 +58,7 @@ def rewrite(
             if result.fired:
                 integers_now = integer_layers(after)
                 check_same_integers(integers, integers_now)
-                answers = proof.answers(traced) if answers is None else answers
+                answers = _sound_answers(traced, proof) if answers is None else answers
                 now = proof.answers(after)
                 measured = difference(now, answers)
                 if not measured <= bound:
@@ -71,9 +73,32 @@ def rewrite(
         except Exception as error:  # a check that failed, a map that does not fit, or what a broken graph raises
             if not keep_going:
                 raise CheckFailed(
-                    f"rewrite: pass {step.__name__}: {error}",
+                    f"rewrite: pass {step.__name__}: {_said(error)}",
                     hint="report this fault of lrq-export; --keep-going builds without the pass",
                 ) from error
-            outcome = Outcome(step.__name__, PassResult(), None, str(error))
+            outcome = Outcome(step.__name__, PassResult(), None, _said(error))
         done(traced, outcome)
     return traced
+
+
+def _sound_answers(traced: TracedGraph, proof: Proof) -> Answers:
+    """Those of the graph before any pass has fired, for whose faults none is to blame; raises CheckFailed for them."""
+    try:
+        answers = proof.answers(traced)
+    except LrqError:  # of the source's weights
+        raise
+    except Exception as error:
+        raise CheckFailed(
+            f"rewrite: the traced graph does not run: {_said(error)}", hint="report this fault of lrq-export"
+        ) from error
+    if not all(np.isfinite(answer).all() for answer in answers):
+        raise CheckFailed(
+            "rewrite: the traced graph answers NaN or infinity, before any pass",
+            hint="look for such numbers in the checkpoint and in the recorded inputs",
+        )
+    return answers
+
+
+def _said(error: Exception) -> str:
+    """The message of an error, with its kind unless it is one that a check raises."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

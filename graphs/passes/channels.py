@@ -156,7 +156,8 @@ class _Climb:
 
     def attention(self, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
         values, rank = node.inputs[2], len(tensor.shape)
-        if tensor is not node.outputs[0] or any(not each.is_empty() for each in node.inputs[4:]):
+        present = any(each.outputs or is_graph_output(each, self.traced.graph) for each in node.outputs[1:])
+        if present or tensor is not node.outputs[0] or any(not each.is_empty() for each in node.inputs[4:]):
             raise NoMatch("Attention has keys and values of earlier calls, or is asked for them")
         if rank == 4:
             return self.mix(values, tensor, axes)

@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 
 from graphs import equalizer
 from graphs.passes.channels import NoMatch, rows_behind
+from graphs.passes.fuse_activation import activation
 from graphs.passes.patterns import (
     is_graph_output,
     is_inner,
@@ -40,7 +41,7 @@ def commute_rotation(traced: TracedGraph) -> PassResult:
         if not rotation.outputs:  # it was replaced together with an equal one
             continue
         try:
-            moved = _join(rotation, traced) or _move_up(rotation, traced)
+            moved = _move(rotation, traced)
         except NoMatch as reason:
             result.skip(rotation, str(reason))
             continue
@@ -51,6 +52,17 @@ def commute_rotation(traced: TracedGraph) -> PassResult:
     return result
 
 
+def _move(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
+    """Behind the Concat that reads it, else above what computes its input; returns what it became, [] if it stays."""
+    try:
+        joined = _join(rotation, traced)
+    except NoMatch:
+        if moved := _move_up(rotation, traced):
+            return moved
+        raise
+    return joined or _move_up(rotation, traced)
+
+
 def _move_up(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
     """Put a rotation above the node that computes its input; returns what it became there, nothing if it stays."""
     node = producer(rotation.inputs[0])
@@ -59,6 +71,8 @@ def _move_up(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
 
 
 def _past_number(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
+    if activation(node.outputs[0]) is not None:  # a Gelu that is written out: the two become one node
+        return []
     numbers = [is_number(each) for each in node.inputs]
     return _past(node, numbers.index(False), rotation, traced) if sum(numbers) == 1 else []
 
@@ -103,7 +117,8 @@ def _rotations_of_parts(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -
     cutters = value_readers(whole)
     if not all(map(_parts_tokens, cutters)) or is_graph_output(whole, traced.graph):
         raise NoMatch(f"what {node.op} divides is also read elsewhere, or its channels are divided")
-    parts = [part for each in cutters for part in each.outputs if part.outputs or is_graph_output(part, traced.graph)]
+    outputs = [part for each in cutters for part in each.outputs]
+    parts = [part for part in outputs if value_readers(part) or is_graph_output(part, traced.graph)]
     return _rotations_of(parts, rotation, traced) if len(parts) > 1 else []
 
 
@@ -141,8 +156,8 @@ def _past_concat(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[
 def _signs_part(constant: gs.Constant, signs: Signs, start: int, stop: int, traced: TracedGraph) -> gs.Constant:
     """The factors of channels `start` to `stop`, entered into the table of signs."""
     name = f"{constant.name}.{start}-{stop}"
-    if name in traced.signs:
-        return traced.graph.tensors()[name]
+    if name in traced.signs and (held := traced.graph.tensors().get(name)) is not None:
+        return held  # what read it may have gone since it was entered
     divisors = None if signs.equalizer is None else equalizer.part(signs.equalizer, start, stop)
     traced.signs[name] = Signs(None, divisors)
     return gs.Constant(name, constant.values[start:stop].copy())

@@ -8,26 +8,35 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphs import names
-from graphs.passes.patterns import computed_by, is_standard
+from graphs.passes.patterns import computed_by, is_graph_output, is_standard
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
+RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 LARGEST = 1 << 20  # bytes of a folded constant: enough for a position embedding, and no file doubles
 
 
 def constant_fold(traced: TracedGraph) -> PassResult:
     graph = traced.graph
     nodes = [node for node in graph.nodes if node.outputs]
-    _fold_sizes(graph)
     # What computes an output stays, since it keeps its name; what reads signs stays, since `graphs.online` finds by it
     # the channels that are equalized.
     kept = {tensor.name for tensor in graph.outputs} | traced.signs.keys()
-    # Not its own folding of shapes: that takes fractions of sizes for whole numbers (onnx-graphsurgeon 0.6.1).
-    graph.fold_constants(
-        fold_shapes=False, recurse_subgraphs=False, flatten_subgraphs=False, size_threshold=LARGEST,
-        should_exclude_node=lambda node: _is_lrq(node) or any(t.name in kept for t in (*node.inputs, *node.outputs)),
-    )  # fmt: skip
-    result = PassResult(sum(not node.outputs for node in nodes))  # a node whose outputs are constants has none left
+
+    def stays(node: gs.Node) -> bool:
+        held = any(tensor.name in kept for tensor in (*node.inputs, *node.outputs))
+        return held or _is_lrq(node) or is_standard(node, *RANDOM)
+
+    result, folded = PassResult(), -1
+    while folded < result.fired:  # a size that is picked by a computed index is known once the index is
+        folded = result.fired
+        _fold_sizes(graph)
+        # Not its own folding of shapes: that takes fractions of sizes for whole numbers (onnx-graphsurgeon 0.6.1).
+        graph.fold_constants(
+            fold_shapes=False, recurse_subgraphs=False, flatten_subgraphs=False, size_threshold=LARGEST,
+            should_exclude_node=stays,
+        )  # fmt: skip
+        result.fired = sum(not node.outputs for node in nodes)  # a node whose outputs are constants has none left
     traced.forget_unused()
     for node in graph.nodes:
         if node.inputs and not _is_lrq(node) and all(isinstance(each, gs.Constant) for each in node.inputs):
@@ -42,7 +51,7 @@ def _fold_sizes(graph: gs.Graph) -> None:
     """Let the known sizes that a Shape, or a Gather or Slice behind one, asks for be constants."""
     asks = {"Shape": _sizes, "Gather": _gathered, "Slice": _sliced}
     for node in graph.nodes:
-        if not is_standard(node, *asks) or any(node.outputs[0] is each for each in graph.outputs):
+        if not node.outputs or not is_standard(node, *asks) or is_graph_output(node.outputs[0], graph):
             continue
         sizes = asks[node.op](node)
         if sizes is not None and all(isinstance(size, int) for size in np.ravel(sizes).tolist()):
@@ -75,11 +84,11 @@ def _sliced(cut: gs.Node) -> list | None:
 
 
 def _sizes_behind(node: gs.Node) -> list | None:
-    """What the Shape asks for that computes a node's first input; None if none does, or the others are no constants."""
+    """What the Shape asks for that computes a node's first input; None if none does, or another is no constant."""
     shape = computed_by(node.inputs[0], "Shape")
-    return (
-        None if shape is None or not all(isinstance(each, gs.Constant) for each in node.inputs[1:]) else _sizes(shape)
-    )
+    if shape is None or not all(isinstance(each, gs.Constant) for each in node.inputs[1:]):
+        return None
+    return _sizes(shape)
 
 
 def _is_lrq(node: gs.Node) -> bool:

@@ -30,13 +30,13 @@ def modulated_norm(tensor: gs.Tensor) -> Norm | None:
     """
     add = computed_by(tensor, "Add")
     if add is None:
-        return _norm(producer(tensor))
+        return _norm(tensor)
     for product, shift in (add.inputs, add.inputs[::-1]):
         multiply = computed_by(product, "Mul")
         if product is shift or multiply is None:
             continue
         for normalized, scale in (multiply.inputs, multiply.inputs[::-1]):
-            norm = _norm(producer(normalized))
+            norm = _norm(normalized)
             if norm is None:
                 continue
             if norm.scale is not None or norm.shift is not None:
@@ -61,20 +61,24 @@ def _listed(shape) -> str:
     return "unknown" if shape is None else f"({', '.join(map(str, shape))})"
 
 
-def _norm(node: gs.Node | None) -> Norm | None:
-    """The norm that ends in `node`, without modulation."""
-    if is_standard(node, "LayerNormalization"):
-        return _layer_norm(node)
-    found = _unit_rms(node)
-    if found is None and is_standard(node, "Mul"):
+def _norm(tensor: gs.Tensor) -> Norm | None:
+    """The norm that computes `tensor`, without modulation."""
+    found, node = _unscaled(tensor), computed_by(tensor, "Mul")
+    if found is None and node is not None:
         for normalized, weight in (node.inputs, node.inputs[::-1]):
-            inner = producer(normalized)
-            found = _layer_norm(inner) if is_standard(inner, "LayerNormalization") else _unit_rms(inner)
+            found = _unscaled(normalized)
             if found is not None and (found.scale is not None or found.shift is not None):
                 raise NoMatch("the norm before it has weights of its own and is scaled besides")
             if found is not None:
                 return replace(found, scale=weight)
     return found
+
+
+def _unscaled(tensor: gs.Tensor) -> Norm | None:
+    node = producer(tensor)
+    if not is_standard(node, "LayerNormalization"):
+        return _unit_rms(node)
+    return _layer_norm(node) if tensor is node.outputs[0] else None  # the others are its mean and deviation
 
 
 def _layer_norm(node: gs.Node) -> Norm:

@@ -10,7 +10,9 @@ from graphs.traced import TracedGraph
 
 def share_rotation(traced: TracedGraph) -> PassResult:
     result, first = PassResult(), {}
-    for node in [node for node in traced.graph.nodes if is_lrq(node, "HadamardRotate")]:
+    rotations = [node for node in traced.graph.nodes if is_lrq(node, "HadamardRotate")]
+    # An output keeps its name, so it is the one that stays.
+    for node in sorted(rotations, key=lambda node: not is_graph_output(node.outputs[0], traced.graph)):
         key = rotation_key(node)
         if key is None:
             result.skip(node, "its signs are not a constant")

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 from graph_texts import ATTENTION, edited
 
 from graphs.checks import GraphError
 from graphs.integer_data import FORMAT_OF, check_same_integers, integer_layers
 from graphs.ops import words
-from graphs.passes import PIPELINE, TARGETS, prepack
+from graphs.passes import PIPELINE, TARGETS, make_linear, prepack
 from graphs.passes.patterns import DEQUANT_OPS, LINEAR_OPS, codes_form, is_lrq
 
 FORMATS = {
@@ -88,6 +89,20 @@ def coarser_activations(traced):
         traced.linears[name] = replace(weight, act_bits=6)
 
 
+def floating_activations(traced):
+    """The product after the tokens were quantized becomes one that leaves them as they are."""
+    for node in [node for node in traced.graph.nodes if is_lrq(node, "TwinLogLinear")]:
+        x, *packed, bias = node.inputs
+        attributes = {key: value for key, value in node.attrs.items() if key not in ("act_bits", "rotation", "block")}
+        weight, transposed, product = (gs.Variable(f"{node.name}_{part}") for part in ("w", "wt", "open"))
+        traced.graph.nodes += [
+            gs.Node("TwinLogDequant", f"{node.name}_dequant", attributes, packed, [weight], node.domain),
+            gs.Node("Transpose", f"{node.name}_turn", {"perm": [1, 0]}, [weight], [transposed]),
+            gs.Node("MatMul", f"{node.name}_matmul", {}, [x, transposed], [product]),
+        ]
+        node.op, node.domain, node.attrs, node.inputs = "Add", None, {}, [product, bias]
+
+
 def renamed_layer(traced):
     for name, weight in traced.linears.items():
         traced.linears[name] = replace(weight, layer=f"{weight.layer}_copy")
@@ -109,6 +124,16 @@ def test_what_changes_them_is_found(parse, wrong, found):
     wrong(traced)
     with pytest.raises(ValueError, match=found):
         check_same_integers(before, integer_layers(traced))
+
+
+def test_activations_that_are_no_longer_quantized_are_found(parse):
+    """In floating point, where the proof runs, both are one function."""
+    traced = through(parse(ATTENTION), make_linear)
+    before = integer_layers(traced)
+    floating_activations(traced)
+    with pytest.raises(GraphError, match="of q: its activations are left in floating point"):
+        check_same_integers(before, integer_layers(traced))
+    check_same_integers(integer_layers(parse(ATTENTION)), before)  # the other way round is what make_linear does
 
 
 def test_codes_in_elements_that_do_not_hold_them_are_found(parse):

@@ -104,6 +104,32 @@ def test_layers_of_a_pass_that_is_left_out_are_there_for_the_next(traced):
     assert set(after.linears) == {"u.codes", "v.codes"}
 
 
+@pytest.mark.parametrize("keep_going", [False, True])
+@pytest.mark.parametrize(
+    ("answer", "said"), [(None, "does not run: Fail: no shape"), (np.nan, "answers NaN"), (np.inf, "NaN or inf")]
+)
+def test_a_graph_that_was_wrong_before_is_no_fault_of_a_pass(traced, answer, said, keep_going):
+    class Fail(Exception):
+        pass
+
+    class Wrong(Answering):
+        def answers(self, graph):
+            if answer is None:
+                raise Fail("no shape")
+            return [np.array([1.0, answer])]
+
+    with pytest.raises(CheckFailed, match=f"rewrite: the traced graph .*{said}"):
+        rewrite(traced, [answers("1")], Wrong(), BOUND, keep_going=keep_going)
+
+
+def test_an_error_that_no_check_raises_is_named_by_its_kind(traced):
+    def wrong(graph):
+        return {}["signs48.0-24"]
+
+    with pytest.raises(CheckFailed, match=r"pass wrong: KeyError: 'signs48\.0-24'"):
+        run(traced, wrong)
+
+
 def test_a_layer_that_has_gone_does_not_come_back(traced):
     def as_it_was(graph):
         was = traced.copy()

@@ -76,6 +76,22 @@ layout (float[batch, tokens, 24] x) => (float[tokens, batch, 24] y)
     y = Linear<rows = 24, cols = 24>(r)
 }
 """
+# The first rotation leaves signs for the first 24 channels, which nothing reads any more when the second asks for them.
+GONE = """
+gone (float[batch, tokens, 12] a, float[batch, tokens, 12] b, float[batch, tokens, 24] d)
+    => (float[batch, tokens, 24] y, float[batch, tokens, 24] z)
+<float two = {2}>
+{
+    inner = Concat<axis = -1>(a, b)
+    outer = Concat<axis = -1>(inner, d)
+    r = Rotate<block = 12, width = 48>(outer)
+    y = Linear<rows = 24, cols = 48>(r)
+    twice = Concat<axis = -1>(d, d)
+    scaled = Mul(twice, two)
+    r2 = Rotate<block = 12, width = 48>(scaled)
+    z = Linear<rows = 24, cols = 48>(r2)
+}
+"""
 BOTH = "both = Concat<axis = -1>(a, b)"
 FIRES = {  # text, moves, what the rotations read in the end
     "parts of a Split": (PARTS, 1, {"bent"}),
@@ -106,6 +122,11 @@ FIRES = {  # text, moves, what the rotations read in the end
     "channels that are there twice": (
         graph_texts.edited(CHANNELS, (BOTH, "both = Concat<axis = -1>(a, b, a)"), ("width = 72", "width = 96"),
                            ("y = Linear<rows = 24, cols = 72>", "y = Linear<rows = 24, cols = 96>")), 1, {"a", "b"}),
+    "channels whose part of the signs was there, and has gone": (GONE, 4, {"a", "b", "d"}),
+    "tokens that cannot be joined, above the Split that they come from": (
+        graph_texts.edited(
+            PARTS, ("y = Linear", "met = Concat<axis = 1>(ra, x) y = Kept"), ("(ra)\n", "(met)\n"),
+            ("[batch, 2, 24] y", "[batch, 8, 24] y")), 1, {"bent"}),
     "tokens of two sources": (TOKENS, 1, {"both.joined"}),
     "tokens of two sources, some of them scaled": (
         graph_texts.edited(
@@ -185,6 +206,14 @@ NOT = {
     "parts rotated in two ways": (
         parts(("rb = Rotate<block = 12>(b)", "rb = Rotate<block = 12, seed = 1>(b)")),
         "what it rotates is also read",
+    ),
+    "a part of which only the shape is read": (
+        parts(
+            ("rb = Rotate<block = 12>(b)", "z = Shape(b)"),
+            ("z = Linear<rows = 24, cols = 24>(rb)", ""),
+            ("float[batch, 4, 24] z", "int64[3] z"),
+        ),
+        None,
     ),
     "what is divided is read whole": (
         parts(("[batch, 4, 24] z", "[batch, 4, 24] z, float[batch, 6, 24] w"), ("ra =", "w = Neg(bent) ra =")),

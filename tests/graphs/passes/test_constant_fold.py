@@ -81,7 +81,7 @@ def test_fractions_of_a_size_stay_fractions(parse, difference):
 
 
 KNOWN = """
-known (float[batch, 6, 24] x) => (float[batch, 6, 24] y, int64[2] shape, int64 tokens, int64[3] all)
+known (float[batch, 6, 24] x) => (float[batch, 6, 24] y, int64[2] shape, int64 tokens, int64[3] all, int64[2] part)
 <int64[2] last = {1, 2}, int64 one = {1}>
 {
     sizes = Shape(x)
@@ -90,7 +90,8 @@ known (float[batch, 6, 24] x) => (float[batch, 6, 24] y, int64[2] shape, int64 t
     size = Gather(sizes, one)
     tokens = Identity(size)
     all = Identity(sizes)
-    part = Shape<start = 1>(x)
+    known = Shape<start = 1>(x)
+    part = Identity(known)
     flat = Reshape(x, sizes)
     y = Linear<rows = 24, cols = 24>(flat)
 }
@@ -104,11 +105,40 @@ def test_known_sizes_are_constants_and_others_stay(parse, difference):
     check(traced)
     check_preserved(before, traced)
     assert difference(before, traced) == 0
-    outputs = dict(zip(["y", "shape", "tokens", "all"], traced.graph.outputs, strict=True))
-    inputs = {name: outputs[name].inputs[0].inputs[0] for name in ("shape", "tokens", "all")}
-    assert inputs["shape"].values.tolist() == [6, 24]
+    outputs = dict(zip(["y", "shape", "tokens", "all", "part"], traced.graph.outputs, strict=True))
+    inputs = {name: outputs[name].inputs[0].inputs[0] for name in ("shape", "tokens", "all", "part")}
+    assert inputs["shape"].values.tolist() == inputs["part"].values.tolist() == [6, 24]
     assert inputs["tokens"].values.tolist() == 6
     assert inputs["all"].inputs[0].op == "Shape"  # the batch is free
+
+
+COMPUTED = """
+computed (float[batch, 6, 24] x) => (float[samples, 24] y)
+<int64[1] minus = {-1}>
+{
+    place = Constant<value = int64[1] {2}>()
+    sizes = Shape(x)
+    width = Gather(sizes, place)
+    rows = Concat<axis = 0>(minus, width)
+    flat = Reshape(x, rows)
+    y = Linear<rows = 24, cols = 24>(flat)
+}
+"""
+
+
+def test_sizes_picked_by_a_computed_index_are_constants_at_once(parse, difference):
+    traced = parse(COMPUTED)
+    before = traced.copy()
+    assert constant_fold(traced).fired >= 3
+    assert not {"Shape", "Gather", "Concat"} & {node.op for node in traced.graph.nodes}
+    assert constant_fold(traced).fired == 0
+    check(traced)
+    assert difference(before, traced) == 0
+
+
+def test_what_is_drawn_at_random_stays_random(parse):
+    traced = parse(CONSTANTS.replace("half = Reciprocal(two)", "half = RandomNormalLike(two)"))
+    assert constant_fold(traced).fired == 0
 
 
 SLICED = """

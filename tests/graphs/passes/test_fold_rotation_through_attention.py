@@ -276,6 +276,13 @@ NOT_FUSED = {
         [("kv_num_heads = 2", "kv_num_heads = 1"), ("k = Linear<rows = 24", "k = Linear<rows = 12"),
          ("v = Linear<rows = 24", "v = Linear<rows = 12")],
         "Attention shares its values between heads"),
+    "values that are an output besides": (
+        [("tokens, 24] y)", "tokens, 24] y, float[batch, 2, tokens, 12] values)"),
+         ("mixed = Attention", "mixed, keys, values = Attention")], "Attention has keys and values of earlier calls"),
+    "values that are read besides": (
+        [("tokens, 24] y)", "tokens, 24] y, float[batch, 2, tokens, 12] z)"),
+         ("mixed = Attention", "mixed, keys, values = Attention"), ("rotated =", "z = Neg(values) rotated =")],
+        "Attention has keys and values of earlier calls"),
 }  # fmt: skip
 
 

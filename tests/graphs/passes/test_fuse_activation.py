@@ -5,7 +5,7 @@ import pytest
 from onnx.printer import to_text
 
 from graphs.checks import check, check_preserved
-from graphs.passes import fuse_activation
+from graphs.passes import PIPELINE, fuse_activation
 
 BENT = """
 feed_forward (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
@@ -107,6 +107,13 @@ def test_fuses_and_keeps_the_function(case, difference):
     check(traced)
     check_preserved(before, traced)
     assert difference(before, traced) <= 1e-11
+
+
+def test_the_passes_before_it_leave_an_activation_whole(case):
+    traced, op = case
+    for step in PIPELINE:
+        step(traced)
+    assert [node.op for node in rotations(traced)] == [op]
 
 
 @pytest.mark.parametrize("text", [BENT, GATED], ids=["Gelu", "Geglu"])

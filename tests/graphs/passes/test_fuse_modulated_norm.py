@@ -169,6 +169,7 @@ def test_a_node_of_another_domain_is_no_part_of_a_norm(parse, text, name):
 
 ELSEWHERE = "the normalized tokens are also read elsewhere, unrotated"
 NOT = {
+    "the mean of a norm, modulated": (modulated((UNIT, UNIT.replace("unit", "other, unit"))), None),
     "over two axes": (
         modulated((UNIT, "square_ones = Expand(one, plane) unit = LayerNormalization<axis = -2>(x, square_ones)"),
                   ("tokens, 24] x", "5, 24] x"), ("tokens, 24] y", "5, 24] y"),

@@ -18,6 +18,8 @@ ACTIVATIONS = {
     "gelu": "{y} = Gelu({x})",
     "tanh": '{y} = Gelu<approximate = "tanh">({x})',
     "silu": "{y}s = Sigmoid({x}) {y} = Mul({x}, {y}s)",
+    "erf": "{y}d = Div({x}, root) {y}e = Erf({y}d) {y}f = Add({y}e, number) {y}h = Mul({x}, {y}f) "
+    "{y} = Mul({y}h, half)",
     "relu": "{y} = Relu({x})",  # no fused op has it
 }
 NORMS = {
@@ -172,6 +174,7 @@ NETWORKS = st.lists(blocks(), min_size=1, max_size=3)
 TENSORS = f"""
     int64[3] merge = {{0, 0, 24}}, int64[1] last = {{-1}}, int64[1] zero = {{0}}, int64[1] one = {{1}},
     int64[1] end = {{{2**62}}}, float number = {{1}}, float epsilon = {{0.01}},
+    float half = {{0.5}}, float root = {{1.4142135}},
     float[24] ones = {{{", ".join(["1"] * 24)}}}, float[24] weight = {{{", ".join(["2"] * 24)}}},
     float[24] bias = {{{", ".join(["0.5"] * 24)}}}
 """

@@ -36,6 +36,7 @@ FIRES = {
                    ("(rv)", "(rw)"), ("qk = Mul(q, k)", "qv = Mul(q, rv) qk = Mul(qv, k)")], 2, 2),
     "a reader that reads a follower twice": ([("qk = Mul(q, k)", "kk = Mul(rk, rk) qk = Mul(q, kk)")], 2, 1),
     "the first one leaves the graph": ([(OUTPUT, TWO_OUTPUTS.format("rq"))], 2, 1),
+    "the last one leaves the graph": ([(OUTPUT, TWO_OUTPUTS.format("rv"))], 2, 1),
     "a rotation of a rotation": (
         [(RV, "ra = Rotate<block = 12>(rq) rb = Rotate<block = 12>(rk) rv = Add(ra, rb)")], 2, 2),
 }  # fmt: skip
@@ -78,7 +79,8 @@ REFUSALS = {
         (RK, "rk = lrq.HadamardRotate<block = 12, base = 12, order = 11>(x, s)"),
         (RV, "rv = lrq.HadamardRotate<block = 12, base = 12, order = 11>(x, s)")],
         ["its signs are not a constant"] * 2),
-    "the follower leaves the graph": ([(OUTPUT, TWO_OUTPUTS.format("rk")), (RV, "rv = Relu(x)")],
+    "both leave the graph": (
+        [(OUTPUT, TWO_OUTPUTS.format("rq, float[batch, tokens, 24] rk")), (RV, "rv = Relu(x)")],
         ["the rotated tensor is an output of the graph"]),
 }  # fmt: skip
 
