@@ -84,7 +84,7 @@ dl div { display: flex; gap: .45rem; max-width: 100%; }
 dt { color: var(--soft); white-space: nowrap; }
 dd { margin: 0; overflow-wrap: anywhere; }
 .ladder { width: 100%; }
-.ladder td:nth-child(3) { min-width: 17rem; }
+.ladder td:nth-child(3) { min-width: 12rem; }
 .metric { white-space: nowrap; }
 .ladder td:last-child, .ladder th:last-child { width: 24%; min-width: 13rem; padding-inline: 1.2rem; }
 .scroll { max-height: 44rem; overflow: auto; border: 1px solid var(--line); margin: .75rem 0; }
