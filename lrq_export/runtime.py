@@ -61,7 +61,7 @@ def load(package: str | Path, *, target: str = AUTO, threads: int | None = None)
             f"{package / MANIFEST}: source: not a config of {config['_class_name']}: {error!r}",
             hint="build the package again",
         ) from error
-    return PackagedTransformer(open_runner(package, chosen, threads), config)
+    return PackagedTransformer(open_runner(package, chosen, threads), config, chosen)
 
 
 def obstacle(package: Path, target: str) -> MissingError | None:
@@ -91,13 +91,14 @@ def open_runner(package: Path, target: str, threads: int | None = None) -> Runne
 class PackagedTransformer:
     """Has the call signature, `.config`, `.dtype` and `return_dict` of the diffusers transformer it was built from.
 
-    Takes and returns torch tensors; computes in float32 on `.device`, and the answer lies where the latents do. Several
-    threads may call it at once. `close`, or a `with` block, frees the engine.
+    Takes and returns torch tensors; computes in float32 on `.device` with the engine of `.target`, and the answer lies
+    where the latents do. Several threads may call it at once. `close`, or a `with` block, frees the engine.
     """
 
-    def __init__(self, runner: Runner, config: dict[str, Any]):
+    def __init__(self, runner: Runner, config: dict[str, Any], target: str = ONNXRUNTIME):
         from diffusers.configuration_utils import FrozenDict
 
+        self.target = target
         self.config, self.dtype, self.device = FrozenDict(config), torch.float32, runner.device
         family = family_of(config["_class_name"])
         self.specs, self.__signature__ = family.inputs(config), _signature(family)

@@ -26,6 +26,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     name: Name = None,
+    target: Annotated[
+        str, typer.Option(help="onnxruntime, tensorrt, tensorrt-rtx; auto: the one for a GPU if it can run here.")
+    ] = "auto",
     workers: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 1,
     threads: Threads = None,
     queue: Annotated[int, typer.Option(min=0, help="Requests that wait; beyond them the answer is 503.")] = 16,
@@ -43,12 +46,15 @@ def serve(
     from lrq_export.serving.server import serve as run
 
     def report(event: dict[str, Any]) -> None:
-        lines = {"serving": "serving {model} at {url}", "drained": "drained: {answered} requests were answered"}
+        lines = {
+            "serving": "serving {model} ({target}) at {url}",
+            "drained": "drained: {answered} requests were answered",
+        }
         print(json.dumps(event) if as_json else lines[event["event"]].format(**event), flush=True)
 
     run(
-        package, host=host, port=port, name=name, threads=threads, limits=_limits(limit or []), report=report,
-        workers=workers, queue=queue, body_bytes=body_limit << 20, body_seconds=body_seconds,
+        package, host=host, port=port, name=name, target=target, threads=threads, limits=_limits(limit or []),
+        report=report, workers=workers, queue=queue, body_bytes=body_limit << 20, body_seconds=body_seconds,
         drain_seconds=drain_seconds,
     )  # fmt: skip
 

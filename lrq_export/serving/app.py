@@ -75,7 +75,7 @@ class Service:
             self.admission.done(seconds)
 
     def _run(self, body: bytearray, json_lengths: list[str]) -> tuple[dict[str, str], bytes, float]:
-        """Headers and body of the answer, and the seconds that the session took."""
+        """Headers and body of the answer, and the seconds that the engine took."""
         model = self.model
         if len(json_lengths) > 1:
             raise invalid(f"{JSON_LENGTH}: got it {len(json_lengths)} times, needed it once")
@@ -83,9 +83,9 @@ class Service:
         started = time.perf_counter()
         try:
             arrays = model.run(fed)
-        except Exception as error:  # ONNX Runtime has a class of its own for every kind of failure
-            log.exception("the session failed")
-            raise RefusedError(500, "failed", f"the session failed: {' '.join(str(error).split())[:200]}") from error
+        except Exception as error:  # runtimes have classes of their own for every kind of failure
+            log.exception("the engine failed")
+            raise RefusedError(500, "failed", f"the engine failed: {' '.join(str(error).split())[:200]}") from error
         seconds = time.perf_counter() - started
         self.metrics.run_seconds.observe(seconds)
         return *render_answer(model.name, VERSION, asked, arrays, model.outputs), seconds
@@ -135,7 +135,9 @@ def error_response(status: int, message: str, headers: Mapping[str, str] | None 
 def create_app(service: Service) -> FastAPI:
     """The application; `service` is closed by whoever made it."""
     app, model = FastAPI(openapi_url=None), service.model
-    config = config_json(model_config(model.name, model.inputs.values(), model.outputs.values()))
+    config = config_json(
+        model_config(model.name, model.inputs.values(), model.outputs.values(), platform=model.platform)
+    )
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> JSONResponse:

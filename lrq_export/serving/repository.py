@@ -26,11 +26,10 @@ from lrq_export.package import (
     verify_hashes,
     write_bytes_atomic,
 )
-from lrq_export.serving.protocol import TensorInfo
+from lrq_export.serving.signature import inputs_of, outputs_of
 from lrq_export.serving.triton import config_text, model_config, tensorrt_config
 
 TENSORRT_PLAN = "engine/tensorrt/model.plan"
-FLOAT = "FP32"  # of every input and output: graphs take float32 throughout
 
 
 @dataclass(frozen=True)
@@ -55,17 +54,13 @@ def write_repository(package: Path, folder: Path, layout: Layout) -> list[Path]:
     manifest = verify_hashes(package)
     config = manifest["source"]["config"]
     specs = family_of(config["_class_name"]).inputs(config)
-    inputs = [
-        TensorInfo(name, FLOAT, tuple(size if isinstance(size, int) else -1 for size in spec.shape))
-        for name, spec in specs.items()
-    ]
     # A shared input is the first sample's for all: requests that differ in it must not meet in one batch.
     batched = layout.max_batch > 0 and not any(spec.shared for spec in specs.values())
     files = _model_files(package, layout.portable)
     parameters = _parameters(package, layout)
     settings = model_config(
-        layout.name, inputs, _outputs(package / MODEL), max_batch=layout.max_batch if batched else 0,
-        instances=layout.instances, parameters=parameters,
+        layout.name, inputs_of(specs).values(), outputs_of(package).values(),
+        max_batch=layout.max_batch if batched else 0, instances=layout.instances, parameters=parameters,
     )  # fmt: skip
     models = [_write_model(folder / layout.name, files, layout, config_text(settings))]
     plan = package / TENSORRT_PLAN
@@ -87,19 +82,6 @@ def _model_files(package: Path, portable: bool) -> dict[str, Path]:
     if not (source / MODEL).is_file():
         raise MissingError(f"{source / MODEL}: the package has none", hint="run lrq-export build again")
     return {name: source / name for name in (MODEL, MODEL_DATA) if (source / name).is_file()}
-
-
-def _outputs(model: Path) -> list[TensorInfo]:
-    import onnx
-
-    graph = onnx.load(model, load_external_data=False).graph
-    return [
-        TensorInfo(
-            value.name, FLOAT,
-            tuple(axis.dim_value if axis.HasField("dim_value") else -1 for axis in value.type.tensor_type.shape.dim),
-        )
-        for value in graph.output
-    ]  # fmt: skip
 
 
 def _parameters(package: Path, layout: Layout) -> dict[str, str]:

@@ -27,13 +27,16 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     name: str | None = None,
+    target: str = "auto",
     threads: int | None = None,
     limits: Mapping[str, int] | None = None,
     drain_seconds: float = 0.0,
     report: Report = lambda event: None,
     **bounds: Any,
 ) -> None:
-    """Serve a package until a signal says to stop; `bounds` are those of `app.Bounds`.
+    """Serve an engine of a package, that of `target` as in `load`, until a signal says to stop.
+
+    `bounds` are those of `app.Bounds`.
 
     `report` is told {"event": "serving", "url", "model"} once requests are taken, and {"event": "drained", ...} at the
     end. For `drain_seconds` after the signal the server says that it is not ready and takes requests all the same: as
@@ -48,12 +51,15 @@ def serve(
         raise MissingError(
             f"serving needs {error.name}, which is not installed", hint="pip install 'lrq-export[serve]'"
         ) from error
-    from lrq_export.runtime import ONNXRUNTIME, load
+    from lrq_export.runtime import load
     from lrq_export.serving.model import ServedModel
+    from lrq_export.serving.signature import outputs_of
 
     with (
-        load(package, target=ONNXRUNTIME, threads=threads) as transformer,
-        contextlib.closing(Service(ServedModel(transformer, name, limits), Bounds(**bounds))) as service,
+        load(package, target=target, threads=threads) as transformer,
+        contextlib.closing(
+            Service(ServedModel(transformer, name, outputs_of(Path(package)), limits), Bounds(**bounds))
+        ) as service,
         listen(host, port) as listener,
     ):
         config = uvicorn.Config(
@@ -62,7 +68,7 @@ def serve(
         )  # fmt: skip
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # its own handlers end the process by the signal, not with 0
-        report({"event": "serving", "url": url_of(listener), "model": name})
+        report({"event": "serving", "url": url_of(listener), "model": name, "target": transformer.target})
         unanswered = asyncio.run(_until_signalled(server, service, listener, drain_seconds))
         answered = int(service.metrics.registry.get_sample_value("lrq_answered_total"))
         report({"event": "drained", "answered": answered, "unanswered": unanswered})

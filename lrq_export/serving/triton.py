@@ -25,17 +25,20 @@ def model_config(
     inputs: Iterable[TensorInfo],
     outputs: Iterable[TensorInfo],
     *,
+    platform: str = "onnxruntime_onnx",
     max_batch: int = 0,
     instances: int = 1,
     parameters: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The `ModelConfig` of the ONNX Runtime engine. With `max_batch` > 0 every tensor's first axis is the batch."""
+    """The `ModelConfig` of a whole engine. With `max_batch` > 0 every tensor's first axis is the batch."""
+    backend, _, _ = platform.partition("_")
+    kind = "KIND_CPU" if backend == "onnxruntime" else "KIND_GPU"
     config: dict[str, Any] = {
-        "name": name, "platform": "onnxruntime_onnx", "backend": "onnxruntime", "max_batch_size": max_batch,
+        "name": name, "platform": platform, "backend": backend, "max_batch_size": max_batch,
         "input": [_tensor(info, max_batch > 0) for info in inputs],
         "output": [_tensor(info, max_batch > 0) for info in outputs],
         "version_policy": {"latest": {"num_versions": 1}},
-        "instance_group": [{"kind": Enumerated("KIND_CPU"), "count": instances}],
+        "instance_group": [{"kind": Enumerated(kind), "count": instances}],
     }  # fmt: skip
     if max_batch > 0:
         config["dynamic_batching"] = {"max_queue_delay_microseconds": BATCH_DELAY}

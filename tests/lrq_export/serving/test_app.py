@@ -4,10 +4,10 @@ import json
 import threading
 import time
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from lrq_export.errors import UsageError
@@ -15,7 +15,7 @@ from lrq_export.models.base import SAMPLES, InputSpec
 from lrq_export.serving.admission import LONGEST_WAIT, Admission
 from lrq_export.serving.app import Bounds, Service, create_app
 from lrq_export.serving.model import ServedModel
-from lrq_export.serving.protocol import JSON_LENGTH, RefusedError
+from lrq_export.serving.protocol import JSON_LENGTH, RefusedError, TensorInfo
 
 SPECS = {
     "x": InputSpec((SAMPLES, 2, "width"), multiple_of=2), "t": InputSpec((SAMPLES,)),
@@ -25,32 +25,30 @@ X = np.arange(8, dtype=np.float32).reshape(1, 2, 4) / 3
 
 
 class Doubling:
-    """A session that answers 2x, once `gate` is open."""
+    """An engine that answers 2x, once `gate` is open."""
 
-    def __init__(self):
+    specs, device = SPECS, torch.device("cpu")
+
+    def __init__(self, target="onnxruntime"):
+        self.target = target
         self.gate, self.entered, self.fed = threading.Event(), threading.Semaphore(0), []
         self.gate.set()
         self.error = None
 
-    def get_inputs(self):
-        return [SimpleNamespace(name=name, type="tensor(float)", shape=spec.shape) for name, spec in SPECS.items()]
-
-    def get_outputs(self):
-        return [SimpleNamespace(name="y", type="tensor(float)", shape=SPECS["x"].shape)]
-
-    def run(self, names, fed):
+    def run(self, fed):
         self.fed.append(fed)
         self.entered.release()
         assert self.gate.wait(20)
         if self.error:
             raise self.error
-        return [2 * fed["x"]]
+        return 2 * fed["x"]
 
 
 @contextmanager
-def serving(limits=None, **bounds):
-    session = Doubling()
-    service = Service(ServedModel(SimpleNamespace(session=session, specs=SPECS), "double", limits), Bounds(**bounds))
+def serving(limits=None, target="onnxruntime", **bounds):
+    session = Doubling(target)
+    outputs = {"y": TensorInfo("y", "FP32", (-1, 2, -1))}
+    service = Service(ServedModel(session, "double", outputs, limits), Bounds(**bounds))
     with TestClient(create_app(service)) as client:
         yield client, session, service
     session.gate.set()
@@ -88,6 +86,24 @@ def test_health_and_metadata():
         service.draining = True
         assert client.get("/v2/health/live").status_code == 200
         assert client.get("/v2/health/ready").status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("target", "platform", "backend", "kind"),
+    [
+        ("onnxruntime", "onnxruntime_onnx", "onnxruntime", "KIND_CPU"),
+        ("tensorrt", "tensorrt_plan", "tensorrt", "KIND_GPU"),
+        ("tensorrt-rtx", "tensorrt-rtx_plan", "tensorrt-rtx", "KIND_GPU"),
+    ],
+)
+def test_the_engine_that_is_served_is_told(target, platform, backend, kind):
+    with serving(target=target) as (client, _, _):
+        assert client.get("/v2/models/double").json()["platform"] == platform
+        config = client.get("/v2/models/double/config").json()
+        assert (config["platform"], config["backend"]) == (platform, backend)
+        assert config["instance_group"] == [{"kind": kind, "count": 1}]
+        (output,) = infer(client).json()["outputs"]
+        assert np.array(output["data"], np.float32).tobytes() == (2 * X).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -192,7 +208,7 @@ def test_a_session_that_fails_is_500_and_the_next_request_is_served():
     with serving(queue=0) as (client, session, _):
         session.error = RuntimeError("out of\nmemory")
         answer = infer(client)
-        assert (answer.status_code, answer.json()) == (500, {"error": "the session failed: out of memory"})
+        assert (answer.status_code, answer.json()) == (500, {"error": "the engine failed: out of memory"})
         session.error = None
         assert infer(client).status_code == 200
         assert metric(client, "lrq_failures_total", reason="failed") == 1

@@ -27,7 +27,9 @@ def server(package, *arguments):
     try:
         line = process.stdout.readline()
         assert line, process.stderr.read()
-        yield process, json.loads(line)["url"].removeprefix("http://")
+        event = json.loads(line)
+        assert event["target"] == "onnxruntime"
+        yield process, event["url"].removeprefix("http://")
     finally:
         if process.poll() is None:
             process.kill()
@@ -235,5 +237,7 @@ def test_a_port_that_is_taken_and_a_bad_name_are_usage_errors(package, cli):
         port = taken.getsockname()[1]
         cli("serve", package, "--port", port).refused(2, f"127.0.0.1:{port}", "cannot listen")
     cli("serve", package, "--name", "a/b").refused(2, "--name")
+    cli("serve", package, "--target", "tensorrt").refused(4, "holds no tensorrt engine", "--target tensorrt")
+    cli("serve", package, "--target", "tpu").refused(2, "target: got 'tpu'")
     cli("serve", package, "--limit", "samples").refused(2, "--limit", "DIMENSION=SIZE")
     cli("serve", package / "graphs").refused(3, "not an lrq-export package")

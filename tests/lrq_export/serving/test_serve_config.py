@@ -15,6 +15,7 @@ from lrq_export.errors import UsageError
 from lrq_export.models.flux import Flux
 from lrq_export.serving import repository
 from lrq_export.serving.repository import Layout, write_kserve, write_repository
+from lrq_export.serving.signature import outputs_of
 from lrq_export.serving.triton import config_json, config_text, model_config
 
 
@@ -69,7 +70,7 @@ def test_a_config_that_is_none_does_not_parse(package, messages, tmp_path, old, 
 
 
 def test_the_served_config_is_the_same_message(messages, package):
-    outputs = repository._outputs(package / "model.onnx")
+    outputs = outputs_of(package).values()
     config = model_config('odd "name"', outputs, outputs, max_batch=4, parameters={"a\nb": 'c"d'})
     from_text = text_format.Parse(config_text(config), messages.ModelConfig())
     assert from_text == json_format.ParseDict(config_json(config), messages.ModelConfig())
