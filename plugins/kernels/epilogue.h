@@ -10,21 +10,14 @@
 namespace lrq {
 
 template <class T>
-__device__ inline float gateAt(TokenRows const& gate, int64_t token, int64_t row) {
-    int64_t const outer = token / gate.innerCount;
-    int64_t const inner = token % gate.innerCount;
-    T const* const data = static_cast<T const*>(gate.data);
-    return toFloat(data[outer * gate.outerStride + inner * gate.innerStride + row]);
-}
-
-template <class T>
 __device__ inline void storeSum(Product const& product, int32_t sum, int64_t token, int64_t row) {
     float const bias = product.bias == nullptr ? 0.0f : product.bias[row];
     float value = dequantizeSum(sum, product.tokenScales[token], product.rowScales[row], bias);
     int64_t const index = token * product.stride + row;
     if (product.residual != nullptr) {
         T const* const residual = static_cast<T const*>(product.residual);
-        value = addGated(value, gateAt<T>(product.gate, token, row), toFloat(residual[index]));
+        float const gate = toFloat(product.gate.rowOf<T>(token)[row]);
+        value = addGated(value, gate, toFloat(residual[index]));
     }
     static_cast<T*>(product.y)[index] = fromFloat<T>(value);
 }

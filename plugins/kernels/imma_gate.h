@@ -62,19 +62,12 @@ struct ImmaGate {
                 auto const coordinate = coordinates_(index, columnFragment, rowFragment, step);
                 gate[index] = 0.0f;
                 if (cute::elem_less(coordinate, shape_)) {
-                    gate[index] =
-                        toFloat(at(cute::get<0>(coordinate), cute::get<1>(coordinate)));
+                    int32_t const token = cute::get<0>(coordinate);
+                    int32_t const row = cute::get<1>(coordinate);
+                    gate[index] = toFloat(params_->rows.rowOf<Element>(token)[row]);
                 }
             }
             return gate;
-        }
-
-        CUTLASS_DEVICE Element at(int32_t token, int32_t row) const {
-            TokenRows const& rows = params_->rows;
-            int64_t const outer = token / rows.innerCount;
-            int64_t const inner = token % rows.innerCount;
-            Element const* const data = static_cast<Element const*>(rows.data);
-            return data[outer * rows.outerStride + inner * rows.innerStride + row];
         }
     };
 

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "../core/formats.h"
+
 // As cuda_runtime_api.h has it, which the CPU twin of the kernels does without.
 typedef struct CUstream_st* cudaStream_t;
 
@@ -17,6 +19,14 @@ struct TokenRows {
     int64_t outerStride;
     int64_t innerStride;
     int32_t innerCount;  // token = outer * innerCount + inner
+
+    // The row of a token, whose place is found in 32 bits if it is a number of 32.
+    template <class T, class Token>
+    LRQ_HOST_DEVICE T const* rowOf(Token token) const {
+        int64_t const outer = token / innerCount;
+        int64_t const inner = token % innerCount;
+        return static_cast<T const*>(data) + outer * outerStride + inner * innerStride;
+    }
 };
 
 struct Product {

@@ -74,12 +74,6 @@ __device__ inline float activate(Prologue prologue, float x) {
     }
 }
 
-__device__ inline int64_t rowOffset(TokenRows const& rows, int64_t token) {
-    int64_t const outer = token / rows.innerCount;
-    int64_t const inner = token % rows.innerCount;
-    return outer * rows.outerStride + inner * rows.innerStride;
-}
-
 // One stage of the butterfly within a run.
 __device__ inline void joinRun(float (&values)[kRun], int32_t half) {
 #pragma unroll
@@ -185,10 +179,8 @@ struct RotatedToken {
     }
 
     __device__ void modulate() {
-        T const* const scaleRow =
-            static_cast<T const*>(arguments.scale.data) + rowOffset(arguments.scale, token);
-        T const* const shiftRow =
-            static_cast<T const*>(arguments.shift.data) + rowOffset(arguments.shift, token);
+        T const* const scaleRow = arguments.scale.rowOf<T>(token);
+        T const* const shiftRow = arguments.shift.rowOf<T>(token);
 #pragma unroll
         for (int32_t run = 0; run < kRuns; ++run) {
             if (isLive(run)) {

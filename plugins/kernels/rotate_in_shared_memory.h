@@ -51,7 +51,7 @@ struct SharedToken {
     }
 
     __device__ float modulationAt(TokenRows const& rows, int32_t channel) const {
-        return toFloat(static_cast<T const*>(rows.data)[rowOffset(rows, token) + channel]);
+        return toFloat(rows.rowOf<T>(token)[channel]);
     }
 
     __device__ void findNorm() {

@@ -90,18 +90,10 @@ struct WgmmaGate {
                 int32_t const row = cute::get<1>(coordinate);
                 gate[index] = 0.0f;
                 if (token < tokens_ && row < rows_) {
-                    gate[index] = toFloat(at(token, row));
+                    gate[index] = toFloat(params_->rows.rowOf<Element>(token)[row]);
                 }
             }
             return gate;
-        }
-
-        CUTLASS_DEVICE Element at(int32_t token, int32_t row) const {
-            TokenRows const& rows = params_->rows;
-            int64_t const outer = token / rows.innerCount;
-            int64_t const inner = token % rows.innerCount;
-            Element const* const data = static_cast<Element const*>(rows.data);
-            return data[outer * rows.outerStride + inner * rows.innerStride + row];
         }
     };
 
