@@ -55,6 +55,7 @@ struct ImmaGate {
         CUTLASS_DEVICE cutlass::Array<float, kFragment> visit(
             int step, int rowFragment, int columnFragment, int,
             cutlass::Array<Accumulator, kFragment> const&) {
+            TokenRows const& rowsOfGate = params_->rows;
             cutlass::NumericConverter<float, Element> toFloat;
             cutlass::Array<float, kFragment> gate;
             CUTLASS_PRAGMA_UNROLL
@@ -64,7 +65,7 @@ struct ImmaGate {
                 if (cute::elem_less(coordinate, shape_)) {
                     int32_t const token = cute::get<0>(coordinate);
                     int32_t const row = cute::get<1>(coordinate);
-                    gate[index] = toFloat(params_->rows.rowOf<Element>(token)[row]);
+                    gate[index] = toFloat(rowsOfGate.rowOf<Element>(token)[row]);
                 }
             }
             return gate;

@@ -81,6 +81,7 @@ struct WgmmaGate {
             cutlass::Array<Accumulator, kFragment> const&, int vector, int epilogueM,
             int epilogueN) {
             auto const all = coordinates_(cute::_, cute::_, cute::_, epilogueM, epilogueN);
+            TokenRows const& rowsOfGate = params_->rows;
             cutlass::NumericConverter<float, Element> toFloat;
             cutlass::Array<float, kFragment> gate;
             CUTLASS_PRAGMA_UNROLL
@@ -90,7 +91,7 @@ struct WgmmaGate {
                 int32_t const row = cute::get<1>(coordinate);
                 gate[index] = 0.0f;
                 if (token < tokens_ && row < rows_) {
-                    gate[index] = toFloat(params_->rows.rowOf<Element>(token)[row]);
+                    gate[index] = toFloat(rowsOfGate.rowOf<Element>(token)[row]);
                 }
             }
             return gate;
