@@ -52,6 +52,13 @@ def test_onnx_round_trip_keeps_everything(traced, difference):
     assert difference(traced, again) == 0
 
 
+def test_equal_tables_make_equal_files_in_whatever_order_they_were_filled(traced):
+    model = traced.to_onnx()
+    traced.linears, traced.tensors = (dict(reversed(each.items())) for each in (traced.linears, traced.tensors))
+    assert list(traced.linears) == ["v.codes", "u.codes"]
+    assert traced.to_onnx() == model
+
+
 def test_reading_a_graph_back_does_not_change_the_model(traced):
     model = traced.to_onnx()
     before = model.SerializeToString(deterministic=True)
@@ -178,6 +185,17 @@ def test_sorting_takes_outputs_and_inputs_that_are_left_out_for_no_edge(parse):
     graph.nodes.reverse()
     sort_nodes(graph)
     assert [node.op for node in graph.nodes] == ["Clip", "LayerNormalization"]
+
+
+def test_a_tensor_that_all_later_nodes_read_is_no_cycle(parse):
+    graph = parse("""
+        dense (float[4] x) => (float[4] y)
+        { a = Relu(x) b = Neg(a) c = Add(a, b) d = Add(a, c) y = Add(a, d) }
+    """).graph
+    in_order = list(graph.nodes)
+    graph.nodes.reverse()
+    sort_nodes(graph)
+    assert [node.name for node in graph.nodes] == [node.name for node in in_order]
 
 
 def test_a_cycle_is_refused():
