@@ -49,9 +49,9 @@ def online_channels(x: gs.Tensor, traced: TracedGraph) -> tuple[int, int]:
 
 def _moved(node: gs.Node) -> gs.Tensor | None:
     """What a node reads that moves, cuts or scales whole tokens, as those do that `commute_rotation` passes by."""
-    if not is_standard(node, "Transpose", "Mul", "Reshape", "Split", "Slice"):
+    if not is_standard(node, "Transpose", "Mul", "Div", "Reshape", "Split", "Slice"):
         return None
-    if node.op == "Mul":
+    if node.op in ("Mul", "Div"):
         tokens = [each for each in node.inputs if not is_number(each)]
         return tokens[0] if len(tokens) == 1 else None
     x, (y, *_) = node.inputs[0], node.outputs

@@ -5,7 +5,7 @@ scaling all by one number, joining tokens of two sources, and mixing tokens as a
 to the weights at the top instead:
 
     Reshape, Transpose, Cast      channels may spread over several axes, (heads, width), as long as their order stays
-    Mul by a number               (x c) R = (x R) c
+    Mul or Div by a number        (x c) R = (x R) c
     Concat, Slice, Split          of tokens; a Split of channels leads on to a part of the rows of a weight
     Add of a bias                 (x + b) R = x R + b R
     MatMul(P, V), Attention       P mixes tokens, another one for each head: (P V) R = P (V R) if R stays within heads
@@ -82,11 +82,11 @@ class _Climb:
 
     def scale(self, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
         numbers = [is_number(each) for each in node.inputs]
-        if sum(numbers) != 1:
-            raise NoMatch("Mul computes what it rotates, and not with one number for all channels")
+        if sum(numbers) != 1 or (node.op == "Div" and numbers[0]):
+            raise NoMatch(f"{node.op} computes what it rotates, and not with one number for all channels")
         scaled = node.inputs[numbers.index(False)]
         if scaled.shape and len(scaled.shape) < len(tensor.shape):
-            raise NoMatch("Mul adds axes to what it multiplies")
+            raise NoMatch(f"{node.op} adds axes to what it scales")
         return self.up(scaled, axes)
 
     def concat(self, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
@@ -183,6 +183,7 @@ RULES: dict[str, Rule] = {
     "Reshape": _Climb.reshape,
     "Transpose": _Climb.transpose,
     "Mul": _Climb.scale,
+    "Div": _Climb.scale,
     "Concat": _Climb.concat,
     "Slice": _Climb.slice,
     "Split": _Climb.split,

@@ -1,6 +1,6 @@
 """Move rotations up, towards what computes their input, past whatever leaves channels apart.
 
-    HadamardRotate(c x)               ->  c HadamardRotate(x)             c one number
+    HadamardRotate(c x)               ->  c HadamardRotate(x)             c one number; also x / c
     HadamardRotate(Reshape(x))        ->  Reshape(HadamardRotate(x))      channels last before and after; also Transpose
     HadamardRotate(parts of Split(x)) ->  Split(HadamardRotate(x))        all parts, of tokens; also Slices of x
     HadamardRotate(Concat(a, b))      ->  Concat(HadamardRotate(a), HadamardRotate(b))      of channels
@@ -71,21 +71,32 @@ def _move_up(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
 
 
 def _past_number(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
-    if activation(node.outputs[0]) is not None:  # a Gelu that is written out: the two become one node
-        return []
-    numbers = [is_number(each) for each in node.inputs]
-    return _past(node, numbers.index(False), rotation, traced) if sum(numbers) == 1 else []
+    operand = _scaled(node)
+    return [] if operand is None else _past(node, operand, rotation, traced)
 
 
 def _past_layout(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
-    before, after = node.inputs[0].shape, node.outputs[0].shape
-    if node.op == "Transpose":
-        keeps = node.attrs.get("perm", [])[-1:] == [len(after or ()) - 1]
-    else:
-        keeps = bool(before and after) and isinstance(after[-1], int) and before[-1] == after[-1]
-    if not keeps:
+    if not _keeps_channels(node):
         raise NoMatch(f"{node.op} does not keep the channels on the last axis")
     return _past(node, 0, rotation, traced)
+
+
+def _scaled(node: gs.Node) -> int | None:
+    """Which input a Mul or Div scales by one number; None if it does not, or that is a part of an activation."""
+    if activation(node.outputs[0]) is not None:  # a Gelu that is written out: the two become one node
+        return None
+    numbers = [is_number(each) for each in node.inputs]
+    if sum(numbers) != 1 or (node.op == "Div" and numbers[0]):
+        return None
+    return numbers.index(False)
+
+
+def _keeps_channels(node: gs.Node) -> bool:
+    """Whether a Reshape or Transpose leaves the channels on the last axis."""
+    before, after = node.inputs[0].shape, node.outputs[0].shape
+    if node.op == "Transpose":
+        return node.attrs.get("perm", [])[-1:] == [len(after or ()) - 1]
+    return bool(before and after) and isinstance(after[-1], int) and before[-1] == after[-1]
 
 
 def _past(node: gs.Node, operand: int, rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
@@ -119,7 +130,7 @@ def _rotations_of_parts(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -
         raise NoMatch(f"what {node.op} divides is also read elsewhere, or its channels are divided")
     outputs = [part for each in cutters for part in each.outputs]
     parts = [part for part in outputs if value_readers(part) or is_graph_output(part, traced.graph)]
-    return _rotations_of(parts, rotation, traced) if len(parts) > 1 else []
+    return _rotations_of(list(map(_below_layout, parts)), rotation, traced) if len(parts) > 1 else []
 
 
 def _parts_tokens(node: gs.Node) -> bool:
@@ -202,7 +213,7 @@ def _folds(rotation: gs.Node, traced: TracedGraph) -> bool:
     try:
         return bool(rows_behind(x, block, traced))
     except NoMatch:
-        node = producer(x)
+        node = producer(_above_layout(x))
     if node is None or not _parts_tokens(node):
         return False
     try:
@@ -210,6 +221,29 @@ def _folds(rotation: gs.Node, traced: TracedGraph) -> bool:
         return bool(parts) and bool(rows_behind(whole, block, traced, readers=len(value_readers(whole))))
     except NoMatch:
         return False
+
+
+def _layout_operand(node: gs.Node | None) -> int | None:
+    """Which input a node scales by a number or moves about, as a rotation may do before it; None if it does not."""
+    if is_standard(node, "Mul", "Div"):
+        return _scaled(node)
+    return 0 if is_standard(node, "Reshape", "Transpose") and _keeps_channels(node) else None
+
+
+def _above_layout(x: gs.Tensor) -> gs.Tensor:
+    """What a rotation of `x` would rotate once it has moved up past all numbers and layouts."""
+    while (operand := _layout_operand(node := producer(x))) is not None:
+        x = node.inputs[operand]
+    return x
+
+
+def _below_layout(x: gs.Tensor) -> gs.Tensor:
+    """The other way round: from where a rotation would move up to `x`."""
+    while len(readers := value_readers(x)) == 1 and (operand := _layout_operand(readers[0])) is not None:
+        if readers[0].inputs[operand] is not x:
+            break
+        (x,) = readers[0].outputs
+    return x
 
 
 def _rotations_of(tensors: list[gs.Tensor], rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
@@ -248,6 +282,7 @@ def _remove(rotations: list[gs.Node], graph: gs.Graph) -> None:
 
 UPWARDS = {
     "Mul": _past_number,
+    "Div": _past_number,
     "Reshape": _past_layout,
     "Transpose": _past_layout,
     "Split": _past_parts,

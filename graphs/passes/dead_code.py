@@ -17,34 +17,47 @@ from graphs.traced import TracedGraph
 def dead_code(traced: TracedGraph) -> PassResult:
     result, graph, before = PassResult(), traced.graph, len(traced.graph.nodes)
     for node in list(graph.nodes):
-        if not hands_on(node):
+        x = handed_on(node)
+        if x is None:
             continue
         if is_graph_output(node.outputs[0], graph):
             result.skip(node, f"{node.op} hands on its input as an output of the graph, which keeps its name")
             continue
-        redirect_readers(node.outputs[0], node.inputs[0])
+        redirect_readers(node.outputs[0], x)
     traced.forget_unused()
     result.fired = before - len(graph.nodes)
     return result
 
 
-def hands_on(node: gs.Node) -> bool:
-    """Whether the first input of a node is what it computes."""
+def handed_on(node: gs.Node) -> gs.Tensor | None:
+    """The input of a node that is what it computes; None if it computes something else."""
     if node.domain:
-        return False
-    if node.op == "Identity":
-        return True
-    if node.op == "Cast":
-        held = node.inputs[0].dtype
-        # graphsurgeon holds ONNX's number of a type that numpy lacks, such as bfloat16.
-        number = held if held is None or isinstance(held, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(held))
-        return number == node.attrs["to"]
-    if node.op == "Transpose":
-        return node.attrs.get("perm") == list(range(len(node.inputs[0].shape or ())))
-    if node.op in NEUTRAL and isinstance(node.inputs[1], gs.Constant):
-        same_shape = node.inputs[0].shape is not None and node.inputs[0].shape == node.outputs[0].shape
-        return same_shape and bool((node.inputs[1].values == NEUTRAL[node.op]).all())
-    return False
+        return None
+    if node.op in NEUTRAL:
+        return _beside_neutral(node)
+    return node.inputs[0] if node.op in KEEPS and KEEPS[node.op](node) else None
 
 
+def _to_its_own_type(cast: gs.Node) -> bool:
+    held = cast.inputs[0].dtype
+    # graphsurgeon holds ONNX's number of a type that numpy lacks, such as bfloat16.
+    number = held if held is None or isinstance(held, int) else onnx.helper.np_dtype_to_tensor_dtype(np.dtype(held))
+    return number == cast.attrs["to"]
+
+
+def _in_place(transpose: gs.Node) -> bool:
+    return transpose.attrs.get("perm") == list(range(len(transpose.inputs[0].shape or ())))
+
+
+def _beside_neutral(node: gs.Node) -> gs.Tensor | None:
+    """The operand that the other one, a constant of the op's neutral number, leaves as it is, in its own shape."""
+    pairs = [tuple(node.inputs), tuple(node.inputs[::-1])] if node.op in ("Mul", "Add") else [tuple(node.inputs)]
+    for x, other in pairs:
+        neutral = isinstance(other, gs.Constant) and bool((other.values == NEUTRAL[node.op]).all())
+        if neutral and x.shape is not None and x.shape == node.outputs[0].shape:
+            return x
+    return None
+
+
+KEEPS = {"Identity": lambda node: True, "Cast": _to_its_own_type, "Transpose": _in_place}
 NEUTRAL = {"Mul": 1, "Div": 1, "Add": 0, "Sub": 0}

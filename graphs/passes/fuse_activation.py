@@ -81,10 +81,13 @@ def _under_gelu(tensor: gs.Tensor) -> gs.Tensor | None:
     return None
 
 
-def _factors(tensor: gs.Tensor, whole: gs.Tensor | None = None) -> list[gs.Tensor]:
-    """What one Mul or several multiply to `tensor`; `whole` is one factor even where it is a product itself."""
-    products = [] if tensor is whole else _operands(tensor, "Mul")
-    return [factor for each in products[0] for factor in _factors(each, whole)] if products else [tensor]
+def _factors(tensor: gs.Tensor, whole: gs.Tensor | None = None, depth: int = 3) -> list[gs.Tensor]:
+    """What one Mul or several multiply to `tensor`; `whole` is one factor even where it is a product itself.
+
+    Not more than `depth` Muls deep, one more than the factors of a Gelu need: each may double their number.
+    """
+    products = [] if tensor is whole or not depth else _operands(tensor, "Mul")
+    return [factor for each in products[0] for factor in _factors(each, whole, depth - 1)] if products else [tensor]
 
 
 def _under_erf(tensor: gs.Tensor) -> gs.Tensor | None:

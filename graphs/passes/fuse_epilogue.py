@@ -17,7 +17,9 @@ from graphs.passes.patterns import (
     is_number,
     is_standard,
     numpy_type,
-    sole_consumer,
+    redirect_shapes,
+    sole_value_reader,
+    value_readers,
 )
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
@@ -40,13 +42,15 @@ def fuse_epilogue(traced: TracedGraph) -> PassResult:
 def _fuse(linear: gs.Node, traced: TracedGraph) -> bool:
     """Whether a gate and a residual, or the latter alone, follow the layer and are part of it now."""
     product, gate = linear.outputs[0], None
-    last, reader = product, sole_consumer(product, traced.graph)
+    last, reader = product, sole_value_reader(product, traced.graph)
     if is_standard(reader, "Mul"):
         gate, last = _other(reader, product), reader.outputs[0]
-        reader = sole_consumer(last, traced.graph)
+        reader = sole_value_reader(last, traced.graph)
     if not is_standard(reader, "Add"):
         if gate is not None and not is_number(gate):
             raise NoMatch("it is multiplied by a gate, and nothing is added to that alone")
+        if any(_adds_to(each, product) for each in value_readers(product)):
+            raise NoMatch("something is added to it that may be a residual, but it is also read elsewhere")
         return False
     residual, (y,) = _other(reader, last), reader.outputs
     if not residual.inputs and not any(residual is each for each in traced.model_inputs()):
@@ -56,6 +60,8 @@ def _fuse(linear: gs.Node, traced: TracedGraph) -> bool:
     if gate is None:
         gate = gs.Constant(f"{linear.name}.no_gate", np.ones(int(linear.attrs["rows"]), numpy_type(product)))
     check_modulates("gate", gate, product)
+    for each in (product, last):
+        redirect_shapes(each, y)
     reader.outputs.clear()
     product.inputs.clear()
     linear.op, linear.inputs, linear.outputs = RESIDUAL_OF[linear.op], [*linear.inputs, gate, residual], [y]
@@ -78,6 +84,12 @@ def open_epilogues(traced: TracedGraph) -> None:
 
 
 PLAIN_OF = {fused: plain for plain, fused in RESIDUAL_OF.items()}
+
+
+def _adds_to(node: gs.Node, product: gs.Tensor) -> bool:
+    """Whether a node adds something of the product's shape to it that is computed or fed."""
+    added = _other(node, product) if is_standard(node, "Add") else product
+    return added is not product and not isinstance(added, gs.Constant) and added.shape == product.shape
 
 
 def _other(node: gs.Node, tensor: gs.Tensor) -> gs.Tensor:

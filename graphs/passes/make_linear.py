@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphs import names
-from graphs.passes.patterns import DEQUANT_OPS, LINEAR_OF, is_lrq, open_linear
+from graphs.passes.patterns import DEQUANT_OPS, LINEAR_OF, is_lrq, open_linear, redirect_shapes
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -48,5 +48,7 @@ def make_linear(traced: TracedGraph) -> PassResult:
 def _take_output(linear) -> gs.Tensor:
     """Detach the layer's output from the nodes that computed it so far, for the new node to own."""
     output = linear.output
+    if linear.bias_add is not None:
+        redirect_shapes(linear.matmul.outputs[0], output)
     (linear.bias_add or linear.matmul).outputs.clear()
     return output

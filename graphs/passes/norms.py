@@ -102,11 +102,20 @@ def _unit_rms(node: gs.Node | None) -> Norm | None:
     if not is_standard(node, "Mul"):
         return None
     for x, factor in (node.inputs, node.inputs[::-1]):
-        root = sole_operand(factor, "Reciprocal")
+        root = _reciprocal_of(factor)
         found = None if root is None else _over_root(x, root)
         if found is not None:
             return found
     return None
+
+
+def _reciprocal_of(tensor: gs.Tensor) -> gs.Tensor | None:
+    """t, if `tensor` is 1 / t."""
+    division = computed_by(tensor, "Div")
+    if division is None:
+        return sole_operand(tensor, "Reciprocal")
+    one, divisor = division.inputs
+    return divisor if is_number(one) and one.values.item() == 1 else None
 
 
 def _over_root(x: gs.Tensor, root: gs.Tensor) -> Norm | None:

@@ -74,9 +74,15 @@ def is_number(tensor: gs.Tensor) -> bool:
 
 def sole_consumer(tensor: gs.Tensor, graph: gs.Graph) -> gs.Node | None:
     """The one node that reads `tensor`, once; None when there are more, or it is in a branch, or an output reads it."""
-    if len(tensor.outputs) != 1 or is_graph_output(tensor, graph) or is_inner(tensor.outputs[0], graph):
+    return sole_value_reader(tensor, graph) if len(tensor.outputs) == 1 else None
+
+
+def sole_value_reader(tensor: gs.Tensor, graph: gs.Graph) -> gs.Node | None:
+    """Likewise, but others may ask for its shape: whoever then takes `tensor` away calls `redirect_shapes`."""
+    readers = value_readers(tensor)
+    if len(readers) != 1 or is_graph_output(tensor, graph) or is_inner(readers[0], graph):
         return None
-    return tensor.outputs[0]
+    return readers[0]
 
 
 def is_inner(node: gs.Node, graph: gs.Graph) -> bool:
@@ -137,7 +143,7 @@ def open_linear(matmul: gs.Node, graph: gs.Graph) -> OpenLinear | None:
     dequant = producer(transpose.inputs[0])
     if dequant is None or not is_lrq(dequant, *DEQUANT_OPS):
         return None
-    following = sole_consumer(matmul.outputs[0], graph)
+    following = sole_value_reader(matmul.outputs[0], graph)
     if is_standard(following, "Add"):
         others = [tensor for tensor in following.inputs if tensor is not matmul.outputs[0]]
         # Anything else that is added, a (1,) or a computed row, broadcasts and is no bias of this layer.

@@ -51,7 +51,8 @@ CHANNELS = {  # of `both`
         joined((BOTH, "both, rest = Split<axis = 1, num_outputs = 2>(ra)"), ONE,
                ("tokens, 24] x", "8, 24] x"), ("tokens, 24] y", "4, 24] y")), (0, 24)),
     "moved and scaled tokens": (
-        joined((BOTH, "half = Mul(two, ra) turned = Transpose<perm = [1, 0, 2]>(half) both = Reshape(turned, shape)"),
+        joined((BOTH, "half = Mul(two, ra) same = Div(half, two) turned = Transpose<perm = [1, 0, 2]>(same) "
+                      "both = Reshape(turned, shape)"),
                ("{\n    a", "<float two = {2}, int64[3] shape = {0, 0, 24}>\n{\n    a"), ONE,
                ("[batch, tokens, 24] y", "[tokens, batch, 24] y")), (0, 24)),
     "turned about": (

@@ -35,6 +35,7 @@ FIRES = {
     "a cast to its own type": climb("top = Cast<to = 1>(made)"),
     "a number": climb("top = Mul(made, half)"),
     "a number on the left": climb("top = Mul(half, made)"),
+    "a number that divides": climb("top = Div(made, half)"),
     "axes that are reversed twice": climb("turned = Transpose(made) top = Transpose(turned)"),
     "tokens of two layers": climb(
         "more = Kept<rows = 24, cols = 20, bias = 0>(x) top = Concat<axis = -2>(made, more)", y="batch, 16, 24"),
@@ -87,6 +88,9 @@ STOPS = {
     "Mul computes what it rotates, and not with one number": {
         "a factor for every channel": climb("top = Mul(made, factors)"),
         "a square": climb("top = Mul(made, made)"),
+    },
+    "Div computes what it rotates, and not with one number": {
+        "a number that is divided": climb("top = Div(half, made)"),
     },
     "Mul adds axes": {"a number of four axes": climb("top = Mul(made, half4)", y="1, batch, 8, 24")},
     "Concat joins channels": {

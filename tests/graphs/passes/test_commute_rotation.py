@@ -138,12 +138,27 @@ FIRES = {  # text, moves, what the rotations read in the end
     "tokens that meet, in Slices of a layer": (
         graph_texts.edited(
             MEET, (DIVIDED, "a = Slice(made, zero, two, one) b = Slice(made, two, six, one)")), 1, {"made", "c"}),
+    "tokens that meet, scaled and moved, below a layer": (
+        graph_texts.edited(
+            MEET, ("ra = Rotate<block = 12>(a)", "s = Div(a, half) ra = Rotate<block = 12>(s)"),
+            ("rb = Rotate<block = 12>(b)", "t = Transpose<perm = [1, 0, 2]>(b) u = Reshape(t, same) "
+             "v = Transpose<perm = [1, 0, 2]>(u) rb = Rotate<block = 12>(v)"),
+            ("int64[1] six = {6}", "int64[1] six = {6}, float half = {0.5}, int64[3] same = {0, 0, 24}")),
+        3, {"made", "c"}),
+    "tokens that meet, of a layer with a part squared": (
+        graph_texts.edited(
+            MEET, ("rb = Rotate<block = 12>(b)", "s = Mul(b, b) rb = Rotate<block = 12>(s)")), 1, {"met.joined", "s"}),
+    "tokens that meet, of a layer with a part that is also the divisor of a number": (
+        graph_texts.edited(
+            MEET, ("rb = Rotate<block = 12>(b)", "s = Div(half, b) rb = Rotate<block = 12>(s)"),
+            ("int64[1] six = {6}", "int64[1] six = {6}, float half = {0.5}")), 1, {"met.joined", "s"}),
     "tokens that meet, below no layer": (graph_texts.edited(MEET, (MADE, "made = Relu(x)")), 1, {"met.joined", "b"}),
     "tokens that meet, of a layer that is read whole": (
         graph_texts.edited(MEET, ("4, 24] z)", "4, 24] z, float[batch, 6, 24] made)")), 1, {"met.joined", "b"}),
     "tokens that meet, of a layer with a part unrotated": (
         graph_texts.edited(MEET, ("(rb)", "(b)"), ("rb = Rotate<block = 12>(b)", "")), 1, {"met.joined"}),
     "a number, a Transpose and a Reshape": (LAYOUT, 3, {"a"}),
+    "a number that divides": (graph_texts.edited(LAYOUT, ("Mul(half, a)", "Div(a, half)")), 3, {"a"}),
 }  # fmt: skip
 
 
@@ -364,6 +379,14 @@ NOT = {
     "a square": (
         layout(
             ("Mul(half, a)", "Mul(a, a)"), ("(shaped)", "(scaled)"), ("[tokens, batch, 24] y", "[batch, tokens, 24] y")
+        ),
+        None,
+    ),
+    "a number that is divided": (
+        layout(
+            ("Mul(half, a)", "Div(half, a)"),
+            ("(shaped)", "(scaled)"),
+            ("[tokens, batch, 24] y", "[batch, tokens, 24] y"),
         ),
         None,
     ),

@@ -112,6 +112,16 @@ def test_known_sizes_are_constants_and_others_stay(parse, difference):
     assert inputs["all"].inputs[0].op == "Shape"  # the batch is free
 
 
+@pytest.mark.parametrize("step", ["sizes = Shape(x)", "all = Shape(x) sizes = Gather(all, last)"])
+def test_a_known_size_that_is_an_output_keeps_what_computes_it(parse, step):
+    text = f"g (float[6, 24] x) => (float[6, 24] y, int64[2] sizes) <int64[2] last = {{0, 1}}> {{ y = Relu(x) {step} }}"
+    traced = parse(text)
+    constant_fold(traced)
+    check(traced)
+    (sizes,) = [each for each in traced.graph.outputs if each.name == "sizes"]
+    assert sizes.inputs
+
+
 COMPUTED = """
 computed (float[batch, 6, 24] x) => (float[samples, 24] y)
 <int64[1] minus = {-1}>

@@ -16,11 +16,14 @@ neutral (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
 STEPS = {
     "Identity": "Identity(a)", "Cast to its own type": "Cast<to = 1>(a)", "Transpose": "Transpose<perm = [0, 1, 2]>(a)",
     "times 1": "Mul(a, one)", "over 1": "Div(a, one)", "plus 0": "Add(a, nought)", "minus 0": "Sub(a, nought)",
+    "1 times": "Mul(one, a)", "0 plus": "Add(nought, a)",
 }  # fmt: skip
 KEPT = {
     "times 2": "Mul(a, two)",
     "plus 1": "Add(a, one)",
     "1 minus": "Sub(one, a)",
+    "0 minus": "Sub(nought, a)",
+    "1 over": "Div(one, a)",
     "turned": "Transpose<perm = [0, 2, 1]>(a)",
 }
 

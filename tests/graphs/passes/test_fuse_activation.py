@@ -260,3 +260,18 @@ def test_another_activation_changes_the_function(parse, difference, text, right,
 def test_halves_swapped_change_the_function(parse, difference):
     before = parse(gated((SPLIT, SPLIT.replace("hidden, gate", "gate, hidden"))))
     assert difference(before, parse(GATED)) > 1e-3
+
+
+def test_a_long_chain_of_squares_takes_no_time(parse):
+    """Taken apart to the end, forty squares are 2^40 factors."""
+    squares = " ".join(f"s{n + 1} = Mul(s{n}, s{n})" for n in range(40))
+    text = f"""
+    squares (float[batch, tokens, 24] x) => (float[batch, tokens, 24] y)
+    {{
+        s0 = Relu(x)
+        {squares}
+        r = Rotate<block = 12>(s40)
+        y = Linear<rows = 24, cols = 24>(r)
+    }}"""
+    result = fuse_activation(parse(text))
+    assert (result.fired, result.skipped) == (0, [])

@@ -129,6 +129,7 @@ def test_opening_what_is_open_does_nothing(parse):
 
 
 GATE_ALONE = "it is multiplied by a gate, and nothing is added to that alone"
+READ_ELSEWHERE = "something is added to it that may be a residual, but it is also read elsewhere"
 CONSTANT = "what is added to it is a constant or weight, no residual"
 NOT = {
     "a constant": (edited((SUM, "sum = Add(gated, row)")), CONSTANT),
@@ -156,6 +157,11 @@ NOT = {
         edited(("float[batch, 1, 24] gate", "float[1, batch, 1, 24] gate"), ("=> (float[", "=> (float[1, ")),
         "the gate has shape (1, batch, 1, 24)"),
     "the linear is an output": (edited(and_output("u")), None),
+    "the linear is an output, without a gate": (PLAIN.replace(*and_output("u")), READ_ELSEWHERE),
+    "the linear is read elsewhere, without a gate": (
+        PLAIN.replace("Add(u, x)", "Add(u, x) z = Neg(u)").replace(*and_output("z")), READ_ELSEWHERE),
+    "the linear is read elsewhere, and another row is added to it": (
+        PLAIN.replace("Add(u, x)", "Add(u, row) z = Neg(u)").replace(*and_output("z")), None),
     "the gated linear is an output": (edited(and_output("gated")), GATE_ALONE),
     "the linear is read elsewhere": (edited((SUM, "b = Neg(u) sum = Add(gated, b)")), None),
     "the gated linear is read elsewhere": (edited((SUM, "b = Neg(gated) sum = Add(gated, b)")), GATE_ALONE),
@@ -192,6 +198,18 @@ def test_sizes_that_have_no_name_may_differ(parse):
             tensor.shape = ["batch", None, 24]
     result = fuse_epilogue(traced)
     assert list(result.reasons()) == ["what is added to it has shape ['batch', None, 24], needed ['batch', None, 24]"]
+
+
+@pytest.mark.parametrize("asked", ["u", "gated"])
+def test_what_is_asked_for_its_shape_alone_is_fused(parse, difference, asked):
+    traced = parse(edited(("24] y)", "24] y, int64[3] size)"), (SUM, f"{SUM} size = Shape({asked})")))
+    make_linear(traced)
+    before = traced.copy()
+    assert fuse_epilogue(traced).fired == 1
+    assert not {"Mul", "Add"} & {node.op for node in traced.graph.nodes}
+    check(traced)
+    check_preserved(before, traced)
+    assert difference(before, traced) <= 1e-12
 
 
 def test_merged_projections_have_no_epilogue(parse):

@@ -85,6 +85,8 @@ FIRES = {  # text, op, epsilon
     "RMS over the last axis counted from the first": (rms(("last = {-1}", "last = {2}")), "RMSNormRotate", 0.01),
     "RMS by division": (
         rms((INVERSE, ""), (UNIT_RMS, "unit = Div(x, root)")), "RMSNormRotate", 0.01),
+    "RMS by one over the root": (
+        rms((INVERSE, "inverse = Div(unity, root) "), ("float two = {2}", "float unity = {1}")), "RMSNormRotate", 0.01),
     "RMS with a weight": (
         rms((UNIT_RMS, "one_rms = Mul(x, inverse) unit = Mul(one_rms, weight)")), "RMSNormRotate", 0.01),
     "RMS by division with a weight of the checkpoint": (
@@ -234,6 +236,7 @@ NOT = {
             (SQUARE, "ee = Abs(e) square = Mul(x, x)")), None),
     "no epsilon": (rms((TOTAL, ""), ("Sqrt(total)", "Sqrt(mean)")), None),
     "times the root": (rms((INVERSE, ""), (UNIT_RMS, "unit = Mul(x, root)")), None),
+    "by two over the root": (rms((INVERSE, "inverse = Div(two, root) ")), None),
     "the root over the tensor": (rms((INVERSE, ""), (UNIT_RMS, "unit = Div(root, x)")), None),
 }  # fmt: skip
 

@@ -32,6 +32,9 @@ FIRES = {
     "output of the graph": ([("36] y)", "36] u)"), ("y = Relu(u)", "")], ["TwinLogLinear"]),
     "open product leaves the graph": (
         [("36] y)", "36] y, float[batch, tokens, 36] u_open)")], ["TwinLogLinear", "Add", "Relu"]),
+    "open product is asked for its shape": (
+        [("36] y)", "36] y, int64[3] size)"), ("y = Relu(u)", "y = Relu(u) size = Shape(u_open)")],
+        ["TwinLogLinear", "Relu", "Shape"]),
     "a residual is not a bias": ([(U, AFTER_OPEN), ("Relu(u)", "Add(u, u)")], ["TwinLogLinear", "Add"]),
     "a scalar is not a bias": (
         [("24] x)", "24] x, float[1] b)"), (U, AFTER_OPEN), ("Relu(u)", "Add(u, b)")], ["TwinLogLinear", "Add"]),
