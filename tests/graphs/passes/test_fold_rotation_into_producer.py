@@ -95,6 +95,14 @@ NOT = {
     "the rotated tensor is an output": (
         [("text, 24] z", "text, 24] rotated"), (Z, "")],
         "the rotated tensor is an output of the graph"),
+    "a weight that is not transposed": (
+        [(PROJECTION, f"{PROJECTION} turned = Transpose<perm = [0, 1]>(embedded_weight) bare = MatMul(active, turned)"),
+         ("(embedded, shape)", "(bare, shape)")],
+        "MatMul computes what it rotates, neither a linear layer nor a mix of tokens"),
+    "a weight that is computed": (
+        [(PROJECTION, f"{PROJECTION} size = Abs(embedded_weight) turned = Transpose<perm = [1, 0]>(size) "
+          "bare = MatMul(active, turned)"), ("(embedded, shape)", "(bare, shape)")],
+        "MatMul computes what it rotates, neither a linear layer nor a mix of tokens"),
     "a weight that is read twice": (
         [(Z, "z = MatMul(y, embedded_wt)")], None),
 }  # fmt: skip
