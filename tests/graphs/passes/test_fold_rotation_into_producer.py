@@ -71,6 +71,10 @@ NOT = {
     "a residual between": (
         [(SHAPED, "plus = Add(embedded, active) shaped = Reshape(plus, shape)")],
         "Add computes what it rotates, no linear layer"),
+    "a number that is added": (
+        [(SHAPED, "plus = Add(embedded, half) shaped = Reshape(plus, shape)"),
+         ("<int64[3]", "<float half = {0.5}, int64[3]")],
+        "Add computes what it rotates, no linear layer"),
     "an activation between": (
         [(SHAPED, "bent = Gelu(embedded) shaped = Reshape(bent, shape)")],
         "Gelu computes what it rotates, no linear layer"),
