@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from graphs import names
 from graphs.ops import OPS, register
 from graphs.ops.spec import OpSpec, Shape
-from graphs.passes.patterns import CODED_OPS, LINEAR_OPS, codes_form, is_lrq
+from graphs.passes.patterns import CODED_OPS, codes_form, is_lrq
 from graphs.traced import LinearWeight, TracedGraph
 
 
@@ -121,7 +121,7 @@ def _check_lrq_node(node: gs.Node, traced: TracedGraph) -> None:
     inputs = dict(zip((tensor.name for tensor in spec.inputs), node.inputs, strict=True))
     if "signs" in inputs:
         _check_rotation(node, inputs["signs"], traced)
-    elif "codes" in inputs:
+    else:  # every op of the dialect rotates or reads a weight
         _check_weight(node, inputs, traced)
         _check_codes_type(node, inputs["codes"])
 
@@ -163,7 +163,7 @@ def _check_weight(node: gs.Node, inputs: dict[str, gs.Tensor], traced: TracedGra
         if found != needed:
             raise GraphError(where, f"its {role} are {_listed(found)}", _listed(needed))
     for weight in weights:
-        for name, needed in _table_attributes(node, weight).items():
+        for name, needed in _table_attributes(weight).items():
             if node.attrs.get(name, needed) != needed:
                 raise GraphError(
                     where, f"{name} is {node.attrs[name]}", f"{needed} as {weight.layer} in the weight table"
@@ -185,10 +185,10 @@ def _check_codes_type(node: gs.Node, codes: gs.Tensor) -> None:
         )
 
 
-def _table_attributes(node: gs.Node, weight: LinearWeight) -> dict[str, int]:
-    """What the weight table says of the attributes of a node that reads the weight, but for its rows."""
+def _table_attributes(weight: LinearWeight) -> dict[str, int]:
+    """What the weight table says of those attributes that a node which reads the weight has, but for its rows."""
     attributes = {"cols": weight.weight.shape[1], "bits": weight.bits, "group_size": weight.group_size}
-    return attributes | ({"act_bits": weight.act_bits} if is_lrq(node, *LINEAR_OPS) else {})
+    return attributes | {"act_bits": weight.act_bits}
 
 
 def _listed(found: tuple[str, ...]) -> str:

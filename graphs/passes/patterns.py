@@ -145,10 +145,10 @@ def open_linear(matmul: gs.Node, graph: gs.Graph) -> OpenLinear | None:
         return None
     following = sole_value_reader(matmul.outputs[0], graph)
     if is_standard(following, "Add"):
-        others = [tensor for tensor in following.inputs if tensor is not matmul.outputs[0]]
+        (added,) = (tensor for tensor in following.inputs if tensor is not matmul.outputs[0])
         # Anything else that is added, a (1,) or a computed row, broadcasts and is no bias of this layer.
-        if len(others) == 1 and not others[0].inputs and list(others[0].shape or ()) == [dequant.attrs["rows"]]:
-            return OpenLinear(dequant, matmul, following, others[0])
+        if not added.inputs and list(added.shape or ()) == [dequant.attrs["rows"]]:
+            return OpenLinear(dequant, matmul, following, added)
     return OpenLinear(dequant, matmul, None, None)
 
 

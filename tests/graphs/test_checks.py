@@ -6,9 +6,11 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
+from graphs import names
 from graphs.checks import GraphError, check, check_preserved
 from graphs.equalizer import encode
 from graphs.expressions import Expression, RotateOutput
+from graphs.ops import OPS
 from graphs.passes import make_linear
 from graphs.traced import Signs
 
@@ -204,6 +206,7 @@ BROKEN = {
     "another factorization": (attribute("HadamardRotate", "order", 5), ["factorizes with base 12 and order 11"]),
     "declared shape": (shape("r", ["batch", "tokens", 23]), ["'r' is declared ('batch', 'tokens', 23)"]),
     "declared rank": (shape("u_w", [48, 24, 1]), ["'u_w' is declared (48, 24, 1)", "needed (48, 24)"]),
+    "one declared size of two": (shape("u_w", [48, 23]), ["'u_w' is declared (48, 23)", "needed (48, 24)"]),
     "codes of another shape": (shape("u.codes", [48, 1, 23]), ["axis 2 of codes is 23, needed 24"]),
     "codes widened": (codes_held_as(np.int32), ["its codes 'u.codes' are int32, needed int4 as its layout says"]),
     "codes without a sign": (codes_held_as(np.uint8), ["'u.codes' are uint8, needed int4 as its layout says"]),
@@ -241,6 +244,33 @@ def test_a_broken_graph_is_refused_in_one_line_that_says_where(damage, parts, tr
         assert part in str(caught.value)
 
 
+def test_divisors_are_asked_of_equalized_channels_alone(traced):
+    signs_of_twos(traced)
+    with pytest.raises(GraphError, match=r"needed a constant of \+-1$"):
+        check(traced)
+
+
+@pytest.mark.parametrize("declared", [None, ["n", None, 24]])
+def test_a_shape_may_be_declared_in_part_or_not_at_all(traced, declared):
+    """Sizes that are no numbers may have any names."""
+    shape("r", declared)(traced)
+    check(traced)
+
+
+def test_what_a_node_leaves_out_has_no_name_to_share(parse):
+    """Of inputs and outputs: Clip has no lower bound, neither norm hands out its mean."""
+    check(
+        parse("""
+        g (float[2, 4] x, float[4] scale, float high) => (float[2, 4] y, float[2, 1] d, float[2, 1] e)
+        {
+            a = Clip(x, "", high)
+            b, "", d = LayerNormalization(a, scale)
+            y, "", e = LayerNormalization(b, scale)
+        }
+    """)
+    )
+
+
 def test_a_linear_must_carry_the_activation_bits_of_the_table(traced):
     make_linear(traced)
     check(traced)
@@ -270,13 +300,24 @@ def test_a_codebook_of_another_layer_is_refused(closed, parse):
 
 
 def test_a_rotation_may_be_an_output_of_the_graph(parse):
-    check(parse(TEXT.replace("24] y)", "24] y, float[batch, tokens, 24] r)")))
+    """And need have no other reader then."""
+    check(parse(TEXT.replace("24] y)", "24] y, float[batch, tokens, 24] r)").replace("(r)", "(x)")))
 
 
 @pytest.mark.parametrize("dtype", [np.int8, ml_dtypes.int4])
 def test_codes_of_four_bits_may_have_the_type_of_a_trace_or_of_their_layout(traced, dtype):
     codes_held_as(dtype)(traced)
     check(traced)
+
+
+def test_checking_makes_the_dialect_known_to_onnx(traced):
+    """Whatever ran before: ONNX lets nodes of ops that it does not know pass."""
+    for op in OPS:
+        onnx.defs.deregister_schema(op, names.OPSET, names.DOMAIN)
+    wrong_type(traced)
+    with pytest.raises(GraphError, match="the ONNX checker"):
+        check(traced)
+    assert all(onnx.defs.has(op, names.OPSET, names.DOMAIN) for op in OPS)
 
 
 def test_checking_does_not_change_the_graph(traced):
@@ -313,6 +354,17 @@ INTERFACE = {
     "another shape": (reshaped_input, r"model inputs: got float32\[2, tokens, 24\] x, needed"),
     "a weight that became an input": (forgotten_weight, r"model inputs: got float32\[48\] u_bias, needed no more"),
 }
+
+
+def test_an_output_of_a_type_that_numpy_lacks_and_of_unknown_rank_is_compared_too(parse):
+    text = "g (bfloat16[n, 4] x) => (bfloat16[n, 4] y, bfloat16[n, 4] z) { y = Relu(x) z = Neg(x) }"
+    traced = parse(text)
+    traced.graph.outputs[1].shape = None
+    after = traced.copy()
+    check_preserved(traced, after)
+    after.graph.outputs[1].dtype = np.float16
+    with pytest.raises(GraphError, match=r"outputs: got float16\[\] z, needed \w+\[\] z"):
+        check_preserved(traced, after)
 
 
 @pytest.mark.parametrize(("damage", "message"), INTERFACE.values(), ids=INTERFACE.keys())

@@ -29,6 +29,9 @@ CHANNELS = {  # of `both`
     "none": (joined((RA, "ra = Neg(a)"), (RB, "rb = Neg(b)")), (0, 0)),
     "the first": (joined((RB, "rb = Neg(b)")), (0, 24)),
     "the last": (joined((RA, "ra = Neg(a)")), (24, 48)),
+    "a norm without weights": (
+        joined((BOTH, "both = LayerNormalization(a, ones)"), ONE,
+               ("{\n    a", f"<float[24] ones = {{{', '.join(['1'] * 24)}}}>\n{{\n    a")), (0, 0)),
     "equalized alone": (joined((RA, "ra = Neg(a)"), (RB, "rb = Rotate<block = 1, equalized = 2>(b)")), (24, 48)),
     "rotated after they are joined": (
         joined((RA, "ra = Neg(a)"), (RB, "rb = Neg(b) whole = Concat<axis = 2>(ra, rb)"),

@@ -1,10 +1,14 @@
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
+from graph_texts import ATTENTION
 
 from graphs.checks import check
+from graphs.equalizer import encode
 from graphs.expressions import RotateOutput
-from graphs.traced import METADATA_KEY, TracedGraph, sort_nodes
+from graphs.passes import make_linear, merge_projections
+from graphs.traced import METADATA_KEY, Signs, TracedGraph, sort_nodes
 
 TEXT = """
 mlp (float[batch, tokens, 24] x, float[batch] unread) => (float[batch, tokens, 24] y)
@@ -30,6 +34,7 @@ def test_placeholders_are_the_weights_and_the_rest_are_model_inputs(traced):
         "u.codes", "u.exponents", "u.scale", "u_bias", "v.codes", "v.scale",
     }  # fmt: skip
     assert inputs & traced.placeholders() == inputs - {"x", "unread"}
+    assert set(traced.signs) == {"signs24_3"}
 
 
 def test_the_table_of_a_codebook_is_a_placeholder(parse):
@@ -45,6 +50,13 @@ def test_onnx_round_trip_keeps_everything(traced, difference):
     assert vars(again) | {"graph": None} == vars(traced) | {"graph": None}
     assert again.to_onnx() == model
     assert difference(traced, again) == 0
+
+
+def test_equal_tables_make_equal_files_in_whatever_order_they_were_filled(traced):
+    model = traced.to_onnx()
+    traced.linears, traced.tensors = (dict(reversed(each.items())) for each in (traced.linears, traced.tensors))
+    assert list(traced.linears) == ["v.codes", "u.codes"]
+    assert traced.to_onnx() == model
 
 
 def test_reading_a_graph_back_does_not_change_the_model(traced):
@@ -97,6 +109,33 @@ def test_forgetting_drops_dead_nodes_weights_and_signs_but_no_model_input(traced
     check(traced)
 
 
+def test_forgetting_keeps_a_stack_and_its_parts_as_long_as_it_is_read(parse):
+    traced = parse(ATTENTION)
+    make_linear(traced)
+    merge_projections(traced)
+    assert set(traced.stacks) == {f"q+k+v.{role}" for role in ("codes", "exponents", "scale", "bias")}
+    assert set(traced.linears) == {f"{layer}.codes" for layer in "qkvy"}
+    assert traced.expression("q+k+v.codes").shape == (72, 24)
+    assert traced.expression("y.codes") == traced.linears["y.codes"].weight
+    last = traced.graph.nodes[-1]
+    last.inputs[0] = traced.graph.inputs[0]
+    traced.forget_unused()
+    assert (set(traced.stacks), set(traced.linears), set(traced.tensors)) == (set(), {"y.codes"}, {"y_bias"})
+    check(traced)
+
+
+def test_forgetting_restores_the_order_of_nodes(traced):
+    traced.graph.nodes.reverse()
+    traced.forget_unused()
+    check(traced)
+
+
+def test_signs_are_over_the_divisors_that_equalize():
+    assert Signs(3).magnitudes(3).tolist() == [1, 1, 1]
+    assert Signs(3, encode(np.array([0.5, 1, 4]))).magnitudes(3).tolist() == [2, 1, 0.25]
+    assert Signs(3, encode(np.array([0.5, 1, 4]))).magnitudes(3).dtype == Signs().magnitudes(3).dtype == np.float32
+
+
 def test_forgetting_nothing_changes_nothing(traced):
     before = traced.to_onnx()
     traced.forget_unused()
@@ -112,21 +151,51 @@ def test_sorting_is_stable_and_repairs_any_order(traced):
     check(traced)
 
 
-def test_sorting_reads_through_subgraphs():
-    model = onnx.parser.parse_model("""
+@pytest.mark.parametrize("inner", [
+    "c = Abs(a)",
+    "c = If (flag) <then_branch = t () => (float[4] e) { e = Abs(a) }, "
+    "else_branch = f () => (float[4] g) { g = Neg(x) }>",
+], ids=["in a branch", "in a branch of a branch"])  # fmt: skip
+def test_sorting_reads_through_subgraphs(inner):
+    model = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": 21]>
         branch (float[4] x, bool flag) => (float[4] y)
-        {
+        {{
             a = Relu(x)
             b = Neg(x)
-            y = If (flag) <then_branch = yes () => (float[4] c) { c = Abs(a) },
-                           else_branch = no () => (float[4] d) { d = Add(b, a) }>
-        }
+            y = If (flag) <then_branch = yes () => (float[4] c) {{ {inner} }},
+                           else_branch = no () => (float[4] d) {{ d = Add(b, x) }}>
+        }}
     """)
     graph = gs.import_onnx(model)
     graph.nodes.reverse()
     sort_nodes(graph)
     assert [node.op for node in graph.nodes] in (["Relu", "Neg", "If"], ["Neg", "Relu", "If"])
+
+
+def test_sorting_takes_outputs_and_inputs_that_are_left_out_for_no_edge(parse):
+    """Clip's lower bound and the norm's mean are both left out, so both are named ''."""
+    graph = parse("""
+        g (float[2, 4] x, float[4] scale, float high) => (float[2, 4] y, float[2, 1] deviation)
+        {
+            a = Clip(x, "", high)
+            y, "", deviation = LayerNormalization(a, scale)
+        }
+    """).graph
+    graph.nodes.reverse()
+    sort_nodes(graph)
+    assert [node.op for node in graph.nodes] == ["Clip", "LayerNormalization"]
+
+
+def test_a_tensor_that_all_later_nodes_read_is_no_cycle(parse):
+    graph = parse("""
+        dense (float[4] x) => (float[4] y)
+        { a = Relu(x) b = Neg(a) c = Add(a, b) d = Add(a, c) y = Add(a, d) }
+    """).graph
+    in_order = list(graph.nodes)
+    graph.nodes.reverse()
+    sort_nodes(graph)
+    assert [node.name for node in graph.nodes] == [node.name for node in in_order]
 
 
 def test_a_cycle_is_refused():

@@ -77,6 +77,17 @@ def test_does_not_fire_and_says_why(parse, edits, reason):
     assert list(result.reasons()) == ([] if reason is None else [reason])
 
 
+@pytest.mark.parametrize("foreign", ["first", "second"])
+def test_signs_that_are_fed_may_be_any_numbers(parse, foreign):
+    """Only the table of signs says that they are ±1."""
+    fed = "lrq.HadamardRotate<block = 8, base = 1, order = 0>({}, s)"
+    edit = {"first": ("Rotate<block = 8>(x)", fed.format("x")), "second": (SECOND, f"back = {fed.format('there')}")}
+    traced = parse(graph_texts.edited(BACK, edit[foreign], ("24] x)", "24] x, float[24] s)")))
+    check(traced)
+    result = cancel_rotations(traced)
+    assert (result.fired, list(result.reasons())) == (0, ["signs are not in the table of signs"])
+
+
 def test_cancelling_what_is_no_inverse_changes_the_function(parse, difference):
     before = parse(BACK)
     traced = parse(graph_texts.edited(BACK, (SECOND, "back = Identity(x)"), ("there = Rotate<block = 8>(x)", "")))

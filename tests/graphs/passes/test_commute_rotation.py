@@ -528,3 +528,13 @@ def test_a_concat_in_a_branch_is_left_alone(parse):
     assert commute_rotation(traced).fired == 0
     check(traced)
     assert traced.to_onnx() == before
+
+
+@pytest.mark.parametrize("text", [PARTS, SLICED, CHANNELS, TOKENS], ids=["parts", "slices", "channels", "tokens"])
+def test_what_was_moved_reads_nothing_where_it_was(parse, text):
+    """It would count as another reader and keep later passes from folding."""
+    traced = parse(text)
+    assert commute_rotation(traced).fired
+    for tensor in traced.graph.tensors().values():
+        for reader in tensor.outputs:
+            assert any(reader is node for node in traced.graph.nodes), reader.name

@@ -1,5 +1,6 @@
 import graph_texts
 import pytest
+from onnx.printer import to_text
 
 from graphs.checks import check, check_preserved
 from graphs.passes import constant_fold
@@ -189,3 +190,45 @@ def test_a_branch_is_left_as_it_is(parse):
     traced = parse(text)
     assert constant_fold(traced).fired == 0
     assert [node.op for node in traced.graph.nodes] == ["If"]
+
+
+NO_KNOWN_SIZES = {  # what a Gather, Slice or Shape reads that no size is known of, and the shape of y
+    "tokens, not their sizes": (
+        "some = Slice(x, nought, one, one) few = Gather<axis = 1>(some, last) y = Abs(few)", "a, b, c"),
+    "sizes of which one is free": ("sizes = Shape(x) some = Gather(sizes, both) y = ConstantOfShape(some)", "a, b"),
+    "a cut that is fed": ("sizes = Shape(x) some = Slice(sizes, fed, three) y = Reshape(x, some)", "a, b, c"),
+    "a tensor of unknown rank": ("any = Reshape(x, shape) some = Shape(any) y = Reshape(x, some)", "a, b, c"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "shape"), NO_KNOWN_SIZES.values(), ids=NO_KNOWN_SIZES.keys())
+def test_what_no_size_is_known_of_stays_and_is_no_near_miss(parse, steps, shape):
+    traced = parse(f"""
+        g (float[batch, 6, 24] x, int64[1] fed, int64[n] shape) => (float[{shape}] y)
+        <int64[1] nought = {{0}}, int64[1] one = {{1}}, int64[1] three = {{3}}, int64[1] last = {{0}},
+         int64[2] both = {{0, 1}}>
+        {{ {steps} }}
+    """)
+    before = to_text(traced.to_onnx())
+    result = constant_fold(traced)
+    assert (result.fired, result.skipped) == (0, [])
+    assert to_text(traced.to_onnx()) == before
+
+
+def test_neither_random_numbers_nor_rotated_or_equalized_constants_are_near_misses(parse):
+    """The first read nothing, the others stay for good: `graphs.online` finds equalized channels by their factors."""
+    traced = parse(f"""
+        g (float[batch, 24] x) => (float[batch, 24] y) <float[24] a = {{{", ".join(["2"] * 24)}}}>
+        {{
+            drawn = RandomNormal<shape = [24]>()
+            e = Rotate<block = 1, equalized = 1>(x)
+            r = Rotate<block = 8>(a)
+            s = Add(e, r)
+            f = Mul(a, signs24_e1)
+            g = Add(drawn, f)
+            y = Add(s, g)
+        }}
+    """)
+    result = constant_fold(traced)
+    assert (result.fired, result.skipped) == (0, [])
+    assert {"RandomNormal", "Mul"} <= {node.op for node in traced.graph.nodes}

@@ -93,3 +93,12 @@ def test_nodes_that_no_output_needs_go_with_their_weights(parse):
     assert dead_code(traced).fired > 3
     assert [node.op for node in traced.graph.nodes] == ["Neg"]
     assert not traced.placeholders()
+
+
+def test_a_cast_of_an_unknown_type_stays(parse):
+    """numpy takes no type for float64."""
+    text = "g (float[batch, 24] x) => (double[batch, 24] y) { a = Neg(x) b = Cast<to = 11>(a) y = Abs(b) }"
+    traced = parse(text)
+    traced.graph.nodes[0].outputs[0].dtype = None
+    assert dead_code(traced).fired == 0
+    assert [node.op for node in traced.graph.nodes] == ["Neg", "Cast", "Abs"]

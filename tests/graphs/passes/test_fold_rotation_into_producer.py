@@ -71,6 +71,10 @@ NOT = {
     "a residual between": (
         [(SHAPED, "plus = Add(embedded, active) shaped = Reshape(plus, shape)")],
         "Add computes what it rotates, no linear layer"),
+    "a number that is added": (
+        [(SHAPED, "plus = Add(embedded, half) shaped = Reshape(plus, shape)"),
+         ("<int64[3]", "<float half = {0.5}, int64[3]")],
+        "Add computes what it rotates, no linear layer"),
     "an activation between": (
         [(SHAPED, "bent = Gelu(embedded) shaped = Reshape(bent, shape)")],
         "Gelu computes what it rotates, no linear layer"),
@@ -95,6 +99,14 @@ NOT = {
     "the rotated tensor is an output": (
         [("text, 24] z", "text, 24] rotated"), (Z, "")],
         "the rotated tensor is an output of the graph"),
+    "a weight that is not transposed": (
+        [(PROJECTION, f"{PROJECTION} turned = Transpose<perm = [0, 1]>(embedded_weight) bare = MatMul(active, turned)"),
+         ("(embedded, shape)", "(bare, shape)")],
+        "MatMul computes what it rotates, neither a linear layer nor a mix of tokens"),
+    "a weight that is computed": (
+        [(PROJECTION, f"{PROJECTION} size = Abs(embedded_weight) turned = Transpose<perm = [1, 0]>(size) "
+          "bare = MatMul(active, turned)"), ("(embedded, shape)", "(bare, shape)")],
+        "MatMul computes what it rotates, neither a linear layer nor a mix of tokens"),
     "a weight that is read twice": (
         [(Z, "z = MatMul(y, embedded_wt)")], None),
 }  # fmt: skip

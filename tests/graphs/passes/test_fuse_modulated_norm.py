@@ -59,6 +59,10 @@ FIRES = {  # text, op, epsilon
         "LayerNormRotate", 0.01),
     "a scale for every token": (
         modulated(("float[batch, 1, 24] scale", "float[batch, tokens, 24] scale")), "LayerNormRotate", 0.01),
+    "tokens of fixed sizes": (
+        modulated(("batch, tokens, 24] x", "2, 5, 24] x"), ("batch, 1, 24] scale", "2, 1, 24] scale"),
+                  ("batch, 1, 24] shift", "1, 1, 24] shift"), ("batch, tokens, 24] y", "2, 5, 24] y")),
+        "LayerNormRotate", 0.01),
     "the last axis counted from the first": (
         modulated((UNIT, UNIT.replace("<", "<axis = 2, "))), "LayerNormRotate", 0.01),
     "weights that do nothing": (modulated((UNIT, UNIT.replace("ones", "ones, zeros"))), "LayerNormRotate", 0.01),
@@ -211,6 +215,9 @@ NOT = {
     "weights of its own and a scale": (
         modulated((ADD, ""), (ROTATED, "(scaled)"), (UNIT, UNIT.replace("ones", "weight"))),
         "the norm before it has weights of its own and is scaled besides"),
+    "a bias of its own and a scale": (
+        modulated((ADD, ""), (ROTATED, "(scaled)"), (UNIT, UNIT.replace("ones", "ones, bias"))),
+        "the norm before it has weights of its own and is scaled besides"),
     "what is modulated is added to itself": (modulated((ADD, "n = Add(scaled, scaled)")), None),
     "an activation between": (modulated((ROTATED, "(bent)"), ("r = Rotate", "bent = Relu(n) r = Rotate")), None),
     "no norm": (modulated((UNIT, "unit = Relu(x)")), None),
@@ -227,12 +234,21 @@ NOT = {
         rms(("24] x)", "24] x, float[batch, tokens, 24] w)"),
             (SQUARE, "product = Mul(x, w) square = Abs(product)")),
         None),
+    "another tensor times it": (
+        rms(("24] x)", "24] x, float[batch, tokens, 24] w)"), (SQUARE, "square = Mul(w, x)")), None),
+    "a power that is fed": (rms(("24] x)", "24] x, float e)"), (SQUARE, "square = Pow(x, e)")), None),
+    "an axis that is fed": (rms(("24] x)", "24] x, int64[1] axis)"), (MEAN, MEAN.replace("last", "axis"))), None),
+    "another tensor over the root": (
+        rms(("24] x)", "24] x, float[batch, tokens, 24] w)"), (INVERSE, "inverse = Div(w, root) ")), None),
     "the fourth power": (rms((SQUARE, "square = Pow(x, four)"), ("float two = {2}", "float four = {4}")), None),
     "an epsilon for every channel": (
         rms(("tokens, 24] x)", "tokens, 24] x, float[batch, 1, 24] e)"),
             (TOTAL, "total = Add(mean, ee)"), (SQUARE, "ee = Abs(e) square = Mul(x, x)")), None),
     "an epsilon that is computed": (
         rms(("24] x)", "24] x, float e)"), (TOTAL, "total = Add(mean, ee)"),
+            (SQUARE, "ee = Abs(e) square = Mul(x, x)")), None),
+    "an epsilon that is computed, on the left": (
+        rms(("24] x)", "24] x, float e)"), (TOTAL, "total = Add(ee, mean)"),
             (SQUARE, "ee = Abs(e) square = Mul(x, x)")), None),
     "no epsilon": (rms((TOTAL, ""), ("Sqrt(total)", "Sqrt(mean)")), None),
     "times the root": (rms((INVERSE, ""), (UNIT_RMS, "unit = Mul(x, root)")), None),
@@ -301,3 +317,12 @@ def test_what_a_norm_lacks_has_the_type_of_its_tokens(parse, element):
     check(traced)
     (node,) = [node for node in traced.graph.nodes if node.op == "LayerNormRotate"]
     assert {numpy_type(tensor).name for tensor in node.inputs} == {element}
+
+
+def test_a_bias_that_is_named_but_left_out_is_none(parse):
+    """Not run: ONNX Runtime's LayerNormalization reads it all the same and crashes."""
+    traced = parse(alone((UNIT, UNIT.replace("ones", 'weight, ""'))))
+    assert fuse_modulated_norm(traced).fired == 1
+    (node,) = rotations(traced)
+    assert (node.inputs[1].name, node.inputs[2].values.any()) == ("weight", False)
+    check(traced)

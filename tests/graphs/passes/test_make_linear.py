@@ -36,7 +36,9 @@ FIRES = {
         [("36] y)", "36] y, int64[3] size)"), ("y = Relu(u)", "y = Relu(u) size = Shape(u_open)")],
         ["TwinLogLinear", "Relu", "Shape"]),
     "a residual is not a bias": ([(U, AFTER_OPEN), ("Relu(u)", "Add(u, u)")], ["TwinLogLinear", "Add"]),
-    "a scalar is not a bias": (
+    "a number is not a bias": (
+        [("24] x)", "24] x, float b)"), (U, AFTER_OPEN), ("Relu(u)", "Add(u, b)")], ["TwinLogLinear", "Add"]),
+    "a row of one is not a bias": (
         [("24] x)", "24] x, float[1] b)"), (U, AFTER_OPEN), ("Relu(u)", "Add(u, b)")], ["TwinLogLinear", "Add"]),
     "a computed row is not a bias": (
         [("24] x)", "24] x, float[36] b)"), (U, AFTER_OPEN + "a = Abs(b)"), ("Relu(u)", "Add(u, a)")],
@@ -92,6 +94,14 @@ REFUSALS = {
     "weight transposed but not multiplied": (
         [("24] x)", "24] x) "), ("36] y)", "36] y, float[24, 36] t)"), ("y = Relu(u)", "y = Relu(u) t = Neg(u_wt)")],
         "its weight is read by 2 nodes"),
+    "weight handed on untransposed": (
+        [("36] y)", "24] y)"), (U, "u = Linear<rows = 24, cols = 24>(x) w = Transpose<perm = [0, 1]>(u_w)"),
+         ("Relu(u)", "MatMul(x, w)")],
+        "its weight is read by 1 nodes"),
+    "weight transposed but added": (
+        [("batch, tokens, 36] y", "24, 36] y"), ("24] x)", "24] x, float[24, 36] z)"), (U, AFTER_OPEN),
+         ("Relu(u)", "Add(z, u_wt)")],
+        "its weight is read by 1 nodes"),
     "product from the right": (
         [("24] x)", "24] x, float[36, 5] z)"), ("float[batch, tokens, 36] y", "float[24, 5] y"), (U, AFTER_OPEN),
          ("Relu(u)", "MatMul(u_wt, z)")],
@@ -118,29 +128,49 @@ def test_a_lost_bias_is_caught(parse, difference):
     assert difference(before, traced, lambda fed: fed.update({bias.name: np.zeros(36, np.float32)})) > 1e-3
 
 
-def test_a_product_in_a_branch_is_left_alone(parse):
-    """Its nodes are not the graph's to replace."""
-    text = """
-    branch (float[batch, 24] x, bool yes) => (float[batch, 24] y, float[batch, 24] z)
-    {
-        z = Linear<rows = 24, cols = 24>(x)
-        y = If(yes) <then_branch = t () => (float[batch, 24] ty) { ty = Add(z_open, z_bias) },
-                     else_branch = e () => (float[batch, 24] ey) { ey = Neg(x) }>
-    }"""
-    traced = parse(text)
-    make_linear(traced)
-    check(traced)
-    assert "If" in [node.op for node in traced.graph.nodes]
+NESTED = (
+    "ty = If(yes) <then_branch = i () => (float[batch, 24] iy) { iy = Add(u, b) }, "
+    "else_branch = j () => (float[batch, 24] jy) { jy = Neg(u) }>"
+)
+IN_A_BRANCH = {  # nodes of the branch, layers that close, the bias of that layer
+    "a sum": ("ty = Add(u, b)", 1, "u.no_bias"),
+    "a sum in a branch of it": (NESTED, 1, "u.no_bias"),
+    "a product": ("ty = MatMul(x, u_wt)", 0, None),
+}
 
 
-def test_a_weight_that_another_layer_multiplies_is_no_layer(parse, difference):
-    """One MatMul reads its transpose, on the left of another weight: only that one's layer is there."""
-    traced = parse(
-        edited(("batch, tokens, 36] y", "24, 12] y"), ("y = Relu(u)", "y = Linear<rows = 12, cols = 36>(u_wt)"))
-    )
+@pytest.mark.parametrize(("inner", "fired", "bias"), IN_A_BRANCH.values(), ids=IN_A_BRANCH.keys())
+def test_what_is_in_a_branch_stays_there(parse, difference, inner, fired, bias):
+    """Its nodes are not the graph's to replace, and may not run."""
+    traced = parse(f"""
+    branch (float[batch, 24] x, float[24] b) => (float[batch, 24] y) <bool yes = {{1}}>
+    {{
+        u = Linear<rows = 24, cols = 24, bias = 0>(x)
+        y = If(yes) <then_branch = t () => (float[batch, 24] ty) {{ {inner} }},
+                     else_branch = e () => (float[batch, 24] ey) {{ ey = Neg(x) }}>
+    }}""")
     before = traced.copy()
     result = make_linear(traced)
-    assert result.fired == 1
+    assert (result.fired, len(result.skipped)) == (fired, 1 - fired)
+    assert [node.inputs[-1].name for node in traced.graph.nodes if node.op == "TwinLogLinear"] == [bias] * fired
+    (was,), (now,) = ([node for node in each.graph.nodes if node.op == "If"] for each in (before, traced))
+    for one, other in zip(was.subgraphs(recursive=True), now.subgraphs(recursive=True), strict=True):
+        assert [node.op for node in one.nodes] == [node.op for node in other.nodes]
+    check(traced)
+    assert difference(before, traced) <= 1e-12
+
+
+@pytest.mark.parametrize(("other", "fired"), [
+    ("y = Linear<rows = 12, cols = 36>(u_wt)", 1), ("y = Kept<rows = 12, cols = 36>(u_wt)", 0),
+    ("m = Abs(w) t = Transpose<perm = [1, 0]>(m) s = MatMul(u_wt, t) y = Add(s, b)", 0),
+], ids=["quantized", "in floating point", "computed"])  # fmt: skip
+def test_a_weight_that_another_layer_multiplies_is_no_layer(parse, difference, other, fired):
+    """One MatMul reads its transpose, on the left of another weight: only that one's layer is there."""
+    inputs = ("24] x)", "24] x, float[12, 36] w, float[12] b)")
+    traced = parse(edited(("batch, tokens, 36] y", "24, 12] y"), inputs, ("y = Relu(u)", other)))
+    before = traced.copy()
+    result = make_linear(traced)
+    assert result.fired == fired
     assert [skip.reason for skip in result.skipped] == [
         "its weight is read by 1 nodes, needed one MatMul by the transpose"
     ]

@@ -108,3 +108,10 @@ def test_sharing_another_rotation_is_caught(parse, difference):
 def test_reasons_are_counted(parse):
     traced = parse(edited((RK, "rk = Rotate<block = 12>(x)"), (RV, "rv = Rotate<block = 4>(x)")))
     assert share_rotation(traced).reasons() == {OTHER: 2}
+
+
+def test_an_op_of_the_same_name_in_another_domain_is_no_rotation(parse):
+    traced = parse(THREE)
+    for node in traced.graph.nodes:
+        node.domain = "other" if node.op == "HadamardRotate" else node.domain
+    assert (share_rotation(traced).fired, share_rotation(traced).skipped) == (0, [])
