@@ -250,11 +250,17 @@ def test_divisors_are_asked_of_equalized_channels_alone(traced):
         check(traced)
 
 
-@pytest.mark.parametrize("declared", [None, ["n", None, 24]])
+@pytest.mark.parametrize("declared", [None, ["n", None, 24], [5, "tokens", "channels"]])
 def test_a_shape_may_be_declared_in_part_or_not_at_all(traced, declared):
     """Sizes that are no numbers may have any names."""
     shape("r", declared)(traced)
     check(traced)
+    make_linear(traced)  # which reads it, and what it computes has a shape
+    check(traced)
+
+
+def test_signs_without_a_seed_are_ones(parse):
+    check(parse(TEXT.replace(", seed = 3", "")))
 
 
 def test_what_a_node_leaves_out_has_no_name_to_share(parse):
@@ -348,7 +354,17 @@ def forgotten_weight(traced):
     del traced.tensors["u_bias"]
 
 
+def lost_output(traced):
+    traced.graph.outputs.clear()
+
+
+def output_of_no_type(traced):
+    traced.graph.outputs[0].dtype = None
+
+
 INTERFACE = {
+    "lost output": (lost_output, r"the graph's outputs: got none new, needed float32\[batch, tokens, 24\] y"),
+    "no type": (output_of_no_type, r"the graph's outputs: got None\[batch, tokens, 24\] y, needed float32"),
     "renamed output": (renamed_output, r"the graph's outputs: got float32\[batch, tokens, 24\] z, needed .* y"),
     "another type": (retyped_input, r"model inputs: got float16\[batch, tokens, 24\] x, needed float32"),
     "another shape": (reshaped_input, r"model inputs: got float32\[2, tokens, 24\] x, needed"),
