@@ -1,19 +1,24 @@
 """Describe a package: what `lrq-export inspect` prints."""
 
+import textwrap
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx.printer
 
+from graphs.passes import TARGETS
+from graphs.traced import TracedGraph
 from lrq_export.admit import admit
 from lrq_export.errors import UsageError
 from lrq_export.package import MODEL, QUANTIZED
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import nearest
 from lrq_export.saved_graphs import saved_graphs
+
+LINE = 120  # columns of a line that lists nodes
 
 
 @dataclass(frozen=True)
@@ -57,23 +62,67 @@ def describe(package: Path) -> Section:
 
 
 def describe_passes(package: Path) -> Section:
-    """How often each rewrite fired and, for every near miss, which node and why."""
+    """How often each rewrite fired and, for every near miss, which nodes and why; then the passes of targets."""
     admit(package)
-    _, passes = saved_graphs(package)
+    stages, passes = saved_graphs(package)
     lines = []
     for row in passes:
         proved = "" if row["nmse"] is None else f", answers moved by NMSE {row['nmse']:.1e}"
         lines.append(f"{row['name']}: fired {row['fired']} times, {len(row['skipped'])} near misses{proved}")
         lines += [f"    left out: {row['refused']}"] * (row["refused"] is not None)
-        lines += [f"    {skip['node']}: {skip['reason']}" for skip in row["skipped"]]
-    return Section({"passes": passes}, lines)
+        lines += _near_misses(row["skipped"])
+    targets = [after.row for after in _target_passes(stages[-1])]
+    for row in targets:
+        lines.append(f"{row['name']}, for {' and '.join(row['targets'])} alone: fired {row['fired']} times")
+        lines += _near_misses(row["skipped"])
+    return Section({"passes": passes, "target_passes": targets}, lines)
+
+
+def _near_misses(skipped: list[dict[str, str]]) -> list[str]:
+    """Each reason once, with the nodes below it: a deep model has the same one in every block."""
+    nodes: dict[str, list[str]] = {}
+    for skip in skipped:
+        nodes.setdefault(skip["reason"], []).append(skip["node"])
+    indent = {"initial_indent": " " * 8, "subsequent_indent": " " * 8, "break_long_words": False}
+    return [
+        line
+        for reason, names in nodes.items()
+        for line in (f"    {reason}:", *textwrap.wrap(", ".join(names), LINE, break_on_hyphens=False, **indent))
+    ]
+
+
+@dataclass(frozen=True)
+class _TargetPass:
+    """A pass that targets run after the pipeline, on a copy: what it did, and the graph after it."""
+
+    row: dict[str, Any]
+    graph: TracedGraph
+
+
+def _target_passes(rewritten: TracedGraph) -> list[_TargetPass]:
+    """Every pass of a target once; they run now, since a package holds the graph of the pipeline for all targets."""
+    found: dict[str, _TargetPass] = {}
+    for target, steps in TARGETS.items():
+        graph = rewritten.copy()
+        for step in steps:
+            graph, name = graph.copy(), step.__name__
+            result = step(graph)
+            row = {"name": name, "targets": [], "fired": result.fired, "skipped": list(map(asdict, result.skipped))}
+            found.setdefault(name, _TargetPass(row, graph)).row["targets"].append(target)
+    return list(found.values())
 
 
 def graph_text(package: Path, stage: str) -> str:
-    """The graph after `trace` or a pass that made the package, as ONNX text. Raises UsageError for another name."""
+    """The graph after `trace`, a pass that made the package or one of a target, as ONNX text.
+
+    Raises UsageError for another name.
+    """
     admit(package)  # says what is wrong with anything that is no package
     stages, outcomes = saved_graphs(package)
     names = ["trace", *(row["name"] for row in outcomes)]
+    for each in _target_passes(stages[-1]):
+        names.append(each.row["name"])
+        stages.append(each.graph)
     if stage not in names:
         near = nearest(stage, names)
         raise UsageError(

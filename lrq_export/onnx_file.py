@@ -1,6 +1,6 @@
 """Write an ONNX file whose weights arrive one at a time; past a limit they stream into external data."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,11 +48,14 @@ def write_model(
     *,
     complete: Callable[[onnx.ModelProto], onnx.ModelProto] = attach_bodies,
     inline_limit: int = INLINE_LIMIT,
+    data: Path | None = None,
 ) -> int:
     """Write `model`, whose weights are graph inputs so far, after `complete` has done to it what its lrq nodes need.
 
     `path` gets the graph; the weights go inside it, or into `path` + ".data" when they exceed `inline_limit` bytes.
-    The data file is complete on disk before the graph that refers to it. Returns the bytes of the weights.
+    The data file is complete on disk before the graph that refers to it. `data` is that of another graph in the same
+    folder, written of the same weights: `path` refers to it then, and it stays as it is. Returns the bytes of the
+    weights.
     """
     weights = list(weights)
     model = complete(_without_inputs(model, weights))
@@ -60,10 +63,12 @@ def write_model(
     model.producer_name = "lrq-export"
     total = sum(weight.size for weight in weights)
     if total > inline_limit:
-        _write_external(path.with_name(path.name + ".data"), model, weights)
+        if data is None:
+            data = _write_data(data_file(path), weights)
+        model.graph.initializer.extend(_external(data.name, weights))
     else:
         for weight in weights:
-            model.graph.initializer.append(_tensor(weight, raw=weight.read()))
+            model.graph.initializer.append(_tensor(weight, raw_data=_read(weight)))
     with atomic_file(path) as file:
         file.write(model.SerializeToString(deterministic=True))
     return total
@@ -87,24 +92,38 @@ def _without_inputs(model: onnx.ModelProto, weights: Sequence[WeightTensor]) -> 
     return bare
 
 
-def _tensor(weight: WeightTensor, raw: bytes | None = None) -> onnx.TensorProto:
-    if raw is None:
-        return onnx.TensorProto(name=weight.name, data_type=weight.onnx_type, dims=weight.shape)
-    if len(raw) != weight.size:
-        raise ValueError(f"{weight.name}: {len(raw)} bytes, announced {weight.size}")
-    return onnx.TensorProto(name=weight.name, data_type=weight.onnx_type, dims=weight.shape, raw_data=raw)
+def data_file(path: Path) -> Path:
+    """Where the weights of a graph lie that are not inside it."""
+    return path.with_name(path.name + ".data")
 
 
-def _write_external(path: Path, model: onnx.ModelProto, weights: list[WeightTensor]) -> None:
+def _tensor(weight: WeightTensor, **content) -> onnx.TensorProto:
+    return onnx.TensorProto(name=weight.name, data_type=weight.onnx_type, dims=weight.shape, **content)
+
+
+def _external(location: str, weights: list[WeightTensor]) -> Iterator[onnx.TensorProto]:
+    """The tensors of a file of weights, by their places in it."""
+    stop = 0
+    for weight in weights:
+        start = stop + -stop % ALIGNMENT
+        stop = start + weight.size
+        tensor = _tensor(weight)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", start), ("length", weight.size)):
+            tensor.external_data.add(key=key, value=str(value))
+        yield tensor
+
+
+def _write_data(path: Path, weights: list[WeightTensor]) -> Path:
     with atomic_file(path) as file:
         for weight in weights:
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            tensor = _tensor(weight)
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            for key, value in (("location", path.name), ("offset", file.tell()), ("length", weight.size)):
-                tensor.external_data.add(key=key, value=str(value))
-            raw = weight.read()
-            if len(raw) != weight.size:
-                raise ValueError(f"{weight.name}: {len(raw)} bytes, announced {weight.size}")
-            file.write(raw)
-            model.graph.initializer.append(tensor)
+            file.write(_read(weight))
+    return path
+
+
+def _read(weight: WeightTensor) -> bytes:
+    raw = weight.read()
+    if len(raw) != weight.size:
+        raise ValueError(f"{weight.name}: {len(raw)} bytes, announced {weight.size}")
+    return raw

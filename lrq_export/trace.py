@@ -210,7 +210,9 @@ def _open_linears(traced: TracedGraph, plans: list[LayerPlan]) -> None:
         node.outputs.clear()
         if plan.block:
             attrs = rotation_attributes(plan.block)
-            x = append("HadamardRotate", f"{y.name}.rotated", x.shape, [x, signs[plan.name]], names.DOMAIN, **attrs)
+            # A layer that is called twice rotates two tensors; near misses name the rotation by the layer.
+            name = f"{plan.name}.rotated" if plan.name not in weights else f"{plan.name}.{y.name}.rotated"
+            x = append("HadamardRotate", name, x.shape, [x, signs[plan.name]], names.DOMAIN, **attrs)
         if plan.name not in weights:
             op, placeholders, attrs = _dequant(plan)
             graph.inputs.extend(placeholders)

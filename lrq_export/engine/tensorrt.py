@@ -1,6 +1,7 @@
 """Engines of TensorRT and TensorRT-RTX: the rewritten graph, written for their parser, built by a process of its own.
 
     model.onnx      what the parser reads: with plugins, lrq nodes whose codes lie in words; without, standard ops alone
+    model_trt_plugins.onnx  TensorRT with plugins: the same, as ONNX Runtime's TensorRT provider parses it
     model.plan      the engine
     timing.cache    what TensorRT measured, for the next build of the same kind of GPU
     layers.json     the layers of the engine, as its inspector lists them
@@ -26,7 +27,7 @@ import onnx
 from graphs import names
 from graphs.checks import check
 from graphs.integer_data import check_same_integers, integer_layers
-from graphs.passes import TARGETS
+from graphs.passes import TARGETS, target_onnxruntime_trt
 from graphs.traced import TracedGraph
 from lrq_export.bind import write_for_plugins, write_standard
 from lrq_export.engine.ep_context import write_context
@@ -34,6 +35,7 @@ from lrq_export.engine.profiles import Range, shapes_of
 from lrq_export.engine.tensorrt_worker import RTX
 from lrq_export.errors import CheckFailed, MissingError
 from lrq_export.models.base import InputSpec
+from lrq_export.onnx_file import data_file
 from lrq_export.package import write_json_atomic
 from lrq_export.plugins import LIBRARY, find_library
 from lrq_export.quantized import QuantizedFile
@@ -41,6 +43,7 @@ from lrq_export.recipe import Engine
 
 TENSORRT = "tensorrt"
 MODEL, PLAN, TIMING_CACHE, LAYERS, BUILD = "model.onnx", "model.plan", "timing.cache", "layers.json", "build.json"
+PROVIDER_MODEL = "model_trt_plugins.onnx"
 FOLDERS = {TENSORRT: "engine/tensorrt", RTX: "engine/tensorrt-rtx"}
 MODULES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}  # of Python
 _INSTALL = {TENSORRT: "pip install tensorrt-cu13", RTX: "pip install lrq-export[rtx]"}
@@ -94,6 +97,16 @@ def write_network(traced: TracedGraph, quantized: QuantizedFile, folder: Path, p
     return [node.name for node in lowered.graph.nodes if node.domain == names.DOMAIN]
 
 
+def write_for_provider(traced: TracedGraph, quantized: QuantizedFile, folder: Path, **options) -> None:
+    """Write model.onnx again for ONNX Runtime's TensorRT provider, which finds plugins by a domain of its own.
+
+    Weights that lie beside model.onnx serve both.
+    """
+    lowered = for_plugins(traced)
+    target_onnxruntime_trt(lowered)
+    write_for_plugins(lowered, quantized, folder / PROVIDER_MODEL, data=data_file(folder / MODEL), **options)
+
+
 def for_plugins(traced: TracedGraph) -> TracedGraph:
     """A copy of the graph whose nodes read their codes as the plugins do; every layer is still the same integers."""
     lowered, integers = traced.copy(), integer_layers(traced)
@@ -113,6 +126,8 @@ def build_plan(traced: TracedGraph, quantized: QuantizedFile, folder: Path, requ
     folder.mkdir(parents=True, exist_ok=True)
     library = request.library()
     nodes = write_network(traced, quantized, folder, plugins=library is not None)
+    if request.target == TENSORRT and nodes:
+        write_for_provider(traced, quantized, folder)
     missing = obstacle(request.target)
     if missing is not None:
         raise missing

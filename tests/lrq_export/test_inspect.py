@@ -8,6 +8,7 @@ import pytest
 from graphs.passes import PIPELINE
 from lrq_export import __version__
 from lrq_export.recipe import load_recipe
+from lrq_export.saved_graphs import saved_graphs
 
 
 def test_inspect_shows_what_a_package_holds(package, cli):
@@ -27,6 +28,7 @@ def test_inspect_lists_passes_with_near_misses_and_layers_with_reasons(package, 
     for name in (step.__name__ for step in PIPELINE):
         assert f"{name}: fired" in outcome.out
     assert "fold_rotation_into_producer: fired 5 times" in outcome.out
+    assert "prepack, for tensorrt and onnxruntime-trt alone: fired 14 times" in outcome.out
     assert "the layer before it: head width 12: folds into the value projection" in outcome.out
     assert outcome.out.count("weight NMSE") == 20
 
@@ -38,10 +40,30 @@ def test_inspect_prints_json_lines(package, cli):
     assert overview["weights"]["bits"] == 4
     assert passes["passes"][0]["name"] == PIPELINE[0].__name__
     assert all(skip["node"] and skip["reason"] for row in passes["passes"] for skip in row["skipped"])
+    assert [row["name"] for row in passes["target_passes"]] == ["prepack", "target_onnxruntime_trt"]
     assert len(layers["layers"]) == 20
 
 
-@pytest.mark.parametrize(("stage", "has"), [("trace", "lrq.TwinLogDequant"), ("make_linear", "lrq.TwinLogLinear")])
+def test_a_reason_is_said_once_with_the_nodes_it_holds_for(package, cli):
+    lines = cli("inspect", package, "--passes").out.splitlines()
+    at = lines.index("    Gelu computes what it rotates, no linear layer:")
+    (skipped,) = [row["skipped"] for row in saved_graphs(package)[1] if row["name"] == "fold_rotation_into_producer"]
+    named = {each["node"] for each in skipped if each["reason"] == lines[at].strip(" :")}
+    listed = lines[at + 1 :]
+    listed = listed[: next(k for k, line in enumerate(listed) if not line.startswith(" " * 8))]
+    assert set(" ".join(listed).replace(",", " ").split()) == named
+    assert len(named) > 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "has"),
+    [
+        ("trace", "lrq.TwinLogDequant"),
+        ("make_linear", "lrq.TwinLogLinear"),
+        ("prepack", 'layout: string = "words"'),
+        ("target_onnxruntime_trt", "trt.plugins.TwinLogLinear"),
+    ],
+)
 def test_inspect_prints_the_graph_after_a_pass_as_text(package, cli, stage, has):
     outcome = cli("inspect", package, "--dump-after", stage)
     assert outcome.code == 0

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -94,6 +95,17 @@ def test_external_tensors_start_where_they_can_be_mapped(tmp_path):
         facts = {entry.key: entry.value for entry in tensor.external_data}
         assert facts["location"] == "m.onnx.data"
         assert int(facts["offset"]) % ALIGNMENT == 0
+
+
+def test_two_graphs_may_share_the_file_of_their_weights(tmp_path):
+    model, arrays = weighted_sum([(5, 3), (7, 1)]), [np.full((5, 3), 2, np.float32), np.ones((7, 1), np.float32)]
+    weights = [WeightTensor.of(f"w{i}", array) for i, array in enumerate(arrays)]
+    write_model(tmp_path / "m.onnx", model, weights, inline_limit=0)
+    before = (tmp_path / "m.onnx.data").stat()
+    unreadable = [replace(weight, read=None) for weight in weights]
+    write_model(tmp_path / "other.onnx", model, unreadable, inline_limit=0, data=tmp_path / "m.onnx.data")
+    assert (tmp_path / "m.onnx.data").stat() == before
+    assert onnx.load(tmp_path / "other.onnx") == onnx.load(tmp_path / "m.onnx")
 
 
 def test_a_package_past_the_limit_streams_into_external_data(package, tmp_path):

@@ -1,6 +1,7 @@
 """Engines added to a finished package: only what is missing is done, and the package is whole before and after."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -8,6 +9,7 @@ import pytest
 
 from graphs import names
 from lrq_export.admit import ENGINE_STARTS, admit
+from lrq_export.bind import write_for_plugins
 from lrq_export.engine import targets, tensorrt
 from lrq_export.engine.targets import add_engines, engines
 from lrq_export.errors import CheckFailed, MissingError
@@ -108,6 +110,34 @@ def test_with_plugins_it_has_lrq_nodes_whose_codes_lie_in_words(package, copy_of
     assert job["plugins"] == str(library)
     assert job["plugin_nodes"] == [node.name for node in nodes]
     assert json.loads((folder / FOLDER / "build.json").read_text())["nodes"] == len(nodes) > 10
+
+
+def test_onnx_runtimes_provider_gets_the_same_network_in_its_domain(package, copy_of, builder, monkeypatch, tmp_path):
+    """Weights beside the file are written once, and both networks refer to them."""
+    monkeypatch.setattr(tensorrt, "find_library", lambda: tmp_path / "liblrq_plugins.so")
+    monkeypatch.setattr(tensorrt, "write_for_plugins", partial(write_for_plugins, inline_limit=0))
+    folder = copy_of(package)
+    add_engines(folder, ["tensorrt"])
+    ours, provider = (onnx.load(folder / "engine/tensorrt" / name) for name in ("model.onnx", "model_trt_plugins.onnx"))
+    assert not (folder / "engine/tensorrt/model_trt_plugins.onnx.data").exists()
+    moved = [node for node in provider.graph.node if node.domain == names.TRT_PLUGINS]
+    assert len(moved) > 10
+    assert {node.domain for node in provider.graph.node} == {"", names.TRT_PLUGINS}
+    assert {entry.domain for entry in provider.opset_import} == {"", names.TRT_PLUGINS}
+    for node in moved:
+        node.domain = names.DOMAIN
+    assert provider.graph == ours.graph
+
+
+@pytest.mark.parametrize(("target", "plugins"), [("tensorrt", False), ("tensorrt-rtx", True)])
+def test_other_engines_have_no_network_of_the_provider(
+    package, copy_of, builder, monkeypatch, tmp_path, target, plugins
+):
+    monkeypatch.setattr(tensorrt, "find_library", lambda: tmp_path / "liblrq_plugins.so" if plugins else None)
+    folder = copy_of(package)
+    add_engines(folder, [target])
+    assert (folder / f"engine/{target}/model.onnx").is_file()
+    assert not (folder / f"engine/{target}/model_trt_plugins.onnx").exists()
 
 
 def test_plugins_that_must_be_there_and_are_not_leave_the_package_as_it_was(package, copy_of, builder, digests):
