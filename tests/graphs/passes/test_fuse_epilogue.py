@@ -209,7 +209,11 @@ def test_sizes_that_have_no_name_may_differ(parse):
 
 @pytest.mark.parametrize("asked", ["u", "gated"])
 def test_what_is_asked_for_its_shape_alone_is_fused(parse, difference, asked):
-    traced = parse(edited(("24] y)", "24] y, int64[3] size)"), (SUM, f"{SUM} size = Shape({asked})")))
+    traced = parse(
+        edited(
+            ("24] y)", "24] y, int64[3] size)"), (SUM, f"other = Neg(x) sum = Add(gated, other) size = Shape({asked})")
+        )
+    )
     make_linear(traced)
     before = traced.copy()
     assert fuse_epilogue(traced).fired == 1
