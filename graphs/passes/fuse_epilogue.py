@@ -17,6 +17,7 @@ from graphs.passes.patterns import (
     is_number,
     is_standard,
     numpy_type,
+    producer,
     redirect_shapes,
     sole_value_reader,
     value_readers,
@@ -60,6 +61,9 @@ def _fuse(linear: gs.Node, traced: TracedGraph) -> bool:
     if gate is None:
         gate = gs.Constant(f"{linear.name}.no_gate", np.ones(int(linear.attrs["rows"]), numpy_type(product)))
     check_modulates("gate", gate, product)
+    asked = [node for each in (product, last) for node in each.outputs if node.op == "Shape"]
+    if asked and any(_computed_from(each, asked) for each in (gate, residual)):
+        raise NoMatch("its own shape is asked for to compute the gate or what is added")
     for each in (product, last):
         redirect_shapes(each, y)
     reader.outputs.clear()
@@ -90,6 +94,20 @@ def _adds_to(node: gs.Node, product: gs.Tensor) -> bool:
     """Whether a node adds something of the product's shape to it that is computed or fed."""
     added = _other(node, product) if is_standard(node, "Add") else product
     return added is not product and not isinstance(added, gs.Constant) and added.shape == product.shape
+
+
+def _computed_from(tensor: gs.Tensor, nodes: list[gs.Node]) -> bool:
+    """Whether `tensor` depends on what one of the nodes computes."""
+    wanted, seen, stack = {id(node) for node in nodes}, set(), [tensor]
+    while stack:
+        node = producer(stack.pop())
+        if node is None or id(node) in seen:
+            continue
+        if id(node) in wanted:
+            return True
+        seen.add(id(node))
+        stack += node.inputs
+    return False
 
 
 def _other(node: gs.Node, tensor: gs.Tensor) -> gs.Tensor:

@@ -131,7 +131,14 @@ def test_opening_what_is_open_does_nothing(parse):
 GATE_ALONE = "it is multiplied by a gate, and nothing is added to that alone"
 READ_ELSEWHERE = "something is added to it that may be a residual, but it is also read elsewhere"
 CONSTANT = "what is added to it is a constant or weight, no residual"
+OWN_SHAPE = "its own shape is asked for to compute the gate or what is added"
 NOT = {
+    "a residual of the layer's own shape": (
+        edited((SUM, "size = Shape(u) wide = Expand(row, size) other = Neg(wide) sum = Add(gated, other)")), OWN_SHAPE),
+    "a residual of the gated shape": (
+        edited((SUM, "size = Shape(gated) wide = Expand(row, size) sum = Add(gated, wide)")), OWN_SHAPE),
+    "a gate of the layer's own shape": (
+        edited((GATE, "size = Shape(u) wide = Expand(gate, size) gated = Mul(wide, u)")), OWN_SHAPE),
     "a constant": (edited((SUM, "sum = Add(gated, row)")), CONSTANT),
     "a weight": (edited((SUM, "k = Kept<rows = 24, cols = 24>(x) sum = Add(gated, k_bias)"),
                         and_output("z"), ("y = Neg", "z = Neg(k) y = Neg")), CONSTANT),
@@ -202,7 +209,11 @@ def test_sizes_that_have_no_name_may_differ(parse):
 
 @pytest.mark.parametrize("asked", ["u", "gated"])
 def test_what_is_asked_for_its_shape_alone_is_fused(parse, difference, asked):
-    traced = parse(edited(("24] y)", "24] y, int64[3] size)"), (SUM, f"{SUM} size = Shape({asked})")))
+    traced = parse(
+        edited(
+            ("24] y)", "24] y, int64[3] size)"), (SUM, f"other = Neg(x) sum = Add(gated, other) size = Shape({asked})")
+        )
+    )
     make_linear(traced)
     before = traced.copy()
     assert fuse_epilogue(traced).fired == 1
