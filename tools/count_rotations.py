@@ -1,10 +1,10 @@
 """Which rotations are left online in each model family, and that each one's graph still computes the same.
 
-    python tools/count_rotations.py [--only FLUX.1-dev] [--no-proof] [--write docs/graph.md]
+    python tools/count_rotations.py [--only FLUX.1-dev] [--no-proof] [--write docs/graph.md | --check docs/graph.md]
 
 Every family at its published widths with two blocks of each kind, rotations chosen by shape: traced, rewritten, every
-pass proved in ONNX Runtime on random weights, and the rotations counted. --write puts the table into a document.
-Exits 1 if rotations take more than 2 % of the work of a block.
+pass proved in ONNX Runtime on random weights, and the rotations counted. --write puts the table into a document, --check compares it with the one that
+is there. Exits 1 if they differ, or if rotations take more than 2 % of the work of a block.
 """
 
 import argparse
@@ -102,7 +102,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=CONFIGS)
     parser.add_argument("--no-proof", action="store_true")
-    parser.add_argument("--write", type=Path)
+    document = parser.add_mutually_exclusive_group()
+    document.add_argument("--write", type=Path)
+    document.add_argument("--check", type=Path)
     args = parser.parse_args()
     counted = {name: count(name, not args.no_proof) for name in CONFIGS if args.only in (None, name)}
     made = table(counted)
@@ -111,9 +113,17 @@ def main() -> None:
         text = args.write.read_text()
         before, _, rest = text.partition(BEGIN)
         args.write.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}")
+    if args.check is not None and (lacking := not_in(args.check.read_text(), made)):
+        sys.exit(f"{args.check}: its table of rotations has not: {' '.join(lacking)}")
     dear = dear_blocks(counted)
     if dear:
         sys.exit(f"rotations take more than {MOST:.0%} of the work of {', '.join(dear)}")
+
+
+def not_in(document: str, made: str) -> list[str]:
+    """The rows of a table that a document's table does not have; --only makes but some of them."""
+    written = document.partition(BEGIN)[2].partition(END)[0].splitlines()
+    return [row for row in made.splitlines() if row not in written]
 
 
 def dear_blocks(counted: dict[str, dict[str, tuple[BlockWork, BlockWork]]]) -> list[str]:
