@@ -3,8 +3,9 @@
     python tools/count_rotations.py [--only FLUX.1-dev] [--no-proof] [--write docs/graph.md | --check docs/graph.md]
 
 Every family at its published widths with two blocks of each kind, rotations chosen by shape: traced, rewritten, every
-pass proved in ONNX Runtime on random weights, and the rotations counted. --write puts the table into a document, --check compares it with the one that
-is there. Exits 1 if they differ, or if rotations take more than 2 % of the work of a block.
+pass proved in ONNX Runtime on random weights, and the rotations counted. --write puts the table into a document,
+--check compares it with the one that is there. Exits 1 if they differ, or if rotations take more than 2 % of the work
+of a block.
 """
 
 import argparse
