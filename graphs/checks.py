@@ -43,7 +43,11 @@ def check_complete(traced: TracedGraph) -> None:
 
 
 def check_preserved(before: TracedGraph, after: TracedGraph) -> None:
-    """Raise GraphError unless both have the same model inputs and outputs: names, types and shapes, in one order."""
+    """Raise GraphError unless both have the same model inputs and outputs, and no quantized weight has been widened.
+
+    Inputs and outputs: names, types and shapes, in one order. A layer may go, but its weight then is in no table: what
+    was quantized is not kept in floating point instead.
+    """
     for what, had, has in (
         ("model inputs", before.model_inputs(), after.model_inputs()),
         ("outputs", before.graph.outputs, after.graph.outputs),
@@ -54,6 +58,13 @@ def check_preserved(before: TracedGraph, after: TracedGraph) -> None:
             raise GraphError(f"the graph's {what}", f"got {', '.join(new) or 'none new'}", ", ".join(lost) or "no more")
         if had != has:
             raise GraphError(f"the graph's {what}", f"got the order {', '.join(has)}", ", ".join(had))
+    widened = {
+        source for name in after.tensors.keys() - before.tensors.keys() for source in after.tensors[name].sources()
+    }
+    for codes in before.linears.keys() - after.linears.keys():
+        weight = before.linears[codes]
+        if widened.intersection(weight.weight.sources()):
+            raise GraphError(f"the weight of {weight.layer}", "kept in floating point", f"{weight.bits} bits as before")
 
 
 def _signature(tensor: gs.Tensor) -> str:

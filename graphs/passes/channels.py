@@ -16,7 +16,7 @@ Every tensor on the way must have one reader: whoever else read it would find it
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_graphsurgeon as gs
 
@@ -50,6 +50,7 @@ def rows_behind(tensor: gs.Tensor, block: int, traced: TracedGraph, readers: int
 class _Climb:
     block: int
     traced: TracedGraph
+    first: int = 0  # the channel, of those now on the axes, with which the blocks begin
 
     def up(self, tensor: gs.Tensor, axes: tuple[int, ...], readers: int = 1) -> list[Rows]:
         """The rows behind the channels on `axes` of `tensor`, the first axis counting most."""
@@ -115,7 +116,7 @@ class _Climb:
         if not all(isinstance(size, int) for size in sizes):
             raise NoMatch("Split makes parts of unknown sizes")
         start = sum(sizes[:place])
-        rows = self.up(whole, axes)
+        rows = replace(self, first=self.first + start).up(whole, axes)
         if any(each.start or each.stop is not None for each in rows):
             raise NoMatch("Split takes a part of a part")
         return [Rows(each.name, start, start + sizes[place]) for each in rows]
@@ -172,8 +173,9 @@ class _Climb:
     def check_head(self, width) -> None:
         if not isinstance(width, int):
             raise NoMatch("the width of a head is not known")
-        if width % self.block:
-            raise NoMatch(f"blocks of {self.block} channels straddle heads of width {width}")
+        if width % self.block or self.first % self.block:
+            at = f", from channel {self.first} on," if self.first else ""
+            raise NoMatch(f"blocks of {self.block} channels{at} straddle heads of width {width}")
 
 
 Rule = Callable[[_Climb, gs.Node, gs.Tensor, tuple[int, ...]], list[Rows]]

@@ -401,3 +401,28 @@ def test_a_changed_order_of_outputs_is_refused(parse):
 
 def test_the_checked_model_is_valid_onnx_for_others_too(traced):
     onnx.checker.check_model(traced.to_onnx())
+
+
+def test_a_quantized_weight_is_not_kept_in_floating_point_instead(traced):
+    """Its function stays the same to the last bit, and nothing is left of what the package is for."""
+    before = traced.copy()
+    (transpose,) = tensor(traced, "u_wt").inputs
+    (codes, weight) = next((name, each) for name, each in traced.linears.items() if each.layer == "u")
+    wide = gs.Variable("u.wide", np.float32, list(weight.weight.shape))
+    traced.graph.inputs.append(wide)
+    traced.tensors["u.wide"] = weight.weight
+    transpose.inputs = [wide]
+    traced.forget_unused()
+    check(traced)
+    assert codes not in traced.linears
+    with pytest.raises(GraphError, match="the weight of u: kept in floating point, needed 4 bits as before"):
+        check_preserved(before, traced)
+
+
+def test_a_layer_may_go(parse):
+    before = parse(TEXT)
+    traced = before.copy()
+    traced.graph.outputs[0].inputs[0].inputs = [traced.graph.tensors()["x"], traced.graph.tensors()["x"]]
+    traced.forget_unused()
+    assert not traced.linears
+    check_preserved(before, traced)

@@ -45,6 +45,15 @@ FIRES = {
     "some of the samples, the others unread": climb(
         "top, rest = Split<num_outputs = 2>(made)", x="6, 20", y="3, 24"),
     "some of the channels": climb("rest, top = Split<axis = 2, num_outputs = 2>(made)", made=WIDE),
+    "some of the channels of a layer, from within a block on": climb(
+        "rest, top, more = Split<axis = 2>(made, parts)", numbers="int64[3] parts = {6, 12, 6}", y="batch, 8, 12",
+        width=12),
+    "some of the heads of attention": climb(
+        "split = Reshape(made, four) turned = Transpose<perm = [0, 2, 1, 3]>(split) mixed = MatMul(p, turned) "
+        "back = Transpose<perm = [0, 2, 1, 3]>(mixed) whole = Reshape(back, both) "
+        "rest, top = Split<axis = 2, num_outputs = 2>(whole)",
+        made=WIDE, inputs=", float[batch, 4, 8, 8] p",
+        numbers="int64[4] four = {0, 0, 4, 12}, int64[3] both = {0, 0, 48}"),
     "some of the channels, the others an output": climb(
         "rest, top = Split<axis = 2, num_outputs = 2>(made)", made=WIDE, outputs=", float[batch, 8, 24] rest"),
     "a single row": climb("top = Reshape(made, row)", x="20", y="1, 24", numbers="int64[2] row = {1, 24}"),
@@ -134,6 +143,17 @@ STOPS = {
             "any = Reshape(made, s) top, rest = Split<axis = 2, num_outputs = 2>(any)",
             inputs=", int64[3] s",
             y="a, b, 24",
+        ),
+    },
+    "blocks of 12 channels, from channel 6 on, straddle heads of width 12": {
+        "a part that begins within a head": climb(
+            "split = Reshape(made, heads) turned = Transpose<perm = [0, 2, 1, 3]>(split) mixed = MatMul(p, turned) "
+            "back = Transpose<perm = [0, 2, 1, 3]>(mixed) whole = Reshape(back, merge) "
+            "before, top, after = Split<axis = 2>(whole, parts)",
+            inputs=", float[batch, 2, 8, 8] p",
+            numbers="int64[3] parts = {6, 12, 6}",
+            y="batch, 8, 12",
+            width=12,
         ),
     },
     "Split takes a part of a part": {
