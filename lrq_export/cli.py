@@ -365,6 +365,8 @@ def _show_report(report: dict, as_json: bool) -> None:
         for rung in report["ladder"]:
             print(json.dumps({"event": "rung"} | rung))
         print(json.dumps({"event": "sizes"} | report["sizes"]))
+        for warning in report["warnings"]:
+            print(json.dumps({"event": "warning", "said": warning}))
         return
     from rich.console import Console
     from rich.table import Table

@@ -184,7 +184,7 @@ def _run(job: Job, until: str, key: str) -> BuildResult:
     write_json_atomic(job.path / REPORT, report)
     graphs = (load_graph(job.path / TRACE), rewritten_graph(job.path))
     write_report_page(job.path / REPORT_PAGE, report, samples, graphs)
-    write_manifest(job.path, _facts(job, key))
+    write_manifest(job.path, _facts(job, key, report["warnings"]))
     job.workspace.commit()
     return BuildResult(job.workspace.out, _all_passed(report), report, missing=tuple(job.missing))
 
@@ -242,8 +242,12 @@ def _trace(job: Job) -> None:
 def _rewrite(job: Job) -> None:
     """Run the pass pipeline; the graph after each pass is kept, for inspection and for parity rung R3."""
     files = {step.__name__: pass_file(job.path, index, step.__name__) for index, step in enumerate(PIPELINE)}
-    if all(file.exists() for file in files.values()):
-        return
+    if not all(file.exists() for file in files.values()):
+        _run_passes(job, files)
+    _check_complete(rewritten_graph(job.path))
+
+
+def _run_passes(job: Job, files: dict[str, Path]) -> None:
     for stale in pass_files(job.path):  # a rewrite that was interrupted begins anew
         stale.unlink()
     settings, read = job.recipe.rewrite, job.source.checkpoint.read
@@ -257,12 +261,14 @@ def _rewrite(job: Job) -> None:
             job.source.family.inputs(job.source.config), job.inputs.evaluation,
             read if settings.validation == "full" else None,
         )  # fmt: skip
-        rewritten = rewrite(
+        rewrite(
             load_graph(job.path / TRACE), PIPELINE, proof, job.recipe.gates.parity_nmse,
             keep_going=settings.keep_going, done=keep,
         )  # fmt: skip
-    if settings.keep_going:  # without bind_plugins, if that was refused: the report says so
-        return
+
+
+def _check_complete(rewritten: TracedGraph) -> None:
+    """What no package can do without, with --keep-going either: a node that names no plugin is run by its body."""
     try:
         check_complete(rewritten)
     except GraphError as error:
@@ -307,7 +313,7 @@ def _verify(job: Job) -> tuple[dict[str, Any], Any]:
     return report, samples
 
 
-def _facts(job: Job, key: str) -> dict[str, Any]:
+def _facts(job: Job, key: str, warnings: list[str]) -> dict[str, Any]:
     """What the manifest says besides the hashes."""
     records = QuantizedFile(job.path / QUANTIZED).records
     return {
@@ -317,7 +323,7 @@ def _facts(job: Job, key: str) -> dict[str, Any]:
         "scheduler": job.source.scheduler_config(),
         "recipe": job.recipe.model_dump(mode="json", by_alias=True),
         "layers": {name: vars(record) for name, record in records.items()},
-        "warnings": job.inputs.warnings,
+        "warnings": warnings,
     }
 
 

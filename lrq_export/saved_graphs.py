@@ -49,3 +49,8 @@ def saved_graphs(package: Path) -> tuple[list[TracedGraph], list[dict[str, Any]]
         properties = {entry.key: entry.value for entry in model.metadata_props}
         outcomes.append(json.loads(properties[OUTCOME_KEY]))
     return stages, outcomes
+
+
+def left_out(outcomes: list[dict[str, Any]]) -> list[str]:
+    """A line for every pass that --keep-going left out."""
+    return [f"rewrite: pass {row['name']} was left out: {row['refused']}" for row in outcomes if row["refused"]]

@@ -14,6 +14,7 @@ from lrq_export.package import MODEL, MODEL_DATA, ONNXRUNTIME_ENGINE, QUANTIZED
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe
 from lrq_export.runtime import ONNXRUNTIME, PackagedTransformer, open_runner
+from lrq_export.saved_graphs import left_out
 from lrq_export.source import Source, open_source
 from lrq_export.verify import ladder, rungs
 from lrq_export.verify.layers import histograms, layer_table
@@ -84,7 +85,7 @@ def climb(
         "source": {"class_name": config["_class_name"], "parameters": _parameters(quantized)},
         "machine": describe_machine(),
         "recipe": recipe.model_dump(mode="json", by_alias=True),
-        "warnings": [],
+        "warnings": left_out(passes),
         "ladder": [rung.to_json() for rung in climbed],
         "passes": passes,
         "layers": layers,

@@ -9,13 +9,15 @@ import torch
 
 from graphs.passes import PIPELINE
 from graphs.passes.patterns import LINEAR_OPS, ROTATE_OPS
+from lrq_export import compiler
 from lrq_export.compiler import STAGES, build
-from lrq_export.errors import UsageError
+from lrq_export.errors import CheckFailed, UsageError
 from lrq_export.models.pixart import PixArt
 from lrq_export.package import load_manifest, verify_hashes
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe, load_recipe
 from lrq_export.runtime import PackagedTransformer, feeds, open_runner
+from lrq_export.saved_graphs import rewritten_graph
 from lrq_export.source import open_source
 from lrq_export.verify.ladder import run_torch
 from lrq_export.verify.metrics import nmse
@@ -212,11 +214,21 @@ def test_at_most_two_to_the_bits_values_a_row_and_group(engine):
         assert max(len(torch.unique(group)) for row in groups for group in row) <= 2**recipe.weights.bits
 
 
-def test_a_gate_that_does_not_hold_exits_1_and_still_writes_the_package(one_block, tiny, cli, tmp_path):
+def broken(traced):
+    raise ValueError("as if it were wrong")
+
+
+def test_a_package_is_written_although_a_gate_does_not_hold_and_a_pass_was_left_out(
+    one_block, tiny, cli, tmp_path, monkeypatch
+):
+    broken.__name__ = "fuse_epilogue"
+    monkeypatch.setattr(
+        compiler, "PIPELINE", [broken if step.__name__ == broken.__name__ else step for step in PIPELINE]
+    )
     out = tmp_path / "package"
     flags = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
     outcome = cli(
-        "build", one_block, "-o", out, "--preset", "w8a8", "--set", "rotation.kind=hadamard",
+        "build", one_block, "-o", out, "--preset", "w8a8", "--set", "rotation.kind=hadamard", "--keep-going",
         "--set", "rotation.block=12", "--set", "gates.psnr_db=200", "--calibration", tiny.calibration, *flags,
     )  # fmt: skip
     assert outcome.code == 1
@@ -228,6 +240,11 @@ def test_a_gate_that_does_not_hold_exits_1_and_still_writes_the_package(one_bloc
     report = json.loads((out / "report.json").read_text())
     assert {rung["rung"]: rung["passed"] for rung in report["ladder"]} == {
         "R0": True, "R1": None, "R2": True, "R3": True, "R4": True, "R5": False}  # fmt: skip
+    said = "rewrite: pass fuse_epilogue was left out: as if it were wrong"
+    assert said in manifest["warnings"]
+    assert said in report["warnings"]
+    assert f"warning: {said}" in " ".join(outcome.out.split())
+    assert said in (out / "report.html").read_text()
     # 8 bits and rotations in blocks are what this package is.
     ops = {node.op_type for node in onnx.load(out / "model.onnx").graph.node}
     assert {"Int8Linear", "HadamardRotate"} <= ops
@@ -235,10 +252,19 @@ def test_a_gate_that_does_not_hold_exits_1_and_still_writes_the_package(one_bloc
     assert report["ladder"][1]["value"] < 1e-3
     # Asked again, it is not called up to date with success.
     again = cli(
-        "build", one_block, "-o", out, "--preset", "w8a8", "--set", "rotation.kind=hadamard",
+        "build", one_block, "-o", out, "--preset", "w8a8", "--set", "rotation.kind=hadamard", "--keep-going",
         "--set", "rotation.block=12", "--set", "gates.psnr_db=200", "--calibration", tiny.calibration, *flags,
     )  # fmt: skip
     assert again.code == 1
+
+
+def test_a_node_that_names_no_plugin_ends_a_build(package):
+    """`bind_plugins` cannot be left out: TensorRT would run such a node by its body."""
+    rewritten = rewritten_graph(package)
+    compiler._check_complete(rewritten)
+    next(node for node in rewritten.graph.nodes if node.domain).attrs.pop("plugin_namespace")
+    with pytest.raises(CheckFailed, match="has no attribute 'plugin_namespace'"):
+        compiler._check_complete(rewritten)
 
 
 def test_progress_tells_every_stage_in_order(tiny, cli, tmp_path):
