@@ -116,12 +116,12 @@ class _Climb:
             raise NoMatch("Split makes parts of unknown sizes")
         start = sum(sizes[:place])
         rows = self.up(whole, axes)
-        if any(each.start or each.stop is not None for each in rows):
+        if any(each.stop is not None for each in rows):
             raise NoMatch("Split takes a part of a part")
         return [Rows(each.name, start, start + sizes[place]) for each in rows]
 
     def add(self, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
-        biases = [each for each in node.inputs if not each.inputs and len(each.shape or ()) == 1]
+        biases = [each for each in node.inputs if not each.inputs and len(each.shape) == 1]
         if len(biases) != 1 or axes != (len(tensor.shape) - 1,) or biases[0].shape[0] != tensor.shape[-1]:
             raise NoMatch("Add computes what it rotates, no linear layer")
         (bias,) = biases
