@@ -178,6 +178,8 @@ NOT = {
     "gated twice": (edited((SUM, "again = Mul(gated, gate) sum = Add(again, x)")), GATE_ALONE),
     "subtracted": (edited((SUM, "sum = Sub(x, gated)")), GATE_ALONE),
     "an activation between": (edited((SUM, "bent = Relu(gated) sum = Add(bent, x)")), GATE_ALONE),
+    "a number and no residual": (
+        edited((GATE, "gated = Mul(half, u)"), (SUM, ""), ("Neg(sum)", "Neg(gated)")), None),
     "a gate and no residual": (edited((SUM, ""), ("Neg(sum)", "Neg(gated)")), GATE_ALONE),
     "activations in floating point": (edited((LINEAR, LINEAR.replace("rows", "act_bits = 16, rows"))), None),
     "kept in floating point": (edited((LINEAR, LINEAR.replace("Linear", "Kept"))), None),
