@@ -172,6 +172,14 @@ NOT = {
         bent((GELU, ERF.replace("h, half", "h, half4")), NUMBERS,
              ("(float[batch, tokens, 24] y)", "(float[q, batch, tokens, 24] y)")),
         NO_ERF),
+    "Gelu written with Erf, of what has no known shape": (
+        bent((GELU, ERF.replace("h, half", "h, half4")), NUMBERS, ("a = Relu(x)", "a = Reshape(x, s)"),
+             ("24] x)", "24] x, int64[n] s)"), ("(float[batch, tokens, 24] y)", "(float[q, batch, tokens, 24] y)")),
+        NO_ERF),
+    "Gelu written with Erf, by what has no known shape": (
+        graph_texts.edited(
+            written_out(("g = Mul(h, half)", "hh = Mul(h, half) any = Reshape(x, s) g = Mul(hh, any)")),
+            ("24] x)", "24] x, int64[n] s)")), NO_HALVES),
     "Gelu written with Tanh": (
         bent((GELU, "t = Tanh(a) f = Add(t, one) h = Mul(a, f) g = Mul(h, half)"), NUMBERS), NO_TANH),
     "Geglu, another Gelu written with Erf": (gate_written_out(("h, half", "h, one")), NO_ERF),
@@ -215,6 +223,9 @@ NOT = {
     "parts of what has no known size": (
         gated((SPLIT, "any = Reshape(both, s) hidden, gate = Split<axis = -1, num_outputs = 2>(any)"),
               ("24] x)", "24] x, int64[3] s)")), NO_HALVES),
+    "parts of what has no known shape": (
+        gated((SPLIT, "any = Reshape(both, s) hidden, gate = Split<axis = -1, num_outputs = 2>(any)"),
+              ("24] x)", "24] x, int64[n] s)")), NO_HALVES),
     "unequal parts": (
         gated(("{36, 36}", "{36, 1}"), ("rows = 72", "rows = 37")), NO_HALVES),
     "two tensors": (
