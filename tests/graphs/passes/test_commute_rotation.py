@@ -490,6 +490,14 @@ NOT = {
         channels(("a = Relu(x)", "a = Reshape(x, s)"), ("24] x)", "24] x, int64[n] s)")),
         None,
     ),
+    "channels of which some have no known shape": (
+        channels(
+            ("a = Relu(x)", "a = Reshape(x, s)"),
+            ("24] x)", "24] x, int64[n] s)"),
+            ("24] y)", "24] y)\n<float[batch, tokens, 72] both>"),
+        ),
+        "blocks of 12 channels straddle",
+    ),
     "channels of which some are not known": (
         channels(("a = Relu(x)", "a = Reshape(x, s)"), ("24] x)", "24] x, int64[3] s)")),
         "blocks of 12 channels straddle",
