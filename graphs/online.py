@@ -56,7 +56,8 @@ def _moved(node: gs.Node) -> gs.Tensor | None:
         return tokens[0] if len(tokens) == 1 else None
     x, (y, *_) = node.inputs[0], node.outputs
     if node.op == "Transpose":
-        return x if node.attrs.get("perm", [])[-1:] == [len(x.shape or ()) - 1] else None
+        perm = node.attrs.get("perm", [])
+        return x if perm[-1:] == [len(perm) - 1] else None
     return x if x.shape and y.shape and x.shape[-1] == y.shape[-1] else None
 
 
@@ -121,7 +122,7 @@ def block_of(layer: str) -> str:
 def _readers(tensor: gs.Tensor) -> Iterator[gs.Node]:
     """The products that read a tensor, in parts or among others too."""
     for node in tensor.outputs:
-        if node.op == "Concat" or _moved(node) is not None:
+        if is_standard(node, "Concat") or _moved(node) is not None:
             for each in node.outputs:
                 yield from _readers(each)
         else:

@@ -117,7 +117,7 @@ class _Climb:
             raise NoMatch("Split makes parts of unknown sizes")
         start = sum(sizes[:place])
         rows = replace(self, first=self.first + start).up(whole, axes)
-        if any(each.start or each.stop is not None for each in rows):
+        if any(each.stop is not None for each in rows):
             raise NoMatch("Split takes a part of a part")
         return [Rows(each.name, start, start + sizes[place]) for each in rows]
 

@@ -93,9 +93,10 @@ def _scaled(node: gs.Node) -> int | None:
 
 def _keeps_channels(node: gs.Node) -> bool:
     """Whether a Reshape or Transpose leaves the channels on the last axis."""
-    before, after = node.inputs[0].shape, node.outputs[0].shape
     if node.op == "Transpose":
-        return node.attrs.get("perm", [])[-1:] == [len(after or ()) - 1]
+        perm = node.attrs.get("perm", [])
+        return perm[-1:] == [len(perm) - 1]
+    before, after = node.inputs[0].shape, node.outputs[0].shape
     return bool(before and after) and isinstance(after[-1], int) and before[-1] == after[-1]
 
 
@@ -133,11 +134,11 @@ def _rotations_of_parts(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -
     return _rotations_of(list(map(_below_layout, parts)), rotation, traced) if len(parts) > 1 else []
 
 
-def _parts_tokens(node: gs.Node) -> bool:
+def _parts_tokens(node: gs.Node | None) -> bool:
     """Whether a node is a Split or Slice of other axes than the last, known ones."""
-    rank = len(node.inputs[0].shape or ())
-    if not rank or not is_standard(node, "Split", "Slice"):
+    if not is_standard(node, "Split", "Slice") or not node.inputs[0].shape:
         return False
+    rank = len(node.inputs[0].shape)
     if node.op == "Split":
         return node.attrs.get("axis", 0) % rank != rank - 1
     if len(node.inputs) < 4 or not isinstance(node.inputs[3], gs.Constant):
@@ -147,15 +148,16 @@ def _parts_tokens(node: gs.Node) -> bool:
 
 def _past_concat(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
     """A rotation of channels that several tensors bring together becomes one for each of them."""
-    joined, signs = node.outputs[0], traced.signs.get(rotation.inputs[1].name)
+    joined = node.outputs[0]
     if not joined.shape or node.attrs["axis"] % len(joined.shape) != len(joined.shape) - 1:
         return []
     widths, block = [each.shape[-1] if each.shape else None for each in node.inputs], int(rotation.attrs["block"])
     if not all(isinstance(width, int) and width % block == 0 for width in widths):
         raise NoMatch(f"blocks of {block} channels straddle the parts of a Concat, {widths} channels wide")
-    if signs is None or signs.seed is not None:
-        raise NoMatch("its signs are drawn for all channels of a Concat at once")
     equal, moved = _rotations_of([joined], rotation, traced), []
+    signs = traced.signs[rotation.inputs[1].name]
+    if signs.seed is not None:
+        raise NoMatch("its signs are drawn for all channels of a Concat at once")
     for place, stop in enumerate(np.cumsum(widths).tolist()):
         part = _signs_part(rotation.inputs[1], signs, stop - widths[place], stop, traced)
         moved.append(_rotate(node.inputs[place], rotation, traced, f".{place}", part))
@@ -167,7 +169,7 @@ def _past_concat(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[
 def _signs_part(constant: gs.Constant, signs: Signs, start: int, stop: int, traced: TracedGraph) -> gs.Constant:
     """The factors of channels `start` to `stop`, entered into the table of signs."""
     name = f"{constant.name}.{start}-{stop}"
-    if name in traced.signs and (held := traced.graph.tensors().get(name)) is not None:
+    if (held := traced.graph.tensors().get(name)) is not None:
         return held  # what read it may have gone since it was entered
     divisors = None if signs.equalizer is None else equalizer.part(signs.equalizer, start, stop)
     traced.signs[name] = Signs(None, divisors)
@@ -183,9 +185,7 @@ def _join(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
     rank = len(rotation.outputs[0].shape or ())
     if not rank or node.attrs["axis"] % rank == rank - 1:
         return []
-    rotations, key = [producer(each) for each in node.inputs], rotation_key(rotation)
-    if key is None or rotation.inputs[1].name not in traced.signs:
-        raise NoMatch("its signs are not in the table of signs")
+    rotations, key = [producer(each) for each in node.inputs], _known_key(rotation, traced)
     if not all(
         each is not None
         and is_lrq(each, "HadamardRotate")
@@ -214,7 +214,7 @@ def _folds(rotation: gs.Node, traced: TracedGraph) -> bool:
         return bool(rows_behind(x, block, traced))
     except NoMatch:
         node = producer(_above_layout(x))
-    if node is None or not _parts_tokens(node):
+    if not _parts_tokens(node):
         return False
     try:
         whole, parts = node.inputs[0], _rotations_of_parts(node, rotation, traced)
@@ -239,19 +239,15 @@ def _above_layout(x: gs.Tensor) -> gs.Tensor:
 
 def _below_layout(x: gs.Tensor) -> gs.Tensor:
     """The other way round: from where a rotation would move up to `x`."""
-    while len(readers := value_readers(x)) == 1 and (operand := _layout_operand(readers[0])) is not None:
-        if readers[0].inputs[operand] is not x:
-            break
+    while len(readers := value_readers(x)) == 1 and _layout_operand(readers[0]) is not None:
         (x,) = readers[0].outputs
     return x
 
 
 def _rotations_of(tensors: list[gs.Tensor], rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
     """The rotations equal to `rotation` that read the tensors; raises NoMatch if anything else reads one of them."""
-    key, graph = rotation_key(rotation), traced.graph
+    key, graph = _known_key(rotation, traced), traced.graph
     readers = [reader for tensor in tensors for reader in value_readers(tensor)]
-    if key is None or rotation.inputs[1].name not in traced.signs:
-        raise NoMatch("its signs are not in the table of signs")
     if any(is_graph_output(tensor, graph) for tensor in tensors):
         raise NoMatch("what it rotates is an output of the graph")
     if not all(is_lrq(each, "HadamardRotate") and rotation_key(each) == key for each in readers):
@@ -259,6 +255,13 @@ def _rotations_of(tensors: list[gs.Tensor], rotation: gs.Node, traced: TracedGra
     if any(is_graph_output(each.outputs[0], graph) for each in readers):
         raise NoMatch("the rotated tensor is an output of the graph")
     return readers
+
+
+def _known_key(rotation: gs.Node, traced: TracedGraph) -> tuple:
+    """What makes another rotation equal to this one; raises NoMatch unless its signs are constants of the table."""
+    if rotation.inputs[1].name not in traced.signs:
+        raise NoMatch("its signs are not in the table of signs")
+    return rotation_key(rotation)
 
 
 def _rotate(x: gs.Tensor, rotation: gs.Node, traced: TracedGraph, suffix: str = "", signs=None) -> gs.Node:

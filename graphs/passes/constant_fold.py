@@ -69,9 +69,7 @@ def _sizes(shape: gs.Node) -> list | None:
 def _gathered(gather: gs.Node):
     """The sizes that a Gather picks of a Shape, in the shape of its indices; None if it does not."""
     sizes = _sizes_behind(gather)
-    if sizes is None or gather.attrs.get("axis", 0) != 0:
-        return None
-    return np.array(sizes, object)[gather.inputs[1].values]
+    return None if sizes is None else np.array(sizes, object)[gather.inputs[1].values]
 
 
 def _sliced(cut: gs.Node) -> list | None:

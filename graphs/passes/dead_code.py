@@ -46,7 +46,8 @@ def _to_its_own_type(cast: gs.Node) -> bool:
 
 
 def _in_place(transpose: gs.Node) -> bool:
-    return transpose.attrs.get("perm") == list(range(len(transpose.inputs[0].shape or ())))
+    perm = transpose.attrs.get("perm")  # None: axes are reversed
+    return perm is not None and perm == sorted(perm)
 
 
 def _beside_neutral(node: gs.Node) -> gs.Tensor | None:

@@ -36,7 +36,7 @@ def fuse_activation(traced: TracedGraph) -> PassResult:
                 result.skip(rotation, obstacle)
             continue
         if len(value_readers(tokens)) > 1 or is_graph_output(tokens, traced.graph):
-            result.skip(rotation, "the activated tokens are also read elsewhere, unrotated")
+            result.skip(rotation, "the activated tokens are also read elsewhere, or rotated in another way")
             continue
         rotation.op, x = found
         rotation.inputs = [x, signs]
@@ -71,8 +71,8 @@ def _under_gelu(tensor: gs.Tensor) -> gs.Tensor | None:
         return x
     for bent in _factors(tensor):
         x = _under_erf(bent)
-        if x is None or len(x.shape or ()) != len(tensor.shape or ()):
-            continue
+        if x is None or not x.shape or len(x.shape) != len(tensor.shape or ()):
+            continue  # a number may add axes
         factors = _factors(tensor, whole=x)
         numbers = [_number(each) for each in factors if is_number(each)]
         others = [id(each) for each in factors if not is_number(each)]
@@ -115,7 +115,8 @@ def _halves(hidden: gs.Tensor, gate: gs.Tensor | None) -> gs.Tensor | None:
         return None
     in_order = split.outputs[0] is hidden and split.outputs[1] is gate
     last = split.attrs.get("axis", 0) in (-1, len(hidden.shape or ()) - 1)
-    equal = bool(hidden.shape and gate.shape) and isinstance(gate.shape[-1], int) and hidden.shape[-1] == gate.shape[-1]
+    widths = [each.shape[-1] if each.shape else None for each in split.outputs]
+    equal = isinstance(widths[0], int) and widths[0] == widths[1]
     return split.inputs[0] if in_order and last and equal else None
 
 
@@ -124,6 +125,8 @@ def _near_miss(tensor: gs.Tensor) -> str | None:
     for x, factor in _operands(tensor, "Mul"):
         gate = _under_gelu(factor)
         if gate is None:
+            if activation(factor) is not None:
+                return "a SiLU multiplies it, and no fused op has that gate"
             if sole_operand(factor, "Sigmoid") is not None:
                 return "a Sigmoid multiplies it, but of another tensor: no SiLU"
             continue

@@ -19,6 +19,7 @@ from graphs.passes.patterns import (
     numpy_type,
     producer,
     redirect_shapes,
+    remove_node,
     sole_value_reader,
     value_readers,
 )
@@ -66,8 +67,8 @@ def _fuse(linear: gs.Node, traced: TracedGraph) -> bool:
         raise NoMatch("its own shape is asked for to compute the gate or what is added")
     for each in (product, last):
         redirect_shapes(each, y)
-    reader.outputs.clear()
-    product.inputs.clear()
+    for gone in {id(each): each for each in (*product.outputs, reader)}.values():
+        remove_node(gone, traced.graph)  # at once: what it reads has one reader less
     linear.op, linear.inputs, linear.outputs = RESIDUAL_OF[linear.op], [*linear.inputs, gate, residual], [y]
     return True
 

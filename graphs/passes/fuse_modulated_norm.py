@@ -11,7 +11,15 @@ import onnx_graphsurgeon as gs
 
 from graphs.passes.channels import NoMatch
 from graphs.passes.norms import Norm, check_modulates, modulated_norm
-from graphs.passes.patterns import is_graph_output, is_lrq, numpy_type, redirect_shapes, value_readers
+from graphs.passes.patterns import (
+    is_graph_output,
+    is_lrq,
+    is_standard,
+    numpy_type,
+    producer,
+    redirect_shapes,
+    value_readers,
+)
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -22,6 +30,8 @@ def fuse_modulated_norm(traced: TracedGraph) -> PassResult:
         try:
             norm = modulated_norm(rotation.inputs[0])
             if norm is None:
+                if (op := _norm_behind(rotation.inputs[0])) is not None:
+                    result.skip(rotation, f"{op} is behind what it rotates, but not in a form that a fused op has")
                 continue
             _check(norm, rotation.inputs[0], traced)
         except NoMatch as reason:
@@ -32,6 +42,16 @@ def fuse_modulated_norm(traced: TracedGraph) -> PassResult:
     if result.fired:
         traced.forget_unused()
     return result
+
+
+def _norm_behind(tensor: gs.Tensor, steps: int = 6) -> str | None:
+    """The norm, or the mean that one takes, from which at most so many steps lead to `tensor`; None without one."""
+    node = producer(tensor)
+    if is_standard(node, "LayerNormalization", "RMSNormalization", "ReduceMean"):
+        return node.op
+    if not steps or not is_standard(node, "Add", "Sub", "Mul", "Div", "Sqrt", "Pow", "Reciprocal"):
+        return None
+    return next((found for each in node.inputs if (found := _norm_behind(each, steps - 1)) is not None), None)
 
 
 def _fuse(rotation: gs.Node, norm: Norm) -> None:
@@ -47,7 +67,7 @@ def _fuse(rotation: gs.Node, norm: Norm) -> None:
 def _check(norm: Norm, tokens: gs.Tensor, traced: TracedGraph) -> None:
     """Raise NoMatch unless the fused node means the same and leaves no work behind; the norm computes `tokens`."""
     if len(value_readers(tokens)) > 1 or is_graph_output(tokens, traced.graph):
-        raise NoMatch("the normalized tokens are also read elsewhere, unrotated")
+        raise NoMatch("the normalized tokens are also read elsewhere, or rotated in another way")
     for what, tensor in (("scale", norm.scale), ("shift", norm.shift)):
         if tensor is not None:
             check_modulates(f"{what} of the norm before it", tensor, norm.x)

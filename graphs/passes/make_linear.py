@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphs import names
-from graphs.passes.patterns import DEQUANT_OPS, LINEAR_OF, is_lrq, open_linear, redirect_shapes
+from graphs.passes.patterns import DEQUANT_OPS, LINEAR_OF, is_inner, is_lrq, open_linear, redirect_shapes
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -23,7 +23,11 @@ def make_linear(traced: TracedGraph) -> PassResult:
         readers = [matmul for transpose in dequant.outputs[0].outputs for matmul in transpose.outputs[0].outputs]
         linear = open_linear(readers[0], graph) if len(readers) == 1 else None
         if linear is None or linear.dequant is not dequant:
-            result.skip(dequant, f"its weight is read by {len(readers)} nodes, needed one MatMul by the transpose")
+            inner = any(is_inner(reader, graph) for reader in readers)
+            read = f"{len(readers)} nodes{', in a branch' if inner else ''}"
+            result.skip(
+                dequant, f"its weight is read by {read}, needed one MatMul by its transpose in the graph itself"
+            )
             continue
         bias = linear.bias
         if bias is None:

@@ -49,7 +49,7 @@ def projections(attention: gs.Node) -> list[gs.Node]:
 def _around(softmax: gs.Node) -> tuple[gs.Tensor, ...]:
     """Queries, keys and values of the attention around a softmax; empty if there is none."""
     scores = producer(softmax.inputs[0])
-    while scores is not None and (inner := _scaled_or_masked(scores)) is not None:
+    while (inner := _scaled_or_masked(scores)) is not None:
         scores = inner
     mixed, probabilities = list(softmax.outputs[0].outputs), softmax.outputs[0]
     while len(mixed) == 1 and _by_number(mixed[0]):
@@ -61,11 +61,11 @@ def _around(softmax: gs.Node) -> tuple[gs.Tensor, ...]:
     return (*scores.inputs, mixed[0].inputs[1])
 
 
-def _scaled_or_masked(node: gs.Node) -> gs.Node | None:
+def _scaled_or_masked(node: gs.Node | None) -> gs.Node | None:
     """The node whose scores this one multiplies with a number, or adds a mask to; None for any other."""
     if _by_number(node):
         return next((made for made in map(producer, node.inputs) if made is not None), None)
-    if not is_standard(node, "Add"):
+    if not is_standard(node, "Add", "Where"):
         return None
     made = map(producer, node.inputs)
     return next((each for each in made if is_standard(each, "MatMul") or _by_number(each)), None)

@@ -281,6 +281,19 @@ def test_a_rotation_of_parts_counts_where_the_parts_are_read(parse):
     assert work_by_block(named(parse(text))) == WORK
 
 
+def test_a_rotation_of_tokens_that_are_joined_counts_where_all_are_read(parse):
+    text = edited(
+        MLP, ("tokens, 24] y", "both, 24] y"), ("y = Add(start, end)", "y = Neg(end)"),
+        ("last = Linear<rows = 36, cols = 24>(rounded)",
+         "both = Concat<axis = 1>(rounded, x) last = Linear<rows = 36, cols = 24>(both)"),
+    )  # fmt: skip
+    traced = named(parse(text))
+    assert work_by_block(traced) == WORK
+    (concat,) = [node for node in traced.graph.nodes if node.op == "Concat"]
+    concat.domain = "other"  # computes something else of them
+    assert work_by_block(traced)[""].rotations == 1
+
+
 def test_a_rotation_that_no_layer_reads_counts_outside_of_blocks(parse):
     traced = named(parse(edited(MLP, ("y = Add(start, end)", "other = Rotate<block = 12>(x) y = Add(other, end)"))))
     assert work_by_block(traced)[""] == BlockWork(1, 0, 24 * 13, 2 * 24 * 36)

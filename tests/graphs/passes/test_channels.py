@@ -85,12 +85,17 @@ def test_a_node_of_another_domain_stops_it(parse, text):
 
 NO_RESHAPE, NO_MIX = "Reshape from", "MatMul computes what it rotates, neither a linear layer nor a mix of tokens"
 NO_LAYER = "Add computes what it rotates, no linear layer"
+TOP = "float[batch, 8, 24] top"  # its shape is declared, where none could be inferred
 NARROW = "made = Kept<rows = 12, cols = 20>(x)"
 STOPS = {
     "what it rotates has no known shape": {
         "what is rotated": climb("top = Reshape(made, s)", inputs=", int64[n] s", y="a, b, c"),
         "what it is made of": climb(
             "any = Reshape(made, s) top = Slice(any, zero, two, zero)", inputs=", int64[n] s", y="a, b, c"
+        ),
+        "what is scaled": climb("any = Reshape(made, s) top = Mul(any, half)", inputs=", int64[n] s", numbers=TOP),
+        "what a bias is added to": climb(
+            "any = Reshape(made, s) top = Add(any, bias)", inputs=", int64[n] s, float[24] bias", numbers=TOP
         ),
     },
     "Cast rounds": {"half of the digits": climb("low = Cast<to = 10>(made) top = Cast<to = 1>(low)")},
@@ -168,6 +173,10 @@ STOPS = {
         "a bias of every head": climb(
             "split = Reshape(made, heads) sum = Add(split, bias) top = Reshape(sum, merge)", inputs=", float[12] bias"
         ),
+        "a number": climb("top = Add(made, half)"),
+        "a position embedding": climb(
+            "top = Add(made, bias)", x="batch, 24, 20", y="batch, 24, 24", inputs=", float[24, 24] bias"
+        ),
         "a bias of one number": climb("top = Add(made, bias)", inputs=", float[1] bias"),
         "a residual": climb("u = Kept<rows = 24, cols = 20>(x) top = Add(made, u)"),
     },
@@ -196,6 +205,9 @@ STOPS = {
         ),
     },
     NO_MIX: {
+        "values of no known shape": climb(
+            "any = Reshape(made, s) top = MatMul(p, any)", inputs=", int64[n] s, float[batch, 8, 8] p", numbers=TOP
+        ),
         "values that are stretched": climb(
             "top = MatMul(p, made)", inputs=", float[2, batch, 8, 8] p", y="2, batch, 8, 24"
         ),
@@ -248,6 +260,8 @@ STOPS = {
             y="batch, 8, 1",
             numbers="int64[3] wrong = {0, 8, 1}",
         ),
+    },
+    "Reshape from ? to [2, 8, 24]": {
         "nothing known": climb(
             "any = Reshape(made, s) top = Reshape(any, whole)",
             inputs=", int64[n] s",

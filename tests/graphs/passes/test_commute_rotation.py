@@ -152,6 +152,15 @@ FIRES = {  # text, moves, what the rotations read in the end
         graph_texts.edited(
             MEET, ("rb = Rotate<block = 12>(b)", "s = Div(half, b) rb = Rotate<block = 12>(s)"),
             ("int64[1] six = {6}", "int64[1] six = {6}, float half = {0.5}")), 1, {"met.joined", "s"}),
+    "tokens that meet, of a layer of which one part alone is read, unrotated too": (
+        graph_texts.edited(
+            MEET, (DIVIDED, "a = Slice(made, zero, two, one)"), ("rb = Rotate<block = 12>(b)", "rb = Neg(a)"),
+            ("batch, 4, 24] z", "batch, 2, 24] z")), 1, {"met.joined"}),
+    "tokens of two sources, one of which reads nothing": (
+        graph_texts.edited(
+            TOKENS, ("a = Relu(x)", f"a = Constant<value = float[1, 1, 24] {{{', '.join('12' * 12)}}}>()"),
+            ("[batch, text, 24] c", "[1, text, 24] c"), ("[batch, both, 24] y", "[1, both, 24] y")),
+        1, {"both.joined"}),
     "tokens that meet, below no layer": (graph_texts.edited(MEET, (MADE, "made = Relu(x)")), 1, {"met.joined", "b"}),
     "tokens that meet, of a layer that is read whole": (
         graph_texts.edited(MEET, ("4, 24] z)", "4, 24] z, float[batch, 6, 24] made)")), 1, {"met.joined", "b"}),
@@ -159,6 +168,11 @@ FIRES = {  # text, moves, what the rotations read in the end
         graph_texts.edited(MEET, ("(rb)", "(b)"), ("rb = Rotate<block = 12>(b)", "")), 1, {"met.joined"}),
     "a number, a Transpose and a Reshape": (LAYOUT, 3, {"a"}),
     "a number that divides": (graph_texts.edited(LAYOUT, ("Mul(half, a)", "Div(a, half)")), 3, {"a"}),
+    "a Transpose of what has no known shape": (
+        graph_texts.edited(
+            LAYOUT, ("<float half", "<bool[3] yes = {1, 1, 1}, float half"),
+            ("a = Relu(x)", "sizes = Shape(x) same = Compress(sizes, yes) a = Reshape(x, same)"),
+            ("shaped = Reshape(turned, shape)", ""), ("(shaped)", "(turned)")), 2, {"a"}),
 }  # fmt: skip
 
 
@@ -209,10 +223,8 @@ parts, sliced, channels, tokens, layout = (
     partial(graph_texts.edited, text) for text in (PARTS, SLICED, CHANNELS, TOKENS, LAYOUT)
 )
 # A rotation by a constant that is in no table.
-ONES, BY_CONSTANT = (
-    f"<float[24] ones = {{{', '.join('1' * 24)}}}>",
-    "lrq.HadamardRotate<block = 12, base = 12, order = 11>",
-)
+ONES, WIDE_ONES = (f"<float[{width}] ones = {{{', '.join('1' * width)}}}>" for width in (24, 72))
+BY_CONSTANT = "lrq.HadamardRotate<block = 12, base = 12, order = 11>"
 NOT = {
     "one part alone is rotated": (
         parts(("rb = Rotate<block = 12>(b)", ""), ("(rb)", "(b)")),
@@ -246,6 +258,20 @@ NOT = {
         parts(("[batch, 4, 24] z", "[batch, 4, 24] z, float[batch, 4, 24] rb")),
         "the rotated tensor is an output",
     ),
+    "what is rotated is an output, and nothing else": (
+        layout(("r = Rotate", "y = Rotate"), ("y = Linear<rows = 24, cols = 24>(r)", "")),
+        "the rotated tensor is an output",
+    ),
+    "a part whose tokens and channels change places": (
+        parts(
+            ("batch, 6, 24] x", "batch, 48, 24] x"),
+            ("{2, 4}", "{24, 24}"),
+            ("rb = Rotate<block = 12>(b)", "turned = Transpose<perm = [0, 2, 1]>(b) rb = Rotate<block = 12>(turned)"),
+            ("batch, 2, 24] y", "batch, 24, 24] y"),
+            ("batch, 4, 24] z", "batch, 24, 24] z"),
+        ),
+        "what it rotates is also read elsewhere",
+    ),
     "a block in two sources": (channels(("block = 12", "block = 72")), "blocks of 72 channels straddle the parts"),
     "signs for all sources": (channels(("block = 12", "block = 12, seed = 1")), "its signs are drawn for all channels"),
     "concatenated channels that are read elsewhere": (
@@ -255,6 +281,14 @@ NOT = {
     "tokens rotated in two ways": (
         tokens(("rc = Rotate<block = 12>", "rc = Rotate<block = 12, seed = 1>")),
         "not all tokens that a Concat joins",
+    ),
+    "tokens of no known shape": (
+        tokens(
+            ("a = Relu(x)", "a = Reshape(x, s)"),
+            ("24] c)", "24] c, int64[n] s)"),
+            ("rc = Rotate<block = 12>(c)", "d = Reshape(c, s) rc = Rotate<block = 12>(d)"),
+        ),
+        "Reshape does not keep the channels",
     ),
     "tokens of which some are not rotated": (
         tokens(("rc = Rotate<block = 12>(c)", "rc = Relu(c)")),
@@ -291,6 +325,13 @@ NOT = {
             ("(float[batch, both, 24] y)", f"(float[batch, both, 24] y)\n{ONES}"),
             ("ra = Rotate<block = 12>(a)", f"ra = {BY_CONSTANT}(a, ones)"),
             ("rc = Rotate<block = 12>(c)", f"rc = {BY_CONSTANT}(c, ones)"),
+        ),
+        "its signs are not in the table of signs",
+    ),
+    "channels rotated by signs of no table": (
+        channels(
+            ("(float[batch, tokens, 24] y)", f"(float[batch, tokens, 24] y)\n{WIDE_ONES}"),
+            ("Rotate<block = 12, width = 72>(both)", f"{BY_CONSTANT}(both, ones)"),
         ),
         "its signs are not in the table of signs",
     ),
@@ -424,6 +465,23 @@ NOT = {
         ),
         "Reshape does not keep the channels",
     ),
+    "a shape that was known": (
+        layout(
+            ("shaped = Reshape(turned, shape)", "shaped = Reshape(turned, s)"),
+            ("24] x)", "24] x, int64[n] s)"),
+            ("[tokens, batch, 24] y", "[a, b, 24] y"),
+        ),
+        "Reshape does not keep the channels",
+    ),
+    "a shape that was not known": (
+        layout(
+            ("shaped = Reshape(turned, shape)", "any = Reshape(turned, s) shaped = Reshape(any, shape)"),
+            ("shape = {0, 0, 24}", "shape = {5, 2, 24}"),
+            ("24] x)", "24] x, int64[n] s)"),
+            ("[tokens, batch, 24] y", "[5, 2, 24] y"),
+        ),
+        "Reshape does not keep the channels",
+    ),
     "parts of no known shape": (
         parts(("bent = Relu(x)", "bent = Reshape(x, s)"), ("24] x)", "24] x, int64[n] s)")),
         "what Split divides is also read",
@@ -431,6 +489,14 @@ NOT = {
     "channels of no known shape": (
         channels(("a = Relu(x)", "a = Reshape(x, s)"), ("24] x)", "24] x, int64[n] s)")),
         None,
+    ),
+    "channels of which some have no known shape": (
+        channels(
+            ("a = Relu(x)", "a = Reshape(x, s)"),
+            ("24] x)", "24] x, int64[n] s)"),
+            ("24] y)", "24] y)\n<float[batch, tokens, 72] both>"),
+        ),
+        "blocks of 12 channels straddle",
     ),
     "channels of which some are not known": (
         channels(("a = Relu(x)", "a = Reshape(x, s)"), ("24] x)", "24] x, int64[3] s)")),
@@ -464,6 +530,15 @@ def test_does_not_fire_and_says_why(parse, text, reason):
     assert result.fired == 0
     assert to_text(traced.to_onnx()) == before
     assert reason is None or any(found.startswith(reason) for found in result.reasons()), result.reasons()
+
+
+def test_numbers_of_channels_that_have_no_name_may_differ(parse):
+    traced = parse(LAYOUT)
+    for name in ("turned", "shaped"):
+        traced.graph.tensors()[name].shape = ["tokens", "batch", None]
+    result = commute_rotation(traced)
+    assert result.fired == 0
+    assert list(result.reasons()) == ["Reshape does not keep the channels on the last axis"]
 
 
 def test_each_source_gets_its_own_divisors(parse):

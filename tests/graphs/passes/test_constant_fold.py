@@ -88,7 +88,7 @@ known (float[batch, 6, 24] x) => (float[batch, 6, 24] y, int64[2] shape, int64 t
     sizes = Shape(x)
     found = Gather(sizes, last)
     shape = Identity(found)
-    size = Gather(sizes, one)
+    size = Gather<axis = -1>(sizes, one)
     tokens = Identity(size)
     all = Identity(sizes)
     known = Shape<start = 1>(x)

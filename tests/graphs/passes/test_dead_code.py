@@ -25,6 +25,7 @@ KEPT = {
     "0 minus": "Sub(nought, a)",
     "1 over": "Div(one, a)",
     "turned": "Transpose<perm = [0, 2, 1]>(a)",
+    "turned by default": "Transpose(a)",
 }
 
 
@@ -66,6 +67,15 @@ def test_what_changes_the_shape_stays(parse, head):
     traced = parse(f"{head} {{ a = {a} b = Mul(a, c) y = Relu(b) }}")
     assert dead_code(traced).fired == 0
     assert [node.op for node in traced.graph.nodes][1:] == ["Mul", "Relu"]
+
+
+def test_a_transpose_in_place_goes_even_if_no_shape_is_known(parse):
+    traced = parse("""
+        g (float[batch, 24] x, int64[n] s) => (float[a, b, c] y)
+        { any = Reshape(x, s) same = Transpose<perm = [0, 1, 2]>(any) y = Relu(same) }
+    """)
+    assert dead_code(traced).fired == 1
+    assert [node.op for node in traced.graph.nodes] == ["Reshape", "Relu"]
 
 
 def test_an_output_keeps_what_computes_it(parse):

@@ -153,7 +153,7 @@ def test_a_node_of_another_domain_is_no_part_of_an_activation(parse, text, name)
 
 NO_SILU = "a Sigmoid multiplies it, but of another tensor: no SiLU"
 NO_HALVES = "a Gelu multiplies it, but the two are not the halves of one tensor's channels"
-ELSEWHERE = "the activated tokens are also read elsewhere, unrotated"
+ELSEWHERE = "the activated tokens are also read elsewhere, or rotated in another way"
 NO_ERF = "a sum with Erf multiplies it: no Gelu, or one that is written out in an unknown way"
 NO_TANH = NO_ERF.replace("Erf", "Tanh")
 NOT = {
@@ -172,6 +172,14 @@ NOT = {
         bent((GELU, ERF.replace("h, half", "h, half4")), NUMBERS,
              ("(float[batch, tokens, 24] y)", "(float[q, batch, tokens, 24] y)")),
         NO_ERF),
+    "Gelu written with Erf, of what has no known shape": (
+        bent((GELU, ERF.replace("h, half", "h, half4")), NUMBERS, ("a = Relu(x)", "a = Reshape(x, s)"),
+             ("24] x)", "24] x, int64[n] s)"), ("(float[batch, tokens, 24] y)", "(float[q, batch, tokens, 24] y)")),
+        NO_ERF),
+    "Gelu written with Erf, by what has no known shape": (
+        graph_texts.edited(
+            written_out(("g = Mul(h, half)", "hh = Mul(h, half) any = Reshape(x, s) g = Mul(hh, any)")),
+            ("24] x)", "24] x, int64[n] s)")), NO_HALVES),
     "Gelu written with Tanh": (
         bent((GELU, "t = Tanh(a) f = Add(t, one) h = Mul(a, f) g = Mul(h, half)"), NUMBERS), NO_TANH),
     "Geglu, another Gelu written with Erf": (gate_written_out(("h, half", "h, one")), NO_ERF),
@@ -199,7 +207,8 @@ NOT = {
     "the first half twice": (gated((ACTIVE, "active = Gelu(hidden)")), NO_HALVES),
     "the second half twice": (gated((PRODUCT, "g = Mul(gate, active)")), NO_HALVES),
     "gated by another activation": (gated((ACTIVE, "active = Relu(gate)")), None),
-    "gated by a SiLU": (gated((ACTIVE, "s = Sigmoid(gate) active = Mul(gate, s)")), None),
+    "gated by a SiLU": (gated((ACTIVE, "s = Sigmoid(gate) active = Mul(gate, s)")),
+        "a SiLU multiplies it, and no fused op has that gate"),
     "halves of the tokens": (
         gated((SPLIT, "hidden, gate = Split<axis = 1, num_outputs = 2>(both)"), ("tokens, 24] x", "8, 24] x"),
               ("tokens, 24] y", "4, 24] y"), ("width = 36", "width = 72"), ("cols = 36", "cols = 72")), NO_HALVES),
@@ -215,6 +224,9 @@ NOT = {
     "parts of what has no known size": (
         gated((SPLIT, "any = Reshape(both, s) hidden, gate = Split<axis = -1, num_outputs = 2>(any)"),
               ("24] x)", "24] x, int64[3] s)")), NO_HALVES),
+    "parts of what has no known shape": (
+        gated((SPLIT, "any = Reshape(both, s) hidden, gate = Split<axis = -1, num_outputs = 2>(any)"),
+              ("24] x)", "24] x, int64[n] s)")), NO_HALVES),
     "unequal parts": (
         gated(("{36, 36}", "{36, 1}"), ("rows = 72", "rows = 37")), NO_HALVES),
     "two tensors": (

@@ -7,7 +7,7 @@ import pytest
 from onnx.printer import to_text
 
 from graphs.checks import check, check_preserved
-from graphs.passes import fuse_epilogue, make_linear, merge_projections
+from graphs.passes import dead_code, fuse_epilogue, make_linear, merge_projections
 from graphs.passes.fuse_epilogue import open_epilogues
 
 # The end of a branch of adaLN-Zero: its gate is one row per sample.
@@ -81,6 +81,17 @@ def test_fuses_and_keeps_the_function(case, difference):
     check(traced)
     check_preserved(before, traced)
     assert difference(before, traced) <= 1e-12
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_of_two_layers_that_are_added_up_one_takes_the_other_in(parse, gated):
+    """The other is a residual then, and no near miss."""
+    text = edited((SUM, "v = Linear<rows = 24, cols = 24>(x) sum = Add(gated, v)"))
+    traced = parse(text if gated else text.replace("Mul(gate, u)", "Identity(u)"))
+    dead_code(traced)
+    make_linear(traced)
+    result = fuse_epilogue(traced)
+    assert (result.fired, result.skipped) == (1, [])
 
 
 def test_fusing_again_does_nothing(case):
@@ -178,6 +189,8 @@ NOT = {
     "gated twice": (edited((SUM, "again = Mul(gated, gate) sum = Add(again, x)")), GATE_ALONE),
     "subtracted": (edited((SUM, "sum = Sub(x, gated)")), GATE_ALONE),
     "an activation between": (edited((SUM, "bent = Relu(gated) sum = Add(bent, x)")), GATE_ALONE),
+    "a number and no residual": (
+        edited((GATE, "gated = Mul(half, u)"), (SUM, ""), ("Neg(sum)", "Neg(gated)")), None),
     "a gate and no residual": (edited((SUM, ""), ("Neg(sum)", "Neg(gated)")), GATE_ALONE),
     "activations in floating point": (edited((LINEAR, LINEAR.replace("rows", "act_bits = 16, rows"))), None),
     "kept in floating point": (edited((LINEAR, LINEAR.replace("Linear", "Kept"))), None),

@@ -152,6 +152,7 @@ def test_what_is_in_a_branch_stays_there(parse, difference, inner, fired, bias):
     before = traced.copy()
     result = make_linear(traced)
     assert (result.fired, len(result.skipped)) == (fired, 1 - fired)
+    assert all("nodes, in a branch, needed" in reason for reason in result.reasons())
     assert [node.inputs[-1].name for node in traced.graph.nodes if node.op == "TwinLogLinear"] == [bias] * fired
     (was,), (now,) = ([node for node in each.graph.nodes if node.op == "If"] for each in (before, traced))
     for one, other in zip(was.subgraphs(recursive=True), now.subgraphs(recursive=True), strict=True):
@@ -172,7 +173,7 @@ def test_a_weight_that_another_layer_multiplies_is_no_layer(parse, difference, o
     result = make_linear(traced)
     assert result.fired == fired
     assert [skip.reason for skip in result.skipped] == [
-        "its weight is read by 1 nodes, needed one MatMul by the transpose"
+        "its weight is read by 1 nodes, needed one MatMul by its transpose in the graph itself"
     ]
     check(traced)
     assert difference(before, traced) <= 1e-12

@@ -34,6 +34,16 @@ FIRES = {
         ),
         [("q", "k", "v")],
     ),
+    "masked by a choice": (
+        edited(
+            ATTENTION,
+            ("24] x)", "24] x, float[batch, 1, 1, tokens] mask)"),
+            ("merge = {0, 0, 24}", "merge = {0, 0, 24}, float[1] least = {-1000}"),
+            ("p = Softmax(scores)",
+             "kept = Cast<to = 9>(mask) masked = Where(kept, scores, least) p = Softmax(masked)"),
+        ),
+        [("q", "k", "v")],
+    ),
     "scaled and normalized queries": (
         edited(
             ATTENTION,
@@ -176,6 +186,10 @@ NOT = {
     "the probabilities are the right operand": (
         [("MatMul(p, vh)", "MatMul(kh, p)"),
          ("back = Transpose<perm = [0, 2, 1, 3]>", "back = Transpose<perm = [0, 3, 1, 2]>")], None),
+    "the softmax is of an input": (
+        [("24] x)", "24] x, float[batch, 2, tokens, tokens] s)"), ("Softmax(scores)", "Softmax(s)")], None),
+    "the scores are scaled by what is computed of them": (
+        [("p = Softmax(scores)", "bent = Abs(scores) scaled = Mul(scores, bent) p = Softmax(scaled)")], None),
     "an activation of the scores": ([("p = Softmax(scores)", "bent = Relu(scores) p = Softmax(bent)")], None),
     "two products with the probabilities": (
         [("24] y)", "24] y, float[batch, 2, tokens, 12] z)"), ("mixed =", "z = MatMul(p, qh) mixed =")], None),
@@ -266,6 +280,15 @@ def test_rows_are_in_the_order_of_the_first_place_that_each_has(parse):
     make_linear(traced)
     assert merge_projections(traced).fired == 1
     assert stacked_layers(traced) == [("q", "v", "k")]
+
+
+def test_what_is_added_to_itself_many_times_takes_no_time(parse):
+    """Forty sums of two lead up to the layer in 2^40 ways."""
+    sums = " ".join(f"s{n + 1} = Add(s{n}, s{n})" for n in range(40))
+    traced = parse(edited(ATTENTION, ("q4 = Reshape(q, split)", f"s0 = Neg(q) {sums} q4 = Reshape(s40, split)")))
+    make_linear(traced)
+    assert merge_projections(traced).fired == 1
+    assert stacked_layers(traced) == [("q", "k", "v")]
 
 
 NAMES = {
