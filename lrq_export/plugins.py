@@ -106,6 +106,8 @@ def build(
     configure = [cmake, "-S", str(source), "-B", str(folder / "build"), *(f"-D{each}" for each in definitions)]
     said = list(_lines(configure, "configuring"))
     left_out = tuple(match[1] for line in said if (match := re.match(r"-- (\w+: left out: .*)", line)))
+    if any(each.startswith("kernels:") for each in left_out):
+        _compile(cmake, folder / "build", jobs or _jobs(), progress)  # the core alone, which needs a C++ compiler
     for part in ("kernels", "trt"):
         reason = next((each.partition("left out: ")[2] for each in left_out if each.startswith(f"{part}:")), None)
         if reason is not None:

@@ -23,6 +23,7 @@ import torch
 
 from graphs import names
 from lrq_export.errors import UsageError
+from lrq_export.kernel_operands import check_channels, check_tensor, check_weight
 from lrq_export.kernels import (
     Format,
     Kernels,
@@ -110,6 +111,7 @@ def _(x, signs, block, act_bits, prologue=0, scale=None, shift=None, epsilon=0.0
 
 @torch.library.custom_op("lrq::decode", mutates_args=(), device_types="cuda")
 def decode(codes: torch.Tensor, levels: torch.Tensor | None, form: Sequence[int]) -> torch.Tensor:
+    check_weight(codes, levels, form)
     codes, levels = _ready(codes), _ready(levels)
     decoded = codes.new_empty(tuple(form[:2]), dtype=torch.int8)
     with _current(codes) as stream:
@@ -126,6 +128,8 @@ def _(codes, levels, form):
 def dequantize(
     codes: torch.Tensor, levels: torch.Tensor | None, scale: torch.Tensor, form: Sequence[int]
 ) -> torch.Tensor:
+    check_weight(codes, levels, form)
+    check_tensor("scale", scale, form[:1], torch.float32)
     codes, levels, scale = _ready(codes), _ready(levels), _ready(scale)
     weight = codes.new_empty(tuple(form[:2]), dtype=torch.float32)
     with _current(codes) as stream:
@@ -154,6 +158,8 @@ def linear(
     decoded: torch.Tensor | None = None,
     tactic: int = 0,
 ) -> torch.Tensor:
+    check_channels("x", x, form[1])
+    check_tensor("signs", signs, (form[1],), x.dtype)
     x, y, signs = _ready(x), x.new_empty((*x.shape[:-1], form[0])), _ready(signs)
     if signs is not None and block == 0:
         raise UsageError("signs: got them without a block", hint="say block = 1 for signs alone")
@@ -186,6 +192,9 @@ def linear_quantized(
     decoded: torch.Tensor | None = None,
     tactic: int = 0,
 ) -> torch.Tensor:
+    check_channels("quantized", quantized, form[1])
+    check_tensor("quantized", quantized, quantized.shape, torch.int8)
+    check_tensor("token_scales", token_scales, (*quantized.shape[:-1], 1), torch.float32)
     y = quantized.new_empty((*quantized.shape[:-1], form[0]), dtype=dtype)
     call = _linear(codes, levels, scale, bias, form, gate, residual, decoded, y, act_bits, tactic)
     quantized, token_scales = _ready(quantized), _ready(token_scales)
@@ -259,6 +268,8 @@ def _run_rotation(x, signs, block, prologue, scale, shift, epsilon, y, token_sca
         raise UsageError(
             f"scale and shift: got {len(given)} of them, needed both for a norm and none for another prologue"
         )
+    for what, tensor in (("signs", signs), ("scale", scale), ("shift", shift)):
+        check_channels(what, tensor, y.shape[-1])
     x = _ready(x)
     tokens, rows, _kept = _modulated(x.shape[:-1], given, x.dtype)
     signs = None if signs is None else _ready(signs.to(x.dtype))
@@ -272,6 +283,13 @@ def _run_rotation(x, signs, block, prologue, scale, shift, epsilon, y, token_sca
 
 def _linear(codes, levels, scale, bias, form, gate, residual, decoded, y, act_bits, tactic) -> Linear:
     """A call but for its activations. `kept` on it holds what its pointers need until it has been enqueued."""
+    check_weight(codes, levels, form)
+    check_tensor("scale", scale, form[:1], torch.float32)
+    check_tensor("bias", bias, form[:1], torch.float32)
+    check_tensor("decoded", decoded, form[:2], torch.int8)
+    check_channels("gate", gate, form[0])
+    if residual is not None:
+        check_tensor("residual", residual, y.shape, residual.dtype)
     codes, levels, scale, bias, decoded = kept = [_ready(t) for t in (codes, levels, scale, bias, decoded)]
     lead, modulation = y.shape[:-1], Modulation()
     tokens = Tokens(1, math.prod(lead))

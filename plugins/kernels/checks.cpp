@@ -330,7 +330,8 @@ int32_t checkLinear(LrqLinear const* linear) {
     if (int32_t const fault = checkActivationPointers(*linear)) {
         return fault;
     }
-    if (linear->decoded == nullptr) {
+    // LRQ_AUTO may decode by itself although the weight is decoded already.
+    if (linear->decoded == nullptr || linear->weight.codes != nullptr) {
         if (int32_t const fault = checkWeightPointers(linear->weight)) {
             return fault;
         }

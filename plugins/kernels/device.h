@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
 
 namespace lrq {
 
@@ -117,14 +118,26 @@ struct Grid {
 
 constexpr int64_t kSharedBytesOfAnyKernel = 48 * 1024;  // beyond it a kernel has to opt in
 
+// Whether a kernel may have so much dynamic shared memory from now on. What it may have already is
+// never lowered: another thread may be about to launch it with more.
+inline bool allowShared(void const* function, int64_t bytes) {
+    static std::mutex mutex;
+    std::lock_guard<std::mutex> const guard(mutex);
+    cudaFuncAttributes now{};
+    if (cudaFuncGetAttributes(&now, function) != cudaSuccess) {
+        return false;
+    }
+    return now.maxDynamicSharedSizeBytes >= bytes ||
+           cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(bytes)) == cudaSuccess;
+}
+
 // Whether CUDA took the launch. An error of another call, met earlier, is not reported as ours.
 template <class... Parameters>
 bool launch(void (*kernel)(Parameters...), Grid grid, cudaStream_t stream,
             std::common_type_t<Parameters>... parameters) {
     void const* const function = reinterpret_cast<void const*>(kernel);
-    if (grid.sharedBytes > kSharedBytesOfAnyKernel &&
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(grid.sharedBytes)) != cudaSuccess) {
+    if (grid.sharedBytes > kSharedBytesOfAnyKernel && !allowShared(function, grid.sharedBytes)) {
         return false;
     }
     void* pointers[] = {&parameters...};

@@ -170,7 +170,8 @@ int32_t Plugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t i
     });
 }
 
-// There is no way to refuse here: a size that the kernels refuse is said, and refused by enqueue.
+// There is no way to refuse here: what the kernels refuse is said, and the largest sizes are refused
+// by enqueue. It does not tell us how much was reserved: smaller sizes rely on needing no more.
 size_t Plugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t inputCount,
                                 DynamicPluginTensorDesc const*, int32_t) const noexcept {
     return guarded<size_t>(name(), 0, [&] {

@@ -1,10 +1,13 @@
 """torch.ops.lrq: what of it shows without kernels."""
 
+import numpy as np
 import pytest
 import torch
 
 import lrq_export.torch_ops as torch_ops
+from graphs.ops import packing, words
 from lrq_export.errors import MissingError, UsageError
+from lrq_export.kernel_operands import code_bytes
 from lrq_export.kernels import ENVIRONMENT, Format, Layout, Tokens, find_library, split_tokens
 from lrq_export.torch_ops import WeightForm
 
@@ -36,6 +39,66 @@ def test_shapes_and_types_are_known_without_a_gpu(dtype):
     assert (y.shape, y.dtype) == ((2, 5, 24), dtype)
     again = ops.linear_quantized(quantized, scales, codes, levels, scale, None, FORM, 8, dtype)
     assert (again.shape, again.dtype) == ((2, 5, 24), dtype)
+
+
+def operands(**changes):
+    """Of a linear layer of 24 x 64 for 3 tokens; the ops get them only after they are checked."""
+    given = {
+        "x": torch.zeros(3, 64), "codes": torch.zeros(24, 32, dtype=torch.int8),
+        "levels": torch.zeros(24, 1, 2, 3, dtype=torch.int8), "scale": torch.zeros(24), "bias": torch.zeros(24),
+        "form": FORM, "act_bits": 8, "gate": torch.zeros(24), "residual": torch.zeros(3, 24),
+        "decoded": torch.zeros(24, 64, dtype=torch.int8), "signs": torch.ones(64), "block": 64,
+    }  # fmt: skip
+    return given | changes
+
+
+WRONG = {
+    "channels": ({"x": torch.zeros(3, 32)}, r"x: got shape \(3, 32\), needed 64 channels on the last axis"),
+    "codes of other rows": (
+        {"codes": torch.zeros(8, 32, dtype=torch.int8)}, "codes: got 256 bytes, needed 768 for 24 x 64"),
+    "no levels": ({"levels": None}, "levels: got none"),
+    "levels of a table": (
+        {"levels": torch.zeros(24, 1, 16, dtype=torch.int8)}, r"levels: got shape .* \(24, 1, 2, 3\)"),
+    "a scale for each channel": ({"scale": torch.zeros(64)}, r"scale: got shape \(64,\), needed \(24,\)"),
+    "a bias of another type": ({"bias": torch.zeros(24, dtype=torch.bfloat16)}, "bias: got torch.bfloat16"),
+    "a residual of fewer tokens": (
+        {"residual": torch.zeros(2, 24)}, r"residual: got shape \(2, 24\), needed \(3, 24\)"),
+    "a gate of other channels": ({"gate": torch.zeros(3, 12)}, "gate: got shape"),
+    "decoded to floats": ({"decoded": torch.zeros(24, 64)}, "decoded: got torch.float32, needed torch.int8"),
+    "signs of another type": ({"signs": torch.ones(64, dtype=torch.float16)}, "signs: got torch.float16"),
+    "fewer signs": ({"signs": torch.ones(32)}, r"signs: got shape \(32,\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "said"), WRONG.values(), ids=WRONG.keys())
+def test_what_the_kernels_would_read_past_is_refused(changes, said):
+    with pytest.raises(UsageError, match=said):
+        torch_ops.linear._init_fn(**operands(**changes))
+
+
+def test_what_fits_is_passed_on(monkeypatch):
+    """The twin: nothing is refused but what is wrong."""
+    calls = []
+    monkeypatch.setattr(torch_ops, "_run_linear", lambda call, y: calls.append(y.shape))
+    torch_ops.linear._init_fn(**operands())
+    assert calls == [(3, 24)]
+
+
+FORMS = [
+    (4, Layout.WORDS),
+    (3, Layout.WORDS),
+    (2, Layout.WORDS),
+    (4, Layout.STORAGE),
+    (3, Layout.STORAGE),
+    (2, Layout.STORAGE),
+]
+
+
+@pytest.mark.parametrize(("bits", "layout"), FORMS, ids=str)
+def test_codes_have_the_bytes_of_their_layout(bits, layout):
+    codes = np.zeros((5, 40), np.uint8)
+    stored = words.prepack(codes, bits).nbytes if layout == Layout.WORDS else len(packing.pack(codes, bits).raw)
+    assert code_bytes(5, 40, Format.TWIN_LOG, layout, bits) == stored
 
 
 def test_half_of_a_norm_is_refused():
