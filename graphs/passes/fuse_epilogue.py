@@ -67,7 +67,6 @@ def _fuse(linear: gs.Node, traced: TracedGraph) -> bool:
     for each in (product, last):
         redirect_shapes(each, y)
     reader.outputs.clear()
-    product.inputs.clear()
     linear.op, linear.inputs, linear.outputs = RESIDUAL_OF[linear.op], [*linear.inputs, gate, residual], [y]
     return True
 
