@@ -164,6 +164,12 @@ NOT = {
     "a residual of sizes that are not known": (
         edited(("24] x,", "24] x, int64[3] sizes,"), (SUM, "same = Reshape(a, sizes) sum = Add(gated, same)")),
         "what is added to it has shape ['unk__"),
+    "a residual of no known shape": (
+        edited(("24] x,", "24] x, int64[n] s,"), (SUM, "any = Reshape(a, s) sum = Add(gated, any)")),
+        "what is added to it has shape None, needed ['batch', 'tokens', 24]"),
+    "a layer of no known shape": (
+        edited(("24] x,", "24] x, int64[n] s,"), ("a = Relu(x)", "a = Reshape(x, s)")),
+        "what is added to it has shape ['batch', 'tokens', 24], needed None"),
     "one gate for all channels": (
         edited(("1, 24] gate", "1, 1] gate")),
         "the gate has shape (batch, 1, 1), needed one that broadcasts to (batch, tokens, 24)"),
@@ -180,6 +186,13 @@ NOT = {
         PLAIN.replace("Add(u, x)", "Add(u, x) z = Neg(u)").replace(*and_output("z")), READ_ELSEWHERE),
     "the linear is read elsewhere, and another row is added to it": (
         PLAIN.replace("Add(u, x)", "Add(u, row) z = Neg(u)").replace(*and_output("z")), None),
+    "the linear is read elsewhere, and a constant of its shape is added to it": (
+        PLAIN.replace("[batch, tokens, 24]", "[1, 1, 24]").replace("float[24] row", "float[1, 1, 24] row")
+        .replace("24] y)", "24] y, float[1, 1, 24] z)").replace("Add(u, x)", "Add(u, row) z = Neg(u)"), None),
+    "the linear is read elsewhere, and one row for all tokens is added to it": (
+        edited((GATE, "z = Neg(u)"), (SUM, "sum = Add(u, gate)"), and_output("z")), None),
+    "the linear is read elsewhere, and multiplied by tokens": (
+        PLAIN.replace("Add(u, x)", "Mul(u, x) z = Neg(u)").replace(*and_output("z")), None),
     "the gated linear is an output": (edited(and_output("gated")), GATE_ALONE),
     "the linear is read elsewhere": (edited((SUM, "b = Neg(u) sum = Add(gated, b)")), None),
     "the gated linear is read elsewhere": (edited((SUM, "b = Neg(gated) sum = Add(gated, b)")), GATE_ALONE),
@@ -234,6 +247,16 @@ def test_what_is_asked_for_its_shape_alone_is_fused(parse, difference, asked):
     check(traced)
     check_preserved(before, traced)
     assert difference(before, traced) <= 1e-12
+
+
+def test_a_residual_of_what_is_added_to_itself_many_times_takes_no_time(parse):
+    """Forty sums of two lead up to x in 2^40 ways, all searched for the Shape."""
+    sums = " ".join(f"s{n + 1} = Add(s{n}, s{n})" for n in range(40))
+    traced = parse(
+        edited(("24] y)", "24] y, int64[3] size)"), (SUM, f"s0 = Neg(x) {sums} sum = Add(gated, s40) size = Shape(u)"))
+    )
+    make_linear(traced)
+    assert fuse_epilogue(traced).fired == 1
 
 
 def test_merged_projections_have_no_epilogue(parse):
