@@ -1,5 +1,6 @@
 #include "conformance.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <functional>
@@ -331,15 +332,19 @@ std::vector<PluginTensorDesc> Walk::descriptions() const {
     return made;
 }
 
+// Of a profile whose largest sizes are those of the case, and whose others are one token: a plugin
+// that plans its workspace by those has too little.
 std::vector<DynamicPluginTensorDesc> Walk::dynamicDescriptions() const {
     std::vector<DynamicPluginTensorDesc> made;
     for (int32_t index = 0; index < inputCount(); ++index) {
         PluginTensorDesc known = descriptions()[index];
-        Dims const sizes = known.dims;
-        for (int32_t axis = 0; isToken(mCase.inputs[index]) && axis + 1 < sizes.nbDims; ++axis) {
+        Dims const largest = known.dims;
+        Dims smallest = largest;
+        for (int32_t axis = 0; isToken(mCase.inputs[index]) && axis + 1 < largest.nbDims; ++axis) {
             known.dims.d[axis] = -1;
+            smallest.d[axis] = std::min<int64_t>(1, largest.d[axis]);
         }
-        made.push_back({known, sizes, sizes, sizes});
+        made.push_back({known, smallest, largest, smallest});
     }
     return made;
 }
