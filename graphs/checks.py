@@ -58,13 +58,13 @@ def check_preserved(before: TracedGraph, after: TracedGraph) -> None:
             raise GraphError(f"the graph's {what}", f"got {', '.join(new) or 'none new'}", ", ".join(lost) or "no more")
         if had != has:
             raise GraphError(f"the graph's {what}", f"got the order {', '.join(has)}", ", ".join(had))
-    widened = {
-        source for name in after.tensors.keys() - before.tensors.keys() for source in after.tensors[name].sources()
-    }
-    for codes in before.linears.keys() - after.linears.keys():
-        weight = before.linears[codes]
-        if widened.intersection(weight.weight.sources()):
-            raise GraphError(f"the weight of {weight.layer}", "kept in floating point", f"{weight.bits} bits as before")
+    floating = {source for expression in before.tensors.values() for source in expression.sources()}
+    quantized = {source: each for each in before.linears.values() for source in each.weight.sources()}
+    for name, expression in after.tensors.items():
+        for weight in [quantized[source] for source in expression.sources() if source in quantized.keys() - floating]:
+            raise GraphError(
+                f"the weight of {weight.layer}", f"kept in floating point as {name!r}", f"{weight.bits} bits as before"
+            )
 
 
 def _signature(tensor: gs.Tensor) -> str:

@@ -114,7 +114,7 @@ class TracedGraph:
         weights = self.placeholders()
         self.graph.cleanup(remove_unused_graph_inputs=False)
         sort_nodes(self.graph)
-        read = {tensor.name for node in self.graph.nodes for tensor in _read_by(node)}
+        read = {tensor.name for node in self.graph.nodes for tensor in read_by(node)}
         self.graph.inputs = [t for t in self.graph.inputs if t.name in read or t.name not in weights]
         self.stacks = {name: parts for name, parts in self.stacks.items() if name in read}
         used = read.union(*self.stacks.values())
@@ -169,7 +169,7 @@ def sort_nodes(graph: gs.Graph) -> None:
         stack = [last]
         while stack:
             node = stack[-1]
-            sources = [producer[tensor.name] for tensor in _read_by(node) if tensor.name in producer]
+            sources = [producer[tensor.name] for tensor in read_by(node) if tensor.name in producer]
             missing = [source for source in sources if id(source) not in ordered]
             if missing and len(stack) <= len(graph.nodes):
                 stack += missing[:1]
@@ -180,7 +180,7 @@ def sort_nodes(graph: gs.Graph) -> None:
     graph.nodes = list(ordered.values())
 
 
-def _read_by(node: gs.Node) -> list[gs.Tensor]:
+def read_by(node: gs.Node) -> list[gs.Tensor]:
     """The tensors that a node reads, those that only its subgraphs read among them."""
     inner = []
     for subgraph in node.subgraphs(recursive=True):

@@ -127,11 +127,14 @@ def _rotations_of_parts(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -
     """The rotations of all parts of what `node` divides, equal to `rotation`, if there are two parts at least."""
     whole = node.inputs[0]
     cutters = value_readers(whole)
+    if any(is_inner(each, traced.graph) for each in cutters):
+        raise NoMatch(f"what {node.op} divides is also read in a branch")
     if not all(map(_parts_tokens, cutters)) or is_graph_output(whole, traced.graph):
         raise NoMatch(f"what {node.op} divides is also read elsewhere, or its channels are divided")
     outputs = [part for each in cutters for part in each.outputs]
     parts = [part for part in outputs if value_readers(part) or is_graph_output(part, traced.graph)]
-    return _rotations_of(list(map(_below_layout, parts)), rotation, traced) if len(parts) > 1 else []
+    ends = [_below_layout(part, traced.graph) for part in parts]
+    return _rotations_of(ends, rotation, traced) if len(parts) > 1 else []
 
 
 def _parts_tokens(node: gs.Node | None) -> bool:
@@ -237,9 +240,11 @@ def _above_layout(x: gs.Tensor) -> gs.Tensor:
     return x
 
 
-def _below_layout(x: gs.Tensor) -> gs.Tensor:
-    """The other way round: from where a rotation would move up to `x`."""
-    while len(readers := value_readers(x)) == 1 and _layout_operand(readers[0]) is not None:
+def _below_layout(x: gs.Tensor, graph: gs.Graph) -> gs.Tensor:
+    """The other way round: from where a rotation would move up to `x`, which nothing else reads on the way."""
+    while not is_graph_output(x, graph) and len(readers := value_readers(x)) == 1:
+        if is_inner(readers[0], graph) or _layout_operand(readers[0]) is None:
+            break
         (x,) = readers[0].outputs
     return x
 

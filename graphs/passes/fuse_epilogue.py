@@ -24,7 +24,7 @@ from graphs.passes.patterns import (
     value_readers,
 )
 from graphs.passes.result import PassResult
-from graphs.traced import TracedGraph
+from graphs.traced import TracedGraph, read_by
 
 
 def fuse_epilogue(traced: TracedGraph) -> PassResult:
@@ -107,7 +107,7 @@ def _computed_from(tensor: gs.Tensor, nodes: list[gs.Node]) -> bool:
         if id(node) in wanted:
             return True
         seen.add(id(node))
-        stack += node.inputs
+        stack += read_by(node)  # in its branches too
     return False
 
 

@@ -18,7 +18,15 @@ import onnx_graphsurgeon as gs
 
 from graphs import names
 from graphs.ops import OPS, packing
-from graphs.passes.patterns import PLAIN_LINEAR_OPS, is_graph_output, is_lrq, is_number, is_standard, producer
+from graphs.passes.patterns import (
+    PLAIN_LINEAR_OPS,
+    computed_by,
+    is_graph_output,
+    is_lrq,
+    is_number,
+    is_standard,
+    producer,
+)
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -48,27 +56,31 @@ def projections(attention: gs.Node) -> list[gs.Node]:
 
 def _around(softmax: gs.Node) -> tuple[gs.Tensor, ...]:
     """Queries, keys and values of the attention around a softmax; empty if there is none."""
-    scores = producer(softmax.inputs[0])
-    while (inner := _scaled_or_masked(scores)) is not None:
-        scores = inner
-    mixed, probabilities = list(softmax.outputs[0].outputs), softmax.outputs[0]
+    scores, probabilities = _scores(producer(softmax.inputs[0])), _where_numbers(softmax.outputs[0])
+    mixed = list(probabilities.outputs)
     while len(mixed) == 1 and _by_number(mixed[0]):
         probabilities = mixed[0].outputs[0]
         mixed = list(probabilities.outputs)
     mixed = [reader for reader in mixed if is_standard(reader, "MatMul")]
-    if not is_standard(scores, "MatMul") or len(mixed) != 1 or mixed[0].inputs[0] is not probabilities:
+    if scores is None or len(mixed) != 1 or mixed[0].inputs[0] is not probabilities:
         return ()
     return (*scores.inputs, mixed[0].inputs[1])
 
 
-def _scaled_or_masked(node: gs.Node | None) -> gs.Node | None:
-    """The node whose scores this one multiplies with a number, or adds a mask to; None for any other."""
-    if _by_number(node):
-        return next((made for made in map(producer, node.inputs) if made is not None), None)
-    if not is_standard(node, "Add", "Where"):
+def _scores(node: gs.Node | None, steps: int = 6) -> gs.Node | None:
+    """The product whose scores a node scales by numbers and masks, in at most so many steps; None if there is none."""
+    if is_standard(node, "MatMul"):
+        return node
+    if not steps or not (_by_number(node) or is_standard(node, "Add", "Where")):
         return None
-    made = map(producer, node.inputs)
-    return next((each for each in made if is_standard(each, "MatMul") or _by_number(each)), None)
+    return next((found for each in node.inputs if (found := _scores(producer(each), steps - 1)) is not None), None)
+
+
+def _where_numbers(probabilities: gs.Tensor) -> gs.Tensor:
+    """Where(IsNaN(p), 0, p), as torch writes for rows that are masked altogether, or the probabilities as they are."""
+    guards = [each for each in probabilities.outputs if is_standard(each, "Where")]
+    condition = computed_by(guards[0].inputs[0], "IsNaN") if len(guards) == 1 else None
+    return guards[0].outputs[0] if condition is not None and condition.inputs[0] is probabilities else probabilities
 
 
 def _by_number(node: gs.Node | None) -> bool:

@@ -415,7 +415,16 @@ def test_a_quantized_weight_is_not_kept_in_floating_point_instead(traced):
     traced.forget_unused()
     check(traced)
     assert codes not in traced.linears
-    with pytest.raises(GraphError, match="the weight of u: kept in floating point, needed 4 bits as before"):
+    with pytest.raises(
+        GraphError, match=r"the weight of u: kept in floating point as 'u\.wide', needed 4 bits as before"
+    ):
+        check_preserved(before, traced)
+
+
+def test_nor_is_it_under_the_name_of_another(traced):
+    before = traced.copy()
+    traced.tensors["u_bias"] = traced.linears["u.codes"].weight
+    with pytest.raises(GraphError, match="the weight of u: kept in floating point as 'u_bias'"):
         check_preserved(before, traced)
 
 

@@ -127,6 +127,11 @@ FIRES = {  # text, moves, what the rotations read in the end
         graph_texts.edited(
             PARTS, ("y = Linear", "met = Concat<axis = 1>(ra, x) y = Kept"), ("(ra)\n", "(met)\n"),
             ("[batch, 2, 24] y", "[batch, 8, 24] y")), 1, {"bent"}),
+    "a part that is an output, and scaled": (
+        graph_texts.edited(
+            PARTS, ("float[batch, 4, 24] z", "float[batch, 4, 24] z, float[batch, 4, 24] b"),
+            ("rb = Rotate<block = 12>(b)", "s = Mul(b, half) rb = Rotate<block = 12>(s)"),
+            ("int64[2] sizes = {2, 4}", "int64[2] sizes = {2, 4}, float half = {0.5}")), 1, {"a", "b"}),
     "tokens of two sources": (TOKENS, 1, {"both.joined"}),
     "tokens of two sources, some of them scaled": (
         graph_texts.edited(
@@ -245,6 +250,37 @@ NOT = {
     "what is divided is read whole": (
         parts(("[batch, 4, 24] z", "[batch, 4, 24] z, float[batch, 6, 24] w"), ("ra =", "w = Neg(bent) ra =")),
         "what Split divides is also read elsewhere",
+    ),
+    "a part that is scaled twice, an output between": (
+        parts(
+            ("float[batch, 4, 24] z", "float[batch, 4, 24] z, float[batch, 4, 24] s"),
+            ("rb = Rotate<block = 12>(b)", "s = Mul(b, half) t = Relu(s) rb = Rotate<block = 12>(t)"),
+            ("int64[2] sizes = {2, 4}", "int64[2] sizes = {2, 4}, float half = {0.5}"),
+        ),
+        "what it rotates is an output",
+    ),
+    "a part is read in a branch": (
+        parts(
+            ("<int64[2] sizes = {2, 4}>", "<int64[2] sizes = {2, 4}, bool yes = {1}, float half = {0.5}>"),
+            (
+                "rb = Rotate<block = 12>(b)",
+                "rb = If(yes) <then_branch = t () => (float[batch, 4, 24] tb) "
+                "{ tb = Mul(b, half) }, else_branch = e () => (float[batch, 4, 24] eb) { eb = Neg(b) }>",
+            ),
+        ),
+        "what it rotates is also read elsewhere",
+    ),
+    "another part is cut off in a branch": (
+        sliced(
+            ("int64[1] six = {6}", "int64[1] six = {6}, bool yes = {1}"),
+            ("[batch, 4, 24] z", "[batch, 4, 24] z, float[batch, 2, 24] w"),
+            (
+                "ra =",
+                "w = If(yes) <then_branch = t () => (float[batch, 2, 24] tw) { tw = Slice(bent, zero, two, one) }, "
+                "else_branch = e () => (float[batch, 2, 24] ew) { ew = Slice(x, zero, two, one) }> ra =",
+            ),
+        ),
+        "what Slice divides is also read in a branch",
     ),
     "what is divided is an output": (
         parts(("[batch, 4, 24] z", "[batch, 4, 24] z, float[batch, 6, 24] bent")),

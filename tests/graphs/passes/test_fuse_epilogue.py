@@ -148,6 +148,10 @@ NOT = {
         edited((SUM, "size = Shape(u) wide = Expand(row, size) other = Neg(wide) sum = Add(gated, other)")), OWN_SHAPE),
     "a residual of the gated shape": (
         edited((SUM, "size = Shape(gated) wide = Expand(row, size) sum = Add(gated, wide)")), OWN_SHAPE),
+    "what is added has its shape by a branch": (
+        edited((SUM, "size = Shape(u) wide = If(yes) <then_branch = t () => (float[batch, tokens, 24] tw) "
+                "{ tw = Expand(row, size) }, else_branch = e () => (float[batch, tokens, 24] ew) { ew = Neg(x) }> "
+                "sum = Add(gated, wide)"), ("float half = {0.5}", "float half = {0.5}, bool yes = {1}")), OWN_SHAPE),
     "a gate of the layer's own shape": (
         edited((GATE, "size = Shape(u) wide = Expand(gate, size) gated = Mul(wide, u)")), OWN_SHAPE),
     "a constant": (edited((SUM, "sum = Add(gated, row)")), CONSTANT),

@@ -44,6 +44,18 @@ FIRES = {
         ),
         [("q", "k", "v")],
     ),
+    "masked twice, and guarded from rows that are masked altogether": (
+        edited(
+            ATTENTION,
+            ("24] x)", "24] x, float[batch, 1, 1, tokens] mask)"),
+            ("merge = {0, 0, 24}", "merge = {0, 0, 24}, float[1] least = {-1000}, float[1] nought = {0}"),
+            ("p = Softmax(scores)",
+             "less = Mul(mask, least) kept = Cast<to = 9>(mask) biased = Add(less, scores) "
+             "masked = Where(kept, biased, least) raw = Softmax(masked) lost = IsNaN(raw) "
+             "p = Where(lost, nought, raw)"),
+        ),
+        [("q", "k", "v")],
+    ),
     "scaled and normalized queries": (
         edited(
             ATTENTION,
