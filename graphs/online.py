@@ -16,7 +16,16 @@ import onnx_graphsurgeon as gs
 
 from graphs.passes.channels import NoMatch
 from graphs.passes.norms import modulated_norm
-from graphs.passes.patterns import LINEAR_OPS, ROTATE_OPS, is_lrq, is_number, is_standard, layer_weight, producer
+from graphs.passes.patterns import (
+    LINEAR_OPS,
+    ROTATE_OPS,
+    is_lrq,
+    is_standard,
+    keeps_channels,
+    layer_weight,
+    producer,
+    scaled_operand,
+)
 from graphs.traced import TracedGraph
 
 
@@ -52,12 +61,11 @@ def _moved(node: gs.Node) -> gs.Tensor | None:
     if not is_standard(node, "Transpose", "Mul", "Div", "Reshape", "Split", "Slice"):
         return None
     if node.op in ("Mul", "Div"):
-        tokens = [each for each in node.inputs if not is_number(each)]
-        return tokens[0] if len(tokens) == 1 else None
+        operand = scaled_operand(node)
+        return None if operand is None else node.inputs[operand]
     x, (y, *_) = node.inputs[0], node.outputs
-    if node.op == "Transpose":
-        perm = node.attrs.get("perm", [])
-        return x if perm[-1:] == [len(perm) - 1] else None
+    if node.op in ("Reshape", "Transpose"):
+        return x if keeps_channels(node) else None
     return x if x.shape and y.shape and x.shape[-1] == y.shape[-1] else None
 
 

@@ -103,10 +103,7 @@ def _tensor(weight: WeightTensor, **content) -> onnx.TensorProto:
 
 def _external(location: str, weights: list[WeightTensor]) -> Iterator[onnx.TensorProto]:
     """The tensors of a file of weights, by their places in it."""
-    stop = 0
-    for weight in weights:
-        start = stop + -stop % ALIGNMENT
-        stop = start + weight.size
+    for weight, start in zip(weights, _starts(weights), strict=True):
         tensor = _tensor(weight)
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", location), ("offset", start), ("length", weight.size)):
@@ -114,10 +111,19 @@ def _external(location: str, weights: list[WeightTensor]) -> Iterator[onnx.Tenso
         yield tensor
 
 
+def _starts(weights: list[WeightTensor]) -> Iterator[int]:
+    """Where each weight begins in a file of them all."""
+    stop = 0
+    for weight in weights:
+        start = stop + -stop % ALIGNMENT
+        yield start
+        stop = start + weight.size
+
+
 def _write_data(path: Path, weights: list[WeightTensor]) -> Path:
     with atomic_file(path) as file:
-        for weight in weights:
-            file.write(b"\0" * (-file.tell() % ALIGNMENT))
+        for weight, start in zip(weights, _starts(weights), strict=True):
+            file.write(b"\0" * (start - file.tell()))
             file.write(_read(weight))
     return path
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import onnx_graphsurgeon as gs
 
-from graphs.passes.patterns import is_graph_output, is_number, layer_weight, producer, sole_consumer, value_readers
+from graphs.passes.patterns import is_graph_output, layer_weight, producer, scaled_operand, sole_consumer, value_readers
 from graphs.traced import TracedGraph
 
 
@@ -82,10 +82,10 @@ class _Climb:
         return self.up(node.inputs[0], tuple(perm[axis] for axis in axes))
 
     def scale(self, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> list[Rows]:
-        numbers = [is_number(each) for each in node.inputs]
-        if sum(numbers) != 1 or (node.op == "Div" and numbers[0]):
+        operand = scaled_operand(node)
+        if operand is None:
             raise NoMatch(f"{node.op} computes what it rotates, and not with one number for all channels")
-        scaled = node.inputs[numbers.index(False)]
+        scaled = node.inputs[operand]
         if scaled.shape and len(scaled.shape) < len(tensor.shape):
             raise NoMatch(f"{node.op} adds axes to what it scales")
         return self.up(scaled, axes)

@@ -21,12 +21,13 @@ from graphs.passes.patterns import (
     is_graph_output,
     is_inner,
     is_lrq,
-    is_number,
     is_standard,
+    keeps_channels,
     producer,
     redirect_readers,
     remove_node,
     rotation_key,
+    scaled_operand,
     value_readers,
 )
 from graphs.passes.result import PassResult
@@ -76,7 +77,7 @@ def _past_number(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[
 
 
 def _past_layout(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
-    if not _keeps_channels(node):
+    if not keeps_channels(node):
         raise NoMatch(f"{node.op} does not keep the channels on the last axis")
     return _past(node, 0, rotation, traced)
 
@@ -85,19 +86,7 @@ def _scaled(node: gs.Node) -> int | None:
     """Which input a Mul or Div scales by one number; None if it does not, or that is a part of an activation."""
     if activation(node.outputs[0]) is not None:  # a Gelu that is written out: the two become one node
         return None
-    numbers = [is_number(each) for each in node.inputs]
-    if sum(numbers) != 1 or (node.op == "Div" and numbers[0]):
-        return None
-    return numbers.index(False)
-
-
-def _keeps_channels(node: gs.Node) -> bool:
-    """Whether a Reshape or Transpose leaves the channels on the last axis."""
-    if node.op == "Transpose":
-        perm = node.attrs.get("perm", [])
-        return perm[-1:] == [len(perm) - 1]
-    before, after = node.inputs[0].shape, node.outputs[0].shape
-    return bool(before and after) and isinstance(after[-1], int) and before[-1] == after[-1]
+    return scaled_operand(node)
 
 
 def _past(node: gs.Node, operand: int, rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
@@ -230,7 +219,7 @@ def _layout_operand(node: gs.Node | None) -> int | None:
     """Which input a node scales by a number or moves about, as a rotation may do before it; None if it does not."""
     if is_standard(node, "Mul", "Div"):
         return _scaled(node)
-    return 0 if is_standard(node, "Reshape", "Transpose") and _keeps_channels(node) else None
+    return 0 if is_standard(node, "Reshape", "Transpose") and keeps_channels(node) else None
 
 
 def _above_layout(x: gs.Tensor) -> gs.Tensor:

@@ -23,9 +23,9 @@ from graphs.passes.patterns import (
     computed_by,
     is_graph_output,
     is_lrq,
-    is_number,
     is_standard,
     producer,
+    scaled_operand,
 )
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
@@ -58,7 +58,7 @@ def _around(softmax: gs.Node) -> tuple[gs.Tensor, ...]:
     """Queries, keys and values of the attention around a softmax; empty if there is none."""
     scores, probabilities = _scores(producer(softmax.inputs[0])), _where_numbers(softmax.outputs[0])
     mixed = list(probabilities.outputs)
-    while len(mixed) == 1 and _by_number(mixed[0]):
+    while len(mixed) == 1 and scaled_operand(mixed[0]) is not None:
         probabilities = mixed[0].outputs[0]
         mixed = list(probabilities.outputs)
     mixed = [reader for reader in mixed if is_standard(reader, "MatMul")]
@@ -71,7 +71,7 @@ def _scores(node: gs.Node | None, steps: int = 6) -> gs.Node | None:
     """The product whose scores a node scales by numbers and masks, in at most so many steps; None if there is none."""
     if is_standard(node, "MatMul"):
         return node
-    if not steps or not (_by_number(node) or is_standard(node, "Add", "Where")):
+    if not steps or not (scaled_operand(node) is not None or is_standard(node, "Add", "Where")):
         return None
     return next((found for each in node.inputs if (found := _scores(producer(each), steps - 1)) is not None), None)
 
@@ -81,10 +81,6 @@ def _where_numbers(probabilities: gs.Tensor) -> gs.Tensor:
     guards = [each for each in probabilities.outputs if is_standard(each, "Where")]
     condition = computed_by(guards[0].inputs[0], "IsNaN") if len(guards) == 1 else None
     return guards[0].outputs[0] if condition is not None and condition.inputs[0] is probabilities else probabilities
-
-
-def _by_number(node: gs.Node | None) -> bool:
-    return is_standard(node, "Mul", "Div") and sum(map(is_number, node.inputs)) == 1
 
 
 def _nearest_linears(tensor: gs.Tensor) -> Iterator[gs.Node]:

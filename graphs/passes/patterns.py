@@ -72,6 +72,25 @@ def is_number(tensor: gs.Tensor) -> bool:
     return isinstance(tensor, gs.Constant) and math.prod(tensor.shape) == 1
 
 
+def scaled_operand(node: gs.Node | None) -> int | None:
+    """Which input a Mul or Div scales by one number for all elements; None for c / x and whatever else."""
+    if not is_standard(node, "Mul", "Div"):
+        return None
+    numbers = [is_number(each) for each in node.inputs]
+    if sum(numbers) != 1 or (node.op == "Div" and numbers[0]):
+        return None
+    return numbers.index(False)
+
+
+def keeps_channels(node: gs.Node) -> bool:
+    """Whether a Reshape or Transpose leaves the channels on the last axis."""
+    if node.op == "Transpose":
+        perm = node.attrs.get("perm", [])
+        return perm[-1:] == [len(perm) - 1]
+    before, after = node.inputs[0].shape, node.outputs[0].shape
+    return bool(before and after) and isinstance(after[-1], int) and before[-1] == after[-1]
+
+
 def sole_consumer(tensor: gs.Tensor, graph: gs.Graph) -> gs.Node | None:
     """The one node that reads `tensor`, once; None when there are more, or it is in a branch, or an output reads it."""
     return sole_value_reader(tensor, graph) if len(tensor.outputs) == 1 else None

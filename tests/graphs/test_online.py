@@ -58,6 +58,8 @@ CHANNELS = {  # of `both`
                       "both = Reshape(turned, shape)"),
                ("{\n    a", "<float two = {2}, int64[3] shape = {0, 0, 24}>\n{\n    a"), ONE,
                ("[batch, tokens, 24] y", "[tokens, batch, 24] y")), (0, 24)),
+    "a number over them": (
+        joined((BOTH, "both = Div(two, ra)"), ("{\n    a", "<float two = {2}>\n{\n    a"), ONE), (0, 0)),
     "turned about": (
         joined((BOTH, "both = Transpose<perm = [0, 2, 1]>(ra)"), ("tokens, 24] x", "48, 24] x"),
                ("tokens, 24] y", "24, 24] y")), (0, 0)),
