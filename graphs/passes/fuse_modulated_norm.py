@@ -14,6 +14,7 @@ from graphs.passes.norms import Norm, check_modulates, modulated_norm
 from graphs.passes.patterns import (
     is_graph_output,
     is_lrq,
+    is_number,
     is_standard,
     numpy_type,
     producer,
@@ -44,14 +45,22 @@ def fuse_modulated_norm(traced: TracedGraph) -> PassResult:
     return result
 
 
-def _norm_behind(tensor: gs.Tensor, steps: int = 6) -> str | None:
-    """The norm, or the mean that one takes, from which at most so many steps lead to `tensor`; None without one."""
+def _norm_behind(tensor: gs.Tensor, steps: int = 6, rooted: bool = False) -> str | None:
+    """The norm from which at most so many steps lead to `tensor`, or the mean under its root; None without one."""
     node = producer(tensor)
-    if is_standard(node, "LayerNormalization", "RMSNormalization", "ReduceMean"):
+    if is_standard(node, "LayerNormalization", "RMSNormalization", "ReduceL2"):
+        return node.op
+    if rooted and is_standard(node, "ReduceMean"):  # any other mean is a pool, no norm
         return node.op
     if not steps or not is_standard(node, "Add", "Sub", "Mul", "Div", "Sqrt", "Pow", "Reciprocal"):
         return None
-    return next((found for each in node.inputs if (found := _norm_behind(each, steps - 1)) is not None), None)
+    rooted = rooted or is_standard(node, "Sqrt") or (is_standard(node, "Pow") and _is_root(node.inputs[1]))
+    behind = (_norm_behind(each, steps - 1, rooted) for each in node.inputs)
+    return next((found for found in behind if found is not None), None)
+
+
+def _is_root(exponent: gs.Tensor) -> bool:
+    return is_number(exponent) and abs(exponent.values.item()) == 0.5
 
 
 def _fuse(rotation: gs.Node, norm: Norm) -> None:

@@ -24,6 +24,7 @@ from graphs.passes.patterns import (
     is_graph_output,
     is_lrq,
     is_standard,
+    layer_weight,
     producer,
     scaled_operand,
 )
@@ -48,32 +49,40 @@ def merge_projections(traced: TracedGraph) -> PassResult:
 def projections(attention: gs.Node) -> list[gs.Node]:
     """The linear layers nearest above queries, keys and values of an Attention or Softmax node, in this order.
 
-    Empty unless a softmax is of a product, scaled or masked perhaps, and multiplied with something.
+    Empty unless a softmax is of one product, scaled, capped or masked perhaps, and multiplied with something.
     """
     operands = attention.inputs[:3] if attention.op == "Attention" else _around(attention)
     return list({id(node): node for operand in operands for node in _nearest_linears(operand)}.values())
 
 
 def _around(softmax: gs.Node) -> tuple[gs.Tensor, ...]:
-    """Queries, keys and values of the attention around a softmax; empty if there is none."""
+    """Queries, keys and values of the attention around a softmax; empty if there is none, or more than one product."""
     scores, probabilities = _scores(producer(softmax.inputs[0])), _where_numbers(softmax.outputs[0])
+    if len(scores) > 1:
+        scores = [each for each in scores if not _is_of_weights(each)]
     mixed = list(probabilities.outputs)
     while len(mixed) == 1 and scaled_operand(mixed[0]) is not None:
         probabilities = mixed[0].outputs[0]
         mixed = list(probabilities.outputs)
     mixed = [reader for reader in mixed if is_standard(reader, "MatMul")]
-    if scores is None or len(mixed) != 1 or mixed[0].inputs[0] is not probabilities:
+    if len(scores) != 1 or len(mixed) != 1 or mixed[0].inputs[0] is not probabilities:
         return ()
-    return (*scores.inputs, mixed[0].inputs[1])
+    return (*scores[0].inputs, mixed[0].inputs[1])
 
 
-def _scores(node: gs.Node | None, steps: int = 6) -> gs.Node | None:
-    """The product whose scores a node scales by numbers and masks, in at most so many steps; None if there is none."""
+def _scores(node: gs.Node | None, steps: int = 6) -> list[gs.Node]:
+    """The products that a node scales, caps or masks, in at most so many steps."""
     if is_standard(node, "MatMul"):
-        return node
-    if not steps or not (scaled_operand(node) is not None or is_standard(node, "Add", "Where")):
-        return None
-    return next((found for each in node.inputs if (found := _scores(producer(each), steps - 1)) is not None), None)
+        return [node]
+    if not steps or not (scaled_operand(node) is not None or is_standard(node, "Add", "Where", "Tanh")):
+        return []
+    found = [scores for each in node.inputs for scores in _scores(producer(each), steps - 1)]
+    return list({id(each): each for each in found}.values())
+
+
+def _is_of_weights(product: gs.Node) -> bool:
+    """Whether a MatMul is one with a weight, as that of a mask with a table of positions; scores are of two tensors."""
+    return bool(layer_weight(product.inputs[1])) or any(producer(each) is None for each in product.inputs)
 
 
 def _where_numbers(probabilities: gs.Tensor) -> gs.Tensor:
@@ -97,6 +106,13 @@ def _nearest_linears(tensor: gs.Tensor) -> Iterator[gs.Node]:
             stack += node.inputs
 
 
+def _of_one_input(softmax: gs.Node) -> list[gs.Node]:
+    """The layers nearest above a softmax of which others there read the same input."""
+    nearest = list(_nearest_linears(softmax.inputs[0]))
+    inputs = [id(node.inputs[0]) for node in nearest]
+    return [node for node in nearest if inputs.count(id(node.inputs[0])) > 1]
+
+
 def _siblings(graph: gs.Graph, result: PassResult) -> list[list[gs.Node]]:
     """Layers that read one input in one way and serve the same attentions, two or more of them, queries first.
 
@@ -106,7 +122,12 @@ def _siblings(graph: gs.Graph, result: PassResult) -> list[list[gs.Node]]:
     places: dict[int, int] = {}  # layer -> its place among the projections of an attention, the least one
     found: dict[int, gs.Node] = {}
     for attention in [node for node in graph.nodes if is_standard(node, "Softmax", "Attention")]:
-        for place, node in enumerate(projections(attention)):
+        of_attention = projections(attention)
+        if not of_attention and (several := _of_one_input(attention)):
+            result.skip(
+                several[0], "it leads to a softmax, with others of its input, but to no attention of a known form"
+            )
+        for place, node in enumerate(of_attention):
             found[id(node)] = node
             served.setdefault(id(node), set()).add(id(attention))
             places[id(node)] = min(place, places.get(id(node), place))

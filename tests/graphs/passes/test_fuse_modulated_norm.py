@@ -261,6 +261,20 @@ NOT = {
     "no epsilon": (rms((TOTAL, ""), ("Sqrt(total)", "Sqrt(mean)")), IN_ANOTHER_FORM),
     "times the root": (rms((INVERSE, ""), (UNIT_RMS, "unit = Mul(x, root)")), IN_ANOTHER_FORM),
     "by two over the root": (rms((INVERSE, "inverse = Div(two, root) ")), IN_ANOTHER_FORM),
+    "a power for a root": (
+        rms(("root = Sqrt(total) ", "root = Pow(total, half) "), ("float two = {2}", "float half = {0.5}")),
+        IN_ANOTHER_FORM),
+    "a power for the root and its reciprocal": (
+        rms(("root = Sqrt(total) ", ""), (INVERSE, "inverse = Pow(total, half) "),
+            ("float two = {2}", "float half = {-0.5}")), IN_ANOTHER_FORM),
+    "the length of a token": (
+        rms((UNIT_RMS, "length = ReduceL2(x, last) unit = Div(x, length)")),
+        IN_ANOTHER_FORM.replace("ReduceMean", "ReduceL2")),
+    "a mean without a root": (rms(("root = Sqrt(total) ", ""), (INVERSE, "inverse = Reciprocal(total) ")), None),
+    "the square of a mean": (
+        rms(("root = Sqrt(total) ", "root = Pow(total, two) ")), None),
+    "a power of a mean that is fed": (
+        rms(("24] x)", "24] x, float e)"), ("root = Sqrt(total) ", "root = Pow(total, e) ")), None),
     "the root over the tensor": (rms((INVERSE, ""), (UNIT_RMS, "unit = Div(root, x)")), IN_ANOTHER_FORM),
 }  # fmt: skip
 
