@@ -58,7 +58,8 @@ class _Climb:
         if not tensor.shape:
             raise NoMatch("what it rotates has no known shape")
         if node is None:
-            raise NoMatch("an input of the graph computes what it rotates, no linear layer")
+            fed = "a constant is" if isinstance(tensor, gs.Constant) else "an input of the graph is"
+            raise NoMatch(f"{fed} what it rotates, no linear layer computes it")
         if len(value_readers(tensor)) > readers or is_graph_output(tensor, self.traced.graph):
             raise NoMatch(f"the output of {node.op} is also read elsewhere")
         rule = RULES.get(node.op) if not node.domain else None

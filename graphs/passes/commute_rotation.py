@@ -118,8 +118,12 @@ def _rotations_of_parts(node: gs.Node, rotation: gs.Node, traced: TracedGraph) -
     cutters = value_readers(whole)
     if any(is_inner(each, traced.graph) for each in cutters):
         raise NoMatch(f"what {node.op} divides is also read in a branch")
-    if not all(map(_parts_tokens, cutters)) or is_graph_output(whole, traced.graph):
-        raise NoMatch(f"what {node.op} divides is also read elsewhere, or its channels are divided")
+    if is_graph_output(whole, traced.graph):
+        raise NoMatch(f"what {node.op} divides is an output of the graph")
+    if not all(is_standard(each, "Split", "Slice") for each in cutters):
+        raise NoMatch(f"what {node.op} divides is also read elsewhere")
+    if not all(map(_parts_tokens, cutters)):
+        raise NoMatch(f"its channels are divided, or axes that are not known: no {node.op} of tokens alone")
     outputs = [part for each in cutters for part in each.outputs]
     parts = [part for part in outputs if value_readers(part) or is_graph_output(part, traced.graph)]
     ends = [_below_layout(part, traced.graph) for part in parts]

@@ -8,7 +8,17 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphs import names
-from graphs.passes.patterns import DEQUANT_OPS, LINEAR_OF, is_inner, is_lrq, open_linear, redirect_shapes
+from graphs.passes.patterns import (
+    DEQUANT_OPS,
+    LINEAR_OF,
+    OpenLinear,
+    is_inner,
+    is_lrq,
+    is_standard,
+    open_linear,
+    redirect_shapes,
+    value_readers,
+)
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -20,16 +30,16 @@ def make_linear(traced: TracedGraph) -> PassResult:
         if weight.act_bits == names.FLOATING_POINT:
             result.skip(dequant, "its activations stay in floating point")
             continue
-        readers = [matmul for transpose in dequant.outputs[0].outputs for matmul in transpose.outputs[0].outputs]
+        readers = _readers(dequant.outputs[0])
         linear = open_linear(readers[0], graph) if len(readers) == 1 else None
         if linear is None or linear.dequant is not dequant:
-            inner = any(is_inner(reader, graph) for reader in readers)
-            read = f"{len(readers)} nodes{', in a branch' if inner else ''}"
             result.skip(
-                dequant, f"its weight is read by {read}, needed one MatMul by its transpose in the graph itself"
+                dequant, f"its weight is read by {_said(readers, graph)}, needed one MatMul of tokens by its transpose"
             )
             continue
         bias = linear.bias
+        if bias is None and any(_is_bias(reader, linear) for reader in value_readers(linear.output)):
+            result.skip(dequant, "its bias stays apart: the product before it is also read elsewhere")
         if bias is None:
             rows = int(dequant.attrs["rows"])
             bias = gs.Constant(f"{weight.layer}.no_bias", np.zeros(rows, np.float32))
@@ -49,7 +59,29 @@ def make_linear(traced: TracedGraph) -> PassResult:
     return result
 
 
-def _take_output(linear) -> gs.Tensor:
+def _readers(weight: gs.Tensor) -> list[gs.Node]:
+    """What reads a weight, or its transpose."""
+    direct = [[node] if node.op != "Transpose" else node.outputs[0].outputs for node in weight.outputs]
+    return [node for each in direct for node in each]
+
+
+def _said(readers: list[gs.Node], graph: gs.Graph) -> str:
+    """`a Relu, and 2 nodes in branches`: what reads a weight, in words."""
+    outside = [reader.op for reader in readers if not is_inner(reader, graph)]
+    inside = len(readers) - len(outside)
+    ops = ", ".join(outside) or "nothing in the graph itself"
+    return f"{ops}, and by {inside} in branches" if inside else ops
+
+
+def _is_bias(node: gs.Node, linear: OpenLinear) -> bool:
+    """Whether a node adds one number for each channel to the product of a layer."""
+    if not is_standard(node, "Add"):
+        return False
+    added = [each for each in node.inputs if each is not linear.output]
+    return [list(each.shape or ()) for each in added if not each.inputs] == [[linear.dequant.attrs["rows"]]]
+
+
+def _take_output(linear: OpenLinear) -> gs.Tensor:
     """Detach the layer's output from the nodes that computed it so far, for the new node to own."""
     output = linear.output
     if linear.bias_add is not None:

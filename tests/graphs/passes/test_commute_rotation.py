@@ -284,7 +284,7 @@ NOT = {
     ),
     "what is divided is an output": (
         parts(("[batch, 4, 24] z", "[batch, 4, 24] z, float[batch, 6, 24] bent")),
-        "what Split divides is also read",
+        "what Split divides is an output of the graph",
     ),
     "an unrotated part is an output": (
         parts(("[batch, 4, 24] z", "[batch, 4, 24] z, float[batch, 2, 24] a")),
@@ -406,7 +406,7 @@ NOT = {
             ("batch, 2, 24] y", "batch, 6, 24] y"),
             ("batch, 4, 24] z", "batch, 6, 24] z"),
         ),
-        "what Split divides is also read elsewhere, or its channels",
+        "its channels are divided, or axes that are not known: no Split of tokens alone",
     ),
     "channels are sliced": (
         sliced(
@@ -420,7 +420,7 @@ NOT = {
             ("batch, 2, 24] y", "batch, 6, 24] y"),
             ("batch, 4, 24] z", "batch, 6, 24] z"),
         ),
-        "what Slice divides is also read elsewhere, or its channels",
+        "its channels are divided, or axes that are not known: no Slice of tokens alone",
     ),
     "tokens and channels are sliced": (
         sliced(
@@ -432,7 +432,7 @@ NOT = {
             ("cols = 24>(ra)", "cols = 12>(ra)"),
             ("cols = 24>(rb)", "cols = 12>(rb)"),
         ),
-        "what Slice divides is also read elsewhere, or its channels",
+        "its channels are divided, or axes that are not known: no Slice of tokens alone",
     ),
     "axes are sliced that are fed": (
         sliced(
@@ -441,7 +441,7 @@ NOT = {
             ("batch, 2, 24] y", "a, b, 24] y"),
             ("batch, 4, 24] z", "c, d, 24] z"),
         ),
-        "what Slice divides is also read elsewhere, or its channels",
+        "its channels are divided, or axes that are not known: no Slice of tokens alone",
     ),
     "the first axes are sliced": (
         sliced(
@@ -451,7 +451,7 @@ NOT = {
             ("batch, 2, 24] y", "a, 6, 24] y"),
             ("batch, 4, 24] z", "b, 6, 24] z"),
         ),
-        "what Slice divides is also read elsewhere, or its channels",
+        "its channels are divided, or axes that are not known: no Slice of tokens alone",
     ),
     "a square": (
         layout(
@@ -520,7 +520,7 @@ NOT = {
     ),
     "parts of no known shape": (
         parts(("bent = Relu(x)", "bent = Reshape(x, s)"), ("24] x)", "24] x, int64[n] s)")),
-        "what Split divides is also read",
+        "its channels are divided, or axes that are not known: no Split of tokens alone",
     ),
     "channels of no known shape": (
         channels(("a = Relu(x)", "a = Reshape(x, s)"), ("24] x)", "24] x, int64[n] s)")),

@@ -80,7 +80,7 @@ NOT = {
         "Gelu computes what it rotates, no linear layer"),
     "an input of the graph": (
         [("20] caption)", "20] caption, float[batch, text, 24] x)"), ("(shaped)", "(x)")],
-        "an input of the graph computes what it rotates, no linear layer"),
+        "an input of the graph is what it rotates, no linear layer computes it"),
     "channels that move": (
         [("shape = {0, -1, 24}", "shape = {0, -1, 12}"), ("batch, text, 24] y", "batch, b, 24] y"),
          ("float[batch, text, 24] z", "float[batch, c, 24] z"),

@@ -131,7 +131,10 @@ REFUSALS = {
         [("rotated =", "active = Relu(merged) rotated ="), (">(merged)", ">(active)")],
         "Relu computes what it rotates, no linear layer",
     ),
-    "behind an input": ([(">(merged)", ">(x)")], "an input of the graph computes what it rotates, no linear layer"),
+    "behind an input": (
+        [(">(merged)", ">(x)")],
+        "an input of the graph is what it rotates, no linear layer computes it",
+    ),
     "value is no layer": (
         [("24] x)", "24] x, float[24, 24] w)"), (V, "v = MatMul(x, w)")],
         "MatMul computes what it rotates, neither a linear layer nor a mix of tokens",
