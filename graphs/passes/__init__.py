@@ -26,9 +26,9 @@ Pass = Callable[[TracedGraph], PassResult]
 PIPELINE: tuple[Pass, ...] = (
     constant_fold,
     dead_code,
+    cancel_rotations,
     commute_rotation,
     share_rotation,
-    cancel_rotations,
     fold_rotation_into_producer,
     fold_smoothing,
     make_linear,

@@ -10,7 +10,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphs.ops.hadamard_rotate import rotation_attributes
-from graphs.passes.patterns import is_graph_output, is_lrq, producer, redirect_readers
+from graphs.passes.channels import NoMatch
+from graphs.passes.patterns import is_graph_output, is_lrq, producer, redirect_readers, remove_node
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -18,32 +19,41 @@ from graphs.traced import TracedGraph
 def cancel_rotations(traced: TracedGraph) -> PassResult:
     result = PassResult()
     for second in [node for node in traced.graph.nodes if is_lrq(node, "HadamardRotate")]:
-        first = producer(second.inputs[0])
-        if first is None or not is_lrq(first, "HadamardRotate"):
-            continue
-        obstacle = _obstacle(first, second, traced)
-        if obstacle is not None:
-            result.skip(second, obstacle)
-            continue
-        x, signs = first.inputs
-        if (signs.values == 1).all():
-            redirect_readers(second.outputs[0], x)
-        else:
-            second.inputs = [x, signs]
-            second.attrs |= rotation_attributes(1)
-        result.fired += 1
+        try:
+            result.fired += cancel(second, traced)
+        except NoMatch as reason:
+            result.skip(second, str(reason))
     if result.fired:
         traced.forget_unused()
     return result
 
 
-def _obstacle(first: gs.Node, second: gs.Node, traced: TracedGraph) -> str | None:
+def cancel(second: gs.Node, traced: TracedGraph) -> bool:
+    """Whether `second` undid another rotation, and both are gone; raises NoMatch if it follows one that it keeps."""
+    first = producer(second.inputs[0])
+    if first is None or not is_lrq(first, "HadamardRotate"):
+        return False
+    _check(first, second, traced)
+    x, signs = first.inputs
+    if (signs.values == 1).all():
+        redirect_readers(second.outputs[0], x)
+        remove_node(second, traced.graph)
+    else:
+        second.inputs = [x, signs]
+        second.attrs |= rotation_attributes(1)
+    (rotated,) = first.outputs
+    if not rotated.outputs and not is_graph_output(rotated, traced.graph):
+        remove_node(first, traced.graph)  # at once: what it reads has one reader less
+    return True
+
+
+def _check(first: gs.Node, second: gs.Node, traced: TracedGraph) -> None:
     if any(node.inputs[1].name not in traced.signs for node in (first, second)):
-        return "signs are not in the table of signs"
+        raise NoMatch("signs are not in the table of signs")
     if first.attrs["block"] != second.attrs["block"] or not np.all(second.inputs[1].values == 1):
-        return "it follows another rotation, which it does not undo"
+        raise NoMatch("it follows another rotation, which it does not undo")
     if int(first.attrs["order"]) % 4 == 3:
-        return f"it follows a rotation of the same {first.attrs['block']} channels, whose matrix is not symmetric"
+        block = first.attrs["block"]
+        raise NoMatch(f"it follows a rotation of the same {block} channels, whose matrix is not symmetric")
     if is_graph_output(second.outputs[0], traced.graph):
-        return "the tensor that is rotated back is an output of the graph"
-    return None
+        raise NoMatch("the tensor that is rotated back is an output of the graph")

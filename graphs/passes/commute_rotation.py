@@ -8,13 +8,16 @@
 
 So image and text tokens that leave one attention are rotated before they part, where the rotation can fold; and where
 attention and feed-forward run side by side, each gets its own part of the rotation. Where several equal rotations read
-what is passed, they become one.
+what is passed, they become one, and where one meets the rotation that it undoes, both go.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphs import equalizer
+from graphs.passes.cancel_rotations import cancel
 from graphs.passes.channels import NoMatch, rows_behind
 from graphs.passes.fuse_activation import activation
 from graphs.passes.patterns import (
@@ -35,37 +38,36 @@ from graphs.traced import Signs, TracedGraph
 
 
 def commute_rotation(traced: TracedGraph) -> PassResult:
-    result = PassResult()
-    waiting = [node for node in traced.graph.nodes if is_lrq(node, "HadamardRotate")]
-    while waiting:
-        rotation = waiting.pop(0)
-        if not rotation.outputs:  # it was replaced together with an equal one
-            continue
-        try:
-            moved = _move(rotation, traced)
-        except NoMatch as reason:
-            result.skip(rotation, str(reason))
-            continue
-        result.fired += bool(moved)
-        waiting += moved
+    """`fired` counts the rotations that are no longer where they were, however far each has moved."""
+    result, before, reasons = PassResult(), _rotations(traced), {}
+    # First all that meet, then all that join: what becomes of them does not depend on the order of nodes.
+    while _any(cancel, traced, {}) or _any(_join, traced, reasons := {}) or _any(_move_up, traced, reasons):
+        pass
+    for rotation, reason in reasons.values():
+        result.skip(rotation, reason)
+    result.fired = sum(not rotation.outputs for rotation in before)
     if result.fired:
         traced.forget_unused()
     return result
 
 
-def _move(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
-    """Behind the Concat that reads it, else above what computes its input; returns what it became, [] if it stays."""
-    try:
-        joined = _join(rotation, traced)
-    except NoMatch:
-        if moved := _move_up(rotation, traced):
-            return moved
-        raise
-    return joined or _move_up(rotation, traced)
+def _rotations(traced: TracedGraph) -> list[gs.Node]:
+    return [node for node in traced.graph.nodes if is_lrq(node, "HadamardRotate")]
+
+
+def _any(move: Callable, traced: TracedGraph, reasons: dict[int, tuple[gs.Node, str]]) -> bool:
+    """Whether `move` changes any rotation of the graph, all of which it tries; `reasons` gets why others stay."""
+    moved = False
+    for rotation in _rotations(traced):
+        try:
+            moved |= bool(rotation.outputs and move(rotation, traced))  # it may be replaced with an equal one by now
+        except NoMatch as reason:
+            reasons[id(rotation)] = rotation, str(reason)
+    return moved
 
 
 def _move_up(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
-    """Put a rotation above the node that computes its input; returns what it became there, nothing if it stays."""
+    """Put a rotation above the node that computes its input; returns what it became there, [] if it stays."""
     node = producer(rotation.inputs[0])
     rule = UPWARDS.get(node.op) if node is not None and not node.domain else None
     return [] if rule is None else rule(node, rotation, traced)

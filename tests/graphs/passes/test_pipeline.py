@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 import pytest
+from graph_structure import disguise, structure
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +32,15 @@ NORMS = {
 }
 
 
+MASKS = {  # of the scores of an attention, or what else exporters write around its softmax
+    "none": "{y} = Softmax({x})",
+    "added": "{y}m = Add(offset, {x}) {y} = Softmax({y}m)",
+    "chosen": "{y}c = Less({x}, offset) {y}m = Where({y}c, {x}, offset) {y} = Softmax({y}m)",
+    "capped": "{y}d = Div({x}, root) {y}t = Tanh({y}d) {y}m = Mul({y}t, root) {y} = Softmax({y}m)",
+    "guarded": "{y}p = Softmax({x}) {y}n = IsNaN({y}p) {y} = Where({y}n, offset, {y}p)",
+}
+
+
 @dataclass(frozen=True)
 class Block:
     """One residual block of the network, in ONNX text; its tensors begin with its name."""
@@ -43,10 +53,13 @@ class Block:
     bits: int
     norm: str = "none"
     modulated: bool = False
-    gated: bool = False
+    gate: str = "none"  # or of the condition, by a layer; or of it stretched to the shape of what it multiplies
     activation: str = "gelu"
     values: str = "apart"  # packed (with queries and keys, or keys alone, in one layer) or shared (one head for all)
     observed: bool = False  # what the attention mixes is an output of the network too
+    mask: str = "none"
+    scaled: bool = False  # what the attention mixes is halved, behind that output
+    divided: str = "Slice"  # or Split: what parts text and image behind a joint attention
 
     def text(self, p: str, x: str, c: str, y: str, d: str) -> str:
         """From image tokens `x` and text tokens `c` to those after the block, `y` and `d`."""
@@ -58,6 +71,8 @@ class Block:
             steps = [self.attention(p, n), self.hidden(p), joined, self.output(p, p + "cat", 72), same_text]
         elif self.kind == "joint":
             parts = f"{p}i = Slice({p}merged, texts, end, one) {p}t = Slice({p}merged, zero, texts, one)"
+            if self.divided == "Split":
+                parts = f"{p}t, {p}i = Split<axis = 1>({p}merged, sizes)"
             text_out = f"{self.output(p + 'c', p + 't', 24)} {d} = Add({c}, {p}co)"
             steps = [self.attention(p, n, c), parts, self.output(p, p + "i", 24), text_out]
         else:
@@ -86,8 +101,13 @@ class Block:
             {p}q4 = Reshape({p}q, {split}) {p}k4 = Reshape({p}k, {split_values})
             {p}v4 = Reshape({p}v, {split_values}) {p}qh = Transpose<perm = [0, 2, 1, 3]>({p}q4)
             {p}kh = Transpose<perm = [0, 2, 3, 1]>({p}k4) {p}vh = Transpose<perm = [0, 2, 1, 3]>({p}v4)
-            {p}scores = MatMul({p}qh, {p}kh) {p}p = Softmax({p}scores) {p}mixed = MatMul({p}p, {p}vh)
-            {p}back = Transpose<perm = [0, 2, 1, 3]>({p}mixed) {p}merged = Reshape({p}back, merge)"""
+            {p}scores = MatMul({p}qh, {p}kh) {MASKS[self.mask].format(x=p + "scores", y=p + "p")}
+            {p}mixed = MatMul({p}p, {p}vh) {p}back = Transpose<perm = [0, 2, 1, 3]>({p}mixed)
+            {self.whole(p)} = Reshape({p}back, merge) {f"{p}merged = Mul(half, {p}whole)" if self.scaled else ""}"""
+
+    def whole(self, p: str) -> str:
+        """All that the attention mixes."""
+        return p + ("whole" if self.scaled else "merged")
 
     def projected(self, p: str, x: str, source: str) -> str:
         """Queries of x, keys and values of the source, by layers of their own or one that all or some share."""
@@ -109,8 +129,11 @@ class Block:
         return f"{rotated} {p}o = Linear<rows = 24, cols = {cols}, bias = {self.bias}>({p}rotated)"
 
     def residual(self, p: str, x: str, y: str) -> str:
-        if not self.gated:
+        if self.gate == "none":
             return f"{y} = Add({x}, {p}o)"
+        if self.gate == "stretched":
+            gate = f"{p}size = Shape({p}o) {p}gate = Expand(condition, {p}size)"
+            return f"{gate} {p}gated = Mul({p}gate, {p}o) {y} = Add({p}gated, {x})"
         return f"{p}gate = Kept<rows = 24, cols = 24>(condition) {p}gated = Mul({p}gate, {p}o) {y} = Add({p}gated, {x})"
 
     def linear(self, name: str, x: str, rows: int) -> str:
@@ -141,7 +164,7 @@ class Block:
     @property
     def rotated_outputs(self) -> int:
         """Rotations before the output projection that remain."""
-        if self.kind == "joint" and self.is_observed:
+        if self.kind == "joint" and self.is_observed and not self.scaled:
             return 2  # of image and text apart: what they are parts of stays as it is
         if self.kind != "parallel":
             return 1 - self.folds
@@ -160,10 +183,13 @@ def blocks(draw):
         bits=draw(st.sampled_from([3, 4, 8])),
         norm=draw(st.sampled_from(list(NORMS))),
         modulated=draw(st.booleans()),
-        gated=draw(st.booleans()),
+        gate=draw(st.sampled_from(["none", "layer", "stretched"])),
         activation=draw(st.sampled_from(list(ACTIVATIONS))),
         values=draw(st.sampled_from(["apart", "packed", "shared"])),
         observed=draw(st.sampled_from([False, False, True])),
+        mask=draw(st.sampled_from(list(MASKS))),
+        scaled=draw(st.booleans()),
+        divided=draw(st.sampled_from(["Slice", "Split"])),
     )
 
 
@@ -174,7 +200,7 @@ NETWORKS = st.lists(blocks(), min_size=1, max_size=3)
 TENSORS = f"""
     int64[3] merge = {{0, 0, 24}}, int64[1] last = {{-1}}, int64[1] zero = {{0}}, int64[1] one = {{1}},
     int64[1] end = {{{2**62}}}, float number = {{1}}, float epsilon = {{0.01}},
-    float half = {{0.5}}, float root = {{1.4142135}},
+    float half = {{0.5}}, float root = {{1.4142135}}, float offset = {{0.25}},
     float[24] ones = {{{", ".join(["1"] * 24)}}}, float[24] weight = {{{", ".join(["2"] * 24)}}},
     float[24] bias = {{{", ".join(["0.5"] * 24)}}}
 """
@@ -189,11 +215,16 @@ def network(each: list[Block]) -> str:
     body = "\n".join(block.text(f"b{i}_", f"x{i}", f"c{i}", f"x{i + 1}", f"c{i + 1}") for i, block in enumerate(each))
     count = len(each)
     tokens = ["both" if block.kind == "joint" else "tokens" for block in each]
-    observed = [f", float[batch, {tokens[i]}, 24] b{i}_merged" for i, block in enumerate(each) if block.is_observed]
+    observed = [
+        f", float[batch, {tokens[i]}, 24] {block.whole(f'b{i}_')}" for i, block in enumerate(each) if block.is_observed
+    ]
     return f"""
         network (float[batch, tokens, 24] x0, float[batch, text, 24] c0, float[batch, 1, 24] condition)
             => (float[batch, tokens, 24] x{count}, float[batch, text, 24] c{count}{"".join(observed)})
-        <{splits}, {TENSORS}> {{ texts = Shape<start = 1, end = 2>(c0) {body} }}
+        <{splits}, {TENSORS}> {{
+            texts = Shape<start = 1, end = 2>(c0) images = Shape<start = 1, end = 2>(x0)
+            sizes = Concat<axis = 0>(texts, images) {body}
+        }}
     """
 
 
@@ -219,7 +250,7 @@ def test_keeps_the_function_of_a_network_without_rotations(parse, difference, ea
     assert fired["make_linear"] == len(traced.linears)
     assert fired["merge_projections"] == sum(block.merged for block in each)
     if not any(block.kind == "joint" for block in each):  # what Slice leaves of one has no known size here
-        assert fired["fuse_epilogue"] == len(each)
+        assert fired["fuse_epilogue"] == sum(block.gate != "stretched" for block in each)
     assert sum(node.op in ROTATE_OPS for node in traced.graph.nodes) == remaining(each)
     assert difference(plain, traced) <= BOUND
 
@@ -303,48 +334,3 @@ def test_a_deep_network_in_any_order_goes_through(parse):
     traced = parse(network([Block("self", 12, 12, (None, None), 1, 4)] * 40))
     disguise(traced.graph, random.Random(0))
     assert rewrite(traced)["fold_rotation_into_producer"] == 40
-
-
-def disguise(graph: gs.Graph, rng: random.Random) -> None:
-    """Rename every node and inner tensor at random, and put the nodes in a random valid order."""
-    outputs = {id(tensor) for tensor in graph.outputs}
-    inner = [tensor for node in graph.nodes for tensor in node.outputs if id(tensor) not in outputs]
-    for objects, prefix in ((graph.nodes, "node"), (inner, "tensor")):
-        numbers = rng.sample(range(len(objects)), len(objects))
-        for each, number in zip(objects, numbers, strict=True):
-            each.name = f"{prefix}{number}"
-    waiting, done, order = list(graph.nodes), set(), []
-    while waiting:
-        ready = [node for node in waiting if all(id(p) in done for tensor in node.inputs for p in tensor.inputs)]
-        chosen = rng.choice(ready)
-        waiting = [node for node in waiting if node is not chosen]
-        done.add(id(chosen))
-        order.append(chosen)
-    graph.nodes = order
-
-
-def structure(traced) -> tuple:
-    """All of a graph but the names of nodes and inner tensors and the order of nodes: equal iff the graphs are."""
-    weights = {codes: repr(weight) for codes, weight in traced.linears.items()}
-    weights |= {name: repr(each) for name, each in traced.tensors.items()}
-    weights |= {name: repr(parts) for name, parts in traced.stacks.items()}
-    number: dict[tuple, int] = {}
-    seen: dict[int, int] = {}
-
-    def of(tensor: gs.Tensor) -> int:
-        """A number for the computation that ends in the tensor, so that shared parts are described once."""
-        if id(tensor) not in seen:
-            if tensor.inputs:
-                node = tensor.inputs[0]
-                attributes = tuple(sorted((key, repr(value)) for key, value in node.attrs.items()))
-                place = [output is tensor for output in node.outputs].index(True)
-                key = (node.domain, node.op, attributes, place, *map(of, node.inputs))
-            elif isinstance(tensor, gs.Constant):
-                key = (tensor.values.tobytes(), tensor.values.shape)
-            else:
-                key = (tensor.name, weights.get(tensor.name))
-            seen[id(tensor)] = number.setdefault(key, len(number))
-        return seen[id(tensor)]
-
-    outputs = tuple(map(of, traced.graph.outputs))
-    return outputs, tuple(number), sorted(weights.items()), len(traced.graph.nodes)
