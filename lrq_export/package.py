@@ -293,6 +293,8 @@ def _no_manifest(path: Path) -> InputError:
     hint = "build it with lrq-export build"
     if not path.exists() and previous.exists():
         hint = f"run the same build again, it restores {previous}"
+    if any(each.suffix == ".partial" for each in (path.parent, path.parent.parent)):
+        hint = "it is what an unfinished build has done so far: run the same build again, without --until"
     problem = "needed a plain file" if os.path.lexists(path) else "No such file"
     return InputError(f"{path.parent}: not an lrq-export package: {MANIFEST}: {problem}", hint=hint)
 

@@ -237,6 +237,11 @@ def test_a_wrong_manifest_is_refused(tmp_path, changes, part):
 
 def test_a_folder_without_a_manifest_is_no_package(tmp_path):
     _refused(lambda: package.load_manifest(tmp_path / "x"), InputError, "not an lrq-export package", "lrq-export build")
+    for unfinished in ("out.partial", "out.partial/package"):
+        (tmp_path / unfinished).mkdir()
+        _refused(
+            lambda at=unfinished: package.load_manifest(tmp_path / at), InputError, "out.partial", "without --until"
+        )
     (tmp_path / "x.previous").mkdir()
     _refused(lambda: package.load_manifest(tmp_path / "x"), InputError, "restores", "x.previous")
     (tmp_path / package.MANIFEST).write_text("{")
