@@ -155,7 +155,9 @@ def _check_rotation(node: gs.Node, signs: gs.Tensor, traced: TracedGraph) -> Non
     if signs.name not in traced.signs:
         return
     origin = traced.signs[signs.name]
-    if not isinstance(signs, gs.Constant) or not np.array_equal(abs(signs.values), origin.magnitudes(signs.shape[0])):
+    if not isinstance(signs, gs.Constant) or not np.array_equal(
+        abs(signs.values), origin.magnitudes(signs.shape[0]).astype(signs.values.dtype)
+    ):
         needed = "a constant of +-1" if origin.equalizer is None else "a constant of +-1 / d"
         raise GraphError(_where(node), f"its signs {signs.name!r} are in the table of signs", needed)
     if origin.seed is None and (signs.values < 0).any():

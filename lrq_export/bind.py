@@ -15,7 +15,7 @@ from graphs import names
 from graphs.expressions import RotateOutput
 from graphs.online import online_channels
 from graphs.ops import detach_bodies, inline_bodies, packing
-from graphs.passes.patterns import LINEAR_OPS, is_lrq, open_linear, operand
+from graphs.passes.patterns import LINEAR_OPS, is_lrq, numpy_type, open_linear, operand
 from graphs.traced import LinearWeight, TracedGraph
 from lrq_export.calibrate.observed import Observed
 from lrq_export.checkpoint import Checkpoint, TensorFile, check_finite
@@ -176,9 +176,10 @@ def _layout(traced: TracedGraph, codes: str) -> str:
 
 
 def float_weight(traced: TracedGraph, quantized: QuantizedFile, name: str) -> WeightTensor:
-    """A tensor kept in floating point, or several below each other."""
+    """A tensor kept in floating point, or several below each other, in the type that the graph declares."""
     parts = [quantized.read(part) for part in traced.parts(name)]
-    return onnx_float(name, torch.cat(parts) if len(parts) > 1 else parts[0])
+    held = next(tensor for tensor in traced.graph.inputs if tensor.name == name)
+    return onnx_float(name, torch.cat(parts) if len(parts) > 1 else parts[0], numpy_type(held))
 
 
 def layer_file(folder: Path, layer: str) -> Path:

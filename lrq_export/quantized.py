@@ -20,7 +20,7 @@ from graphs import equalizer, names
 from graphs.expressions import RotateOutput
 from graphs.ops import codebook_dequant, packing, twin_log_dequant, words
 from lrq_export.checkpoint import TensorFile
-from lrq_export.errors import InputError
+from lrq_export.errors import CheckFailed, InputError
 from lrq_export.onnx_file import WeightTensor
 from lrq_export.package import save_tensors_atomic
 from lrq_export.quant.linear import QuantizedLinear
@@ -30,6 +30,7 @@ from lrq_export.quant.rotation import PartialRotation, Rotation
 ONLINE, FOLDED, UNROTATED = "HadamardRotate", "the layer before it", "nothing"
 # What is stored to give codes their meaning, by method: a role of `names.WEIGHT_ROLES`.
 LEVELS = {names.TWIN_LOG: "exponents", names.CODEBOOK: "table"}
+_FLOAT = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,16 @@ def as_bytes(packed: packing.Packed) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(packed.raw, np.uint8).copy())
 
 
-def onnx_float(name: str, tensor: torch.Tensor) -> WeightTensor:
+def onnx_float(name: str, tensor: torch.Tensor, element: np.dtype = _FLOAT) -> WeightTensor:
+    """A weight kept in floating point, rounded to `element`. Raises CheckFailed where that has no number as large."""
     array = tensor.to(torch.float32).contiguous().numpy()
-    return WeightTensor(name, onnx.TensorProto.FLOAT, array.shape, array.nbytes, array.tobytes)
+    if element != _FLOAT:
+        largest = float(abs(array).max(initial=0))
+        if not np.isfinite(np.float32(largest).astype(element)):
+            raise CheckFailed(
+                f"{name}: got a weight of magnitude {largest:.6g}, needed one that {element.name} holds",
+                hint="set engine.activations to float32 or bfloat16",
+            )
+        array = array.astype(element)
+    onnx_type = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    return WeightTensor(name, onnx_type, array.shape, array.nbytes, array.tobytes)

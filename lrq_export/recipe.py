@@ -133,6 +133,9 @@ class Engine(Table):
     plugins: Literal["auto", "always", "never"] = Field(
         "auto", description="whether TensorRT runs our plugins or the ops' bodies; auto: plugins if they are compiled"
     )
+    activations: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="type in which TensorRT computes what is between integer products, attention included"
+    )
     compute_capabilities: Annotated[tuple[Literal["75", "80", "86", "89", "120", "121"], ...], Strict(False)] = Field(
         (), description="GPUs that tensorrt-rtx builds for; none: its own choice"
     )

@@ -12,6 +12,7 @@ from graphs.passes.fold_smoothing import fold_smoothing
 from graphs.passes.fuse_activation import fuse_activation
 from graphs.passes.fuse_epilogue import fuse_epilogue
 from graphs.passes.fuse_modulated_norm import fuse_modulated_norm
+from graphs.passes.half_precision import to_bfloat16, to_float16
 from graphs.passes.make_linear import make_linear
 from graphs.passes.merge_projections import merge_projections
 from graphs.passes.prepack import prepack
@@ -46,3 +47,11 @@ TARGETS: dict[str, tuple[Pass, ...]] = {
     "tensorrt": (prepack,),
     "onnxruntime-trt": (prepack, target_onnxruntime_trt),
 }
+
+# What comes before these where the activations of a target of TensorRT are to be of another type than float32.
+ACTIVATIONS: dict[str, tuple[Pass, ...]] = {"float32": (), "float16": (to_float16,), "bfloat16": (to_bfloat16,)}
+
+
+def target_passes(target: str, activations: str) -> tuple[Pass, ...]:
+    """All that a target runs after the pipeline. ONNX Runtime's own engine keeps float32: CPUs are no faster in half."""
+    return TARGETS[target] if target == "onnxruntime" else (*ACTIVATIONS[activations], *TARGETS[target])

@@ -27,7 +27,7 @@ import onnx
 from graphs import names
 from graphs.checks import check
 from graphs.integer_data import check_same_integers, integer_layers
-from graphs.passes import TARGETS, target_onnxruntime_trt
+from graphs.passes import ACTIVATIONS, target_onnxruntime_trt, target_passes
 from graphs.traced import TracedGraph
 from lrq_export.bind import write_for_plugins, write_standard
 from lrq_export.engine.ep_context import write_context
@@ -41,7 +41,7 @@ from lrq_export.plugins import LIBRARY, find_library
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Engine
 
-TENSORRT = "tensorrt"
+TENSORRT, FLOAT32 = "tensorrt", "float32"
 MODEL, PLAN, TIMING_CACHE, LAYERS, BUILD = "model.onnx", "model.plan", "timing.cache", "layers.json", "build.json"
 PROVIDER_MODEL = "model_trt_plugins.onnx"
 FOLDERS = {TENSORRT: "engine/tensorrt", RTX: "engine/tensorrt-rtx"}
@@ -87,30 +87,37 @@ def obstacle(target: str, *, run: bool = False) -> MissingError | None:
     return None
 
 
-def write_network(traced: TracedGraph, quantized: QuantizedFile, folder: Path, plugins: bool, **options) -> list[str]:
+def write_network(
+    traced: TracedGraph, quantized: QuantizedFile, folder: Path, plugins: bool, activations: str = FLOAT32, **options
+) -> list[str]:
     """Write model.onnx as TensorRT's parser takes it; returns the names of its lrq nodes, none without plugins."""
+    lowered = lower(traced, plugins, activations)
     if not plugins:
-        write_standard(traced, quantized, folder / MODEL, **options)
+        write_standard(lowered, quantized, folder / MODEL, **options)
         return []
-    lowered = for_plugins(traced)
     write_for_plugins(lowered, quantized, folder / MODEL, **options)
     return [node.name for node in lowered.graph.nodes if node.domain == names.DOMAIN]
 
 
-def write_for_provider(traced: TracedGraph, quantized: QuantizedFile, folder: Path, **options) -> None:
+def write_for_provider(
+    traced: TracedGraph, quantized: QuantizedFile, folder: Path, activations: str = FLOAT32, **options
+) -> None:
     """Write model.onnx again for ONNX Runtime's TensorRT provider, which finds plugins by a domain of its own.
 
     Weights that lie beside model.onnx serve both.
     """
-    lowered = for_plugins(traced)
+    lowered = lower(traced, True, activations)
     target_onnxruntime_trt(lowered)
     write_for_plugins(lowered, quantized, folder / PROVIDER_MODEL, data=data_file(folder / MODEL), **options)
 
 
-def for_plugins(traced: TracedGraph) -> TracedGraph:
-    """A copy of the graph whose nodes read their codes as the plugins do; every layer is still the same integers."""
+def lower(traced: TracedGraph, plugins: bool, activations: str = FLOAT32) -> TracedGraph:
+    """A copy of the graph that computes in the type `activations`; every layer is still the same integers.
+
+    For plugins its nodes read their codes as those do.
+    """
     lowered, integers = traced.copy(), integer_layers(traced)
-    for step in TARGETS[TENSORRT]:
+    for step in target_passes(TENSORRT, activations) if plugins else ACTIVATIONS[activations]:
         step(lowered)
         check(lowered)
         check_same_integers(integers, integer_layers(lowered))
@@ -125,9 +132,10 @@ def build_plan(traced: TracedGraph, quantized: QuantizedFile, folder: Path, requ
     """
     folder.mkdir(parents=True, exist_ok=True)
     library = request.library()
-    nodes = write_network(traced, quantized, folder, plugins=library is not None)
+    activations = request.settings.activations
+    nodes = write_network(traced, quantized, folder, library is not None, activations)
     if request.target == TENSORRT and nodes:
-        write_for_provider(traced, quantized, folder)
+        write_for_provider(traced, quantized, folder, activations)
     missing = obstacle(request.target)
     if missing is not None:
         raise missing
