@@ -293,9 +293,9 @@ def _engine(job: Job) -> None:
     """ONNX Runtime's engine, which the checks are made with, then those of other targets."""
     folder, settings = job.path / ONNXRUNTIME_ENGINE, job.recipe.engine
     whole = (folder / "session.json").exists()  # written last
-    if whole and not lacking(job.path, settings.targets):
+    if whole and not lacking(job.path, settings):
         return
-    with stage(job.progress, "engine", job.timings, 1 + len(lacking(job.path, settings.targets))):
+    with stage(job.progress, "engine", job.timings, 1 + len(lacking(job.path, settings))):
         if not whole:
             threads = (settings.intra_op_threads, settings.inter_op_threads)
             build_engine(rewritten_graph(job.path), QuantizedFile(job.path / QUANTIZED), folder, threads=threads)

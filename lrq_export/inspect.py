@@ -9,13 +9,13 @@ from typing import Any
 import onnx
 import onnx.printer
 
-from graphs.passes import TARGETS
+from graphs.passes import TARGETS, target_passes
 from graphs.traced import TracedGraph
 from lrq_export.admit import admit
 from lrq_export.errors import UsageError
 from lrq_export.package import MODEL, QUANTIZED
 from lrq_export.quantized import QuantizedFile
-from lrq_export.recipe import nearest
+from lrq_export.recipe import Recipe, nearest
 from lrq_export.saved_graphs import saved_graphs
 
 LINE = 120  # columns of a line that lists nodes
@@ -63,7 +63,7 @@ def describe(package: Path) -> Section:
 
 def describe_passes(package: Path) -> Section:
     """How often each rewrite fired and, for every near miss, which nodes and why; then the passes of targets."""
-    admit(package)
+    manifest = admit(package)
     stages, passes = saved_graphs(package)
     lines = []
     for row in passes:
@@ -71,7 +71,7 @@ def describe_passes(package: Path) -> Section:
         lines.append(f"{row['name']}: fired {row['fired']} times, {len(row['skipped'])} near misses{proved}")
         lines += [f"    left out: {row['refused']}"] * (row["refused"] is not None)
         lines += _near_misses(row["skipped"])
-    targets = [after.row for after in _target_passes(stages[-1])]
+    targets = [after.row for after in _target_passes(stages[-1], _activations(manifest))]
     for row in targets:
         lines.append(f"{row['name']}, for {' and '.join(row['targets'])} alone: fired {row['fired']} times")
         lines += _near_misses(row["skipped"])
@@ -99,12 +99,17 @@ class _TargetPass:
     graph: TracedGraph
 
 
-def _target_passes(rewritten: TracedGraph) -> list[_TargetPass]:
+def _activations(manifest: dict[str, Any]) -> str:
+    """The type in which the engines of a package compute, by its recipe."""
+    return Recipe.model_validate(manifest["recipe"]).engine.activations
+
+
+def _target_passes(rewritten: TracedGraph, activations: str) -> list[_TargetPass]:
     """Every pass of a target once; they run now, since a package holds the graph of the pipeline for all targets."""
     found: dict[str, _TargetPass] = {}
-    for target, steps in TARGETS.items():
+    for target in TARGETS:
         graph = rewritten.copy()
-        for step in steps:
+        for step in target_passes(target, activations):
             graph, name = graph.copy(), step.__name__
             result = step(graph)
             row = {"name": name, "targets": [], "fired": result.fired, "skipped": list(map(asdict, result.skipped))}
@@ -117,10 +122,10 @@ def graph_text(package: Path, stage: str) -> str:
 
     Raises UsageError for another name.
     """
-    admit(package)  # says what is wrong with anything that is no package
+    manifest = admit(package)  # says what is wrong with anything that is no package
     stages, outcomes = saved_graphs(package)
     names = ["trace", *(row["name"] for row in outcomes)]
-    for each in _target_passes(stages[-1]):
+    for each in _target_passes(stages[-1], _activations(manifest)):
         names.append(each.row["name"])
         stages.append(each.graph)
     if stage not in names:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import torch
@@ -198,7 +199,7 @@ def onnx_float(name: str, tensor: torch.Tensor, element: np.dtype = _FLOAT) -> W
     array = tensor.to(torch.float32).contiguous().numpy()
     if element != _FLOAT:
         largest = float(abs(array).max(initial=0))
-        if not np.isfinite(np.float32(largest).astype(element)):
+        if largest > float(ml_dtypes.finfo(element).max):
             raise CheckFailed(
                 f"{name}: got a weight of magnitude {largest:.6g}, needed one that {element.name} holds",
                 hint="set engine.activations to float32 or bfloat16",

@@ -53,5 +53,5 @@ ACTIVATIONS: dict[str, tuple[Pass, ...]] = {"float32": (), "float16": (to_float1
 
 
 def target_passes(target: str, activations: str) -> tuple[Pass, ...]:
-    """All that a target runs after the pipeline. ONNX Runtime's own engine keeps float32: CPUs are no faster in half."""
+    """All that a target runs after the pipeline. ONNX Runtime's own engine keeps float32, as CPUs compute."""
     return TARGETS[target] if target == "onnxruntime" else (*ACTIVATIONS[activations], *TARGETS[target])

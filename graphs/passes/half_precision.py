@@ -86,15 +86,13 @@ class _Lowering:
         """The type in which a node computes."""
         if is_standard(node, "Cast"):
             return FLOAT  # it takes any, and says itself what it gives
-        signature = self._signature(node)
-        reads = [tensor for index, tensor in enumerate(node.inputs) if self._held(tensor) and signature.is_free(index)]
-        reached = any(self._held(tensor) == self.half or tensor.name in self.weights for tensor in reads)
-        if not reached and not (reads and is_lrq(node, *OPS)):
+        if not self._is_reached(node):
             return FLOAT
         reason = self._stays_float(node)
         if reason is not None:
             self.result.skip(node, reason)
             return FLOAT
+        signature = self._signature(node)
         used = {signature.input(index) for index, tensor in enumerate(node.inputs) if self._held(tensor)}
         self.halved |= {
             tensor.name
@@ -102,6 +100,14 @@ class _Lowering:
             if self._held(tensor) == FLOAT and signature.output(index) in used
         }
         return self.half
+
+    def _is_reached(self, node: gs.Node) -> bool:
+        """Whether a node reads a weight, or what depends on one, where its op leaves the type open."""
+        signature = self._signature(node)
+        reads = [tensor for index, tensor in enumerate(node.inputs) if self._held(tensor) and signature.is_free(index)]
+        if is_lrq(node, *OPS):
+            return bool(reads)
+        return any(self._held(tensor) == self.half or tensor.name in self.weights for tensor in reads)
 
     def _stays_float(self, node: gs.Node) -> str | None:
         """Why a node that a weight has reached computes in float32; None if it does not."""

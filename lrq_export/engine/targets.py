@@ -19,22 +19,29 @@ from lrq_export.progress import Progress, Silent, stage
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Engine, Recipe, to_toml
 from lrq_export.saved_graphs import rewritten_graph
+from lrq_export.untrusted_json import read_json_object
 from lrq_export.verify.reference import Reference
 from lrq_export.workspace import open_workspace
 
 ONNXRUNTIME = "onnxruntime"
+_SILENT = frozenset({"targets", "intra_op_threads", "inter_op_threads"})  # settings that change no engine built here
+_OF_OTHERS = {tensorrt.TENSORRT: {"compute_capabilities"}, tensorrt.RTX: {"hardware", "refit"}}
 _OWN = frozenset({"format", "schema", "files", "content_sha256", "manifest_sha256"})  # of a manifest, not facts
 
 
 def build_targets(folder: Path, config: dict[str, Any], settings: Engine, progress: Progress) -> list[MissingError]:
     """Build every engine of `settings.targets` that `folder` lacks, a package or one that is becoming it.
 
+    One that was built with other settings goes first: files of the finished package may be linked here.
+
     Returns what this machine lacks for those that could not be built; all but the engine itself is written then.
     Raises UsageError for profiles that do not fit the model, CheckFailed for an engine that TensorRT refuses.
     """
     missing: list[MissingError] = []
-    for target in lacking(folder, settings.targets):
+    for target in lacking(folder, settings):
         request = _request(target, folder, config, settings)
+        if _built_with(folder, target) is not None:
+            shutil.rmtree(folder / tensorrt.FOLDERS[target])
         try:
             tensorrt.build_plan(
                 rewritten_graph(folder), QuantizedFile(folder / QUANTIZED), folder / tensorrt.FOLDERS[target], request
@@ -45,13 +52,27 @@ def build_targets(folder: Path, config: dict[str, Any], settings: Engine, progre
     return missing
 
 
-def lacking(folder: Path, targets: Sequence[str]) -> list[str]:
-    """The targets, but for ONNX Runtime's, whose engine is not whole in `folder`."""
+def lacking(folder: Path, settings: Engine) -> list[str]:
+    """The targets of `settings`, but for ONNX Runtime's, whose engine `folder` lacks or has with other settings."""
     return [
         target
-        for target in dict.fromkeys(targets)
-        if target != ONNXRUNTIME and not (folder / tensorrt.FOLDERS[target] / tensorrt.BUILD).is_file()
+        for target in dict.fromkeys(settings.targets)
+        if target != ONNXRUNTIME and _built_with(folder, target) != _decisive(settings.model_dump(mode="json"), target)
     ]
+
+
+def _built_with(folder: Path, target: str) -> dict[str, Any] | None:
+    """What decided the engine of a target that `folder` holds; None if it holds none."""
+    facts = folder / tensorrt.FOLDERS[target] / tensorrt.BUILD
+    if not facts.is_file():
+        return None
+    # An engine from before a setting was there has its default.
+    return _decisive(Engine().model_dump(mode="json") | read_json_object(facts).get("options", {}), target)
+
+
+def _decisive(options: dict[str, Any], target: str) -> dict[str, Any]:
+    """Those of the recipe's engine settings that change what is built for a target."""
+    return {name: value for name, value in options.items() if name not in _SILENT | _OF_OTHERS[target]}
 
 
 def engines(package: Path) -> Iterator[tuple[str, Path]]:
@@ -66,7 +87,8 @@ def add_engines(
 ) -> list[MissingError]:
     """Build what a finished package lacks of `targets` and swap the package in whole; see `build_targets`.
 
-    `changes` are fields of the recipe's engine table. An engine that is there already is not built again.
+    `changes` are fields of the recipe's engine table. An engine that is there already is built again only if it was
+    built with other settings.
     """
     from lrq_export.verify.report_engines import show_added_engines
 
@@ -74,13 +96,13 @@ def add_engines(
     recipe = Recipe.model_validate(manifest["recipe"])
     wanted = tuple(dict.fromkeys((*recipe.engine.targets, *targets)))
     settings = Engine.model_validate(recipe.engine.model_dump() | (changes or {}) | {"targets": wanted})
-    if not lacking(package, targets):
+    asked = settings.model_copy(update={"targets": tuple(targets)})
+    if not lacking(package, asked):
         return []
     key = hashlib.sha256(json_bytes([manifest["manifest_sha256"], settings.model_dump(mode="json")])).hexdigest()
     with open_workspace(package, key) as workspace:
         _link_files(package, workspace.path)
-        with stage(progress, "engine", {}, len(lacking(package, targets))):
-            asked = settings.model_copy(update={"targets": tuple(targets)})
+        with stage(progress, "engine", {}, len(lacking(package, asked))):
             missing = build_targets(workspace.path, manifest["source"]["config"], asked, progress)
         recipe = recipe.model_copy(update={"engine": settings})
         write_bytes_atomic(workspace.path / RECIPE, to_toml(recipe).encode())

@@ -23,6 +23,7 @@ from lrq_export.verify.metrics import nmse
 from lrq_export.verify.sliced import ReadInput, SlicedModel
 
 OUTPUT = "sample"
+HALF_TYPES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 FORCED = ".forced"  # suffix of the graph inputs that stand in for the inputs of quantized layers
 
 
@@ -64,7 +65,10 @@ def torch_answers(
 
 
 def cut_model(model: onnx.ModelProto, tensor_names: set[str]) -> None:
-    """Edit `model`: every reader of these tensors reads a new graph input instead; the tensors become outputs."""
+    """Edit `model`: every reader of these tensors reads a new graph input instead; the tensors become outputs.
+
+    Both are float32, also where the model computes in half precision.
+    """
     for node in model.graph.node:
         for index, name in enumerate(node.input):
             if name in tensor_names:
@@ -72,6 +76,29 @@ def cut_model(model: onnx.ModelProto, tensor_names: set[str]) -> None:
     for name in sorted(tensor_names):
         model.graph.input.append(onnx.helper.make_tensor_value_info(name + FORCED, onnx.TensorProto.FLOAT, None))
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    held = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    _cast_cuts(model.graph, {name: held[name] for name in tensor_names if held.get(name) in HALF_TYPES})
+
+
+def _cast_cuts(graph: onnx.GraphProto, held: Mapping[str, int]) -> None:
+    """Put a Cast on both sides of the cuts at these tensors, which are of the types `held`."""
+    if not held:
+        return
+    inner = {name: f"{name}.half" for name in held} | {name + FORCED: f"{name}{FORCED}.half" for name in held}
+    nodes = [
+        onnx.helper.make_node("Cast", [name + FORCED], [inner[name + FORCED]], to=held[name]) for name in sorted(held)
+    ]
+    for node in graph.node:
+        node.input[:] = [inner.get(name, name) for name in node.input]
+        cast = [name for name in node.output if name in held]
+        node.output[:] = [inner.get(name, name) for name in node.output]
+        nodes.append(node)
+        nodes += [onnx.helper.make_node("Cast", [inner[name]], [name], to=onnx.TensorProto.FLOAT) for name in cast]
+    known = [value for value in graph.value_info if value.name not in held]
+    for field, kept in ((graph.node, nodes), (graph.value_info, known)):
+        kept = [type(each).FromString(each.SerializeToString()) for each in kept]
+        del field[:]
+        field.extend(kept)
 
 
 def forced_inputs(fed: Mapping[str, np.ndarray], answers: Mapping[str, np.ndarray]) -> ReadInput:

@@ -22,6 +22,7 @@ from lrq_export.quantized import QuantizedFile
 from lrq_export.saved_graphs import rewritten_graph
 from lrq_export.verify.sliced import sliced_session
 
+_HALF = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
 FOLDERS = {ONNXRUNTIME: ONNXRUNTIME_ENGINE} | tensorrt.FOLDERS
 
 
@@ -59,6 +60,17 @@ class Target:
         nodes = onnx.load(self.path, load_external_data=False).graph.node
         return [node.name for node in nodes if node.domain == names.DOMAIN]
 
+    @cached_property
+    def activations(self) -> str:
+        """The type in which its model computes: that of what it keeps in floating point."""
+        held = {tensor.data_type for tensor in onnx.load(self.path, load_external_data=False).graph.initializer}
+        return next((name for name, element in _HALF.items() if element in held), tensorrt.FLOAT32)
+
+    @property
+    def runs_in_onnxruntime(self) -> bool:
+        """Whether ONNX Runtime has all that its model needs, on the CPU."""
+        return not self.plugin_nodes and self.activations != "bfloat16"
+
     @property
     def config(self) -> dict[str, str]:
         """Session options that its model needs in ONNX Runtime."""
@@ -73,7 +85,7 @@ class Target:
         traced, quantized = rewritten_graph(self.package), QuantizedFile(self.package / QUANTIZED)
         if self.name == ONNXRUNTIME:
             return engine_weights(traced, quantized, lower_linears(traced))
-        return portable_weights(tensorrt.for_plugins(traced) if self.plugin_nodes else traced, quantized)
+        return portable_weights(tensorrt.lower(traced, bool(self.plugin_nodes), self.activations), quantized)
 
     def obstacle(self) -> MissingError | None:
         """Why NVIDIA's library cannot run it here; None if it can, and for ONNX Runtime's own target."""

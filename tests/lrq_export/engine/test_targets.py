@@ -4,16 +4,20 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+import torch
 
 from graphs import names
+from graphs.passes.half_precision import BFLOAT16
 from lrq_export.admit import ENGINE_STARTS, admit
 from lrq_export.bind import write_for_plugins
 from lrq_export.engine import targets, tensorrt
 from lrq_export.engine.targets import add_engines, engines
 from lrq_export.errors import CheckFailed, MissingError
 from lrq_export.package import load_manifest, verify_hashes
+from lrq_export.quantized import onnx_float
 
 FOLDER = Path("engine/tensorrt-rtx")
 
@@ -79,6 +83,64 @@ def test_what_is_there_is_not_built_again(package, copy_of, builder, digests):
     assert add_engines(folder, ["tensorrt-rtx", "onnxruntime"]) == []
     assert len(builder) == 1
     assert digests(folder) == before
+
+
+def test_other_activations_build_that_engine_anew_and_only_it(package, copy_of, builder, digests):
+    folder = copy_of(package)
+    add_engines(folder, ["tensorrt-rtx", "tensorrt"])
+    before = digests(folder)
+    changes = {"activations": "float16"}
+    assert add_engines(folder, ["tensorrt-rtx"], changes=changes) == []
+    after = digests(folder)
+    told = {"manifest.json", "recipe.toml", "report.json", "report.html"}
+    assert {name for name in after if before.get(name) != after[name]} - told == {
+        f"{FOLDER}/build.json", f"{FOLDER}/model.onnx"
+    }  # fmt: skip
+    assert [job["options"]["activations"] for job in builder] == ["float32", "float32", "float16"]
+    assert add_engines(folder, ["tensorrt-rtx"], changes=changes) == []  # settings that are there already
+    assert add_engines(folder, ["tensorrt-rtx"], changes=changes | {"hardware": "ampere_plus"}) == []  # of tensorrt
+    assert len(builder) == 3
+
+
+def test_an_engine_from_before_a_setting_was_there_has_its_default(package, copy_of, builder, reseal):
+    folder = copy_of(package)
+    add_engines(folder, ["tensorrt-rtx"])
+    built = folder / FOLDER / "build.json"
+    facts = json.loads(built.read_text())
+    del facts["options"]["activations"]
+    built.write_text(json.dumps(facts))
+    reseal(folder)
+    assert add_engines(folder, ["tensorrt-rtx"]) == []
+    assert len(builder) == 1
+
+
+@pytest.mark.parametrize(("activations", "half"), [("float16", 10), ("bfloat16", 16)])
+@pytest.mark.parametrize("plugins", [False, True])
+def test_half_precision_reaches_the_file_and_leaves_codes_and_edges(
+    package, copy_of, builder, monkeypatch, tmp_path, activations, half, plugins
+):
+    monkeypatch.setattr(tensorrt, "find_library", lambda: tmp_path / "liblrq_plugins.so" if plugins else None)
+    folder = copy_of(package)
+    add_engines(folder, ["tensorrt"])
+    was = onnx.load(folder / "engine/tensorrt/model.onnx").graph
+    add_engines(folder, ["tensorrt"], changes={"activations": activations})
+    now = onnx.load(folder / "engine/tensorrt/model.onnx").graph
+    assert (now.input, now.output) == (was.input, was.output)
+    held, wider = ({each.name: each for each in graph.initializer} for graph in (now, was))
+    assert held["proj_out.weight"].data_type == half
+    packed = [name for name in wider if name.endswith((".codes", ".exponents", ".scale"))]
+    assert len(packed) > 10
+    assert all(held[name] == wider[name] for name in packed)
+    provider = folder / "engine/tensorrt/model_trt_plugins.onnx"
+    assert provider.is_file() == plugins
+    assert not plugins or onnx.load(provider).graph.initializer == now.initializer
+
+
+def test_a_weight_that_float16_cannot_hold_is_refused():
+    weight = torch.tensor([1.0, -70000.0])
+    with pytest.raises(CheckFailed, match="w: got a weight of magnitude 70000, needed one that float16 holds"):
+        onnx_float("w", weight, np.dtype(np.float16))
+    assert onnx_float("w", weight, BFLOAT16).size == 4
 
 
 def test_the_builder_is_told_sizes_and_options(package, copy_of, builder):

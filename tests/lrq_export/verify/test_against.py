@@ -189,6 +189,36 @@ def test_one_changed_code_of_the_network_is_found(with_network, edited, tmp_path
     assert findings.divergence.nmse > 1e-6
 
 
+@pytest.fixture(scope="module")
+def with_half_network(with_network, tmp_path_factory):
+    """The same whose activations are float16."""
+    folder = shutil.copytree(with_network, tmp_path_factory.mktemp("half") / "package")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorrt, "obstacle", no_gpu)
+        add_engines(folder, ["tensorrt"], changes={"plugins": "never", "activations": "float16"})
+    return folder
+
+
+def test_a_network_in_half_precision_agrees_within_what_that_costs(with_half_network):
+    target = Target("tensorrt", with_half_network)
+    assert (target.activations, target.runs_in_onnxruntime) == ("float16", True)
+    findings = compare(with_half_network, "tensorrt")
+    assert failed(findings) == []
+    assert [rung.rung for rung in findings.rungs] == ["T1", "T2", "T3"]
+    assert 0 < findings.rungs[1].value < findings.rungs[1].bound == 1e-3
+
+
+def test_another_function_in_half_precision_is_found(with_half_network, edited):
+    def sharpen(model):
+        node = next(node for node in model.graph.node if node.op_type == "Softmax")
+        node.op_type = "Sigmoid"
+        del node.attribute[:]
+
+    findings = compare(edited(with_half_network, "engine/tensorrt/model.onnx", sharpen), "tensorrt")
+    assert failed(findings)[0] == "T2"
+    assert "attn" in findings.broken[0].blames
+
+
 @pytest.fixture
 def gpu(with_network, copy_of, reseal, monkeypatch, known_answers):
     """A package with a plan, and in TensorRT's place right answers; `spoilt` tensors come out 2 % too large."""
