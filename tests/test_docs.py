@@ -8,6 +8,7 @@ import importlib
 import re
 import shlex
 import sys
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -16,7 +17,7 @@ import typer
 
 import lrq_export
 from graphs.ops import OPS
-from graphs.passes import PIPELINE, TARGETS
+from graphs.passes import ACTIVATIONS, PIPELINE, TARGETS, target_passes
 from lrq_export import cli
 from lrq_export.errors import LrqError
 from lrq_export.models.pixart import PixArt
@@ -97,8 +98,9 @@ def test_the_passes_are_described_in_their_order():
 
 def test_the_passes_of_targets_are_described():
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", between(GRAPH.read_text(), "target passes")[1], re.MULTILINE)
-    steps = dict.fromkeys(step for passes in TARGETS.values() for step in passes)
-    uses = {step.__name__: [f"`{name}`" for name, passes in TARGETS.items() if step in passes] for step in steps}
+    passes = {name: [*chain(*(target_passes(name, element) for element in ACTIVATIONS))] for name in TARGETS}
+    steps = dict.fromkeys(chain(*ACTIVATIONS.values(), *passes.values()))
+    uses = {step.__name__: [f"`{name}`" for name, used in passes.items() if step in used] for step in steps}
     assert rows == [(name, ", ".join(targets)) for name, targets in uses.items()]
 
 

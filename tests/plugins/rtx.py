@@ -18,7 +18,13 @@ from onnx import TensorProto
 from graphs.traced import TracedGraph
 from lrq_export.onnx_file import WeightTensor
 
-BITS = {TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.INT8: 8, TensorProto.INT4: 4}
+BITS = {
+    TensorProto.FLOAT: 32,
+    TensorProto.FLOAT16: 16,
+    TensorProto.BFLOAT16: 16,
+    TensorProto.INT8: 8,
+    TensorProto.INT4: 4,
+}
 
 
 def name_without_version(folder: Path) -> None:

@@ -14,9 +14,9 @@ from lrq_export.saved_graphs import rewritten_graph
 from lrq_export.verify.against import _subject
 from lrq_export.verify.metrics import nmse
 
-# Most of it are codes of activations next to a rounding boundary, which a wide trained model averages out: the demo has
-# 5.6e-7 and 1.2e-5. A sinusoid of a rounded angle, below, is far beyond.
-BOUND = {"float16": 2e-4, "bfloat16": 4e-3}
+# 4.6e-5 and 1.2e-4 were measured. Most of it are codes of activations that a rounding sends to the other side, which
+# the demo, wider and trained, averages out: 5.6e-7 and 1.2e-5 there (docs/engines.md).
+BOUND = {"float16": 1e-4, "bfloat16": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,6 @@ def expected(answer):
 
 @pytest.mark.parametrize("activations", BOUND)
 def test_half_precision_moves_the_output_by_little(answer, expected, activations):
-    print(nmse(answer(activations), expected))
     assert 0 < nmse(answer(activations), expected) < BOUND[activations]
 
 
@@ -49,5 +48,4 @@ def test_sinusoids_of_rounded_angles_would_be_seen(answer, expected, monkeypatch
     """Of timesteps and positions: float16 knows an angle near 900 to a half."""
     monkeypatch.setattr(half_precision._Lowering, "_is_reached", lambda self, node: node.op != "Range")
     monkeypatch.setattr(half_precision, "is_standard", lambda node, *ops: ops[0] != "Sin" and node.op in ops)
-    print(nmse(answer("float16"), expected))
     assert nmse(answer("float16"), expected) > 2 * BOUND["float16"]

@@ -58,6 +58,18 @@ def test_with_plugins_every_lrq_node_is_one_plugin_layer(package, copy_of, monke
     assert built["plugin_layers"] == built["nodes"] > 10
 
 
+@pytest.mark.parametrize("plugins", [False, True])
+@pytest.mark.parametrize("activations", ["float16", "bfloat16"])
+def test_engines_in_half_precision_are_built(package, copy_of, monkeypatch, library, activations, plugins):
+    monkeypatch.setattr(tensorrt, "find_library", lambda: library if plugins else None)
+    folder = copy_of(package)
+    assert add_engines(folder, ["tensorrt-rtx"], changes=SIZES | {"activations": activations}) == []
+    built = facts(folder)
+    assert built["options"]["activations"] == activations
+    assert built["plugin_layers"] == built["nodes"] == (len(Target("tensorrt-rtx", folder).plugin_nodes))
+    assert Target("tensorrt-rtx", folder).activations == activations
+
+
 def test_a_node_without_a_plugin_is_named(package, copy_of, monkeypatch, library):
     """The twin that must fail: as if the graph had one lrq node more than the parser found plugins for."""
     monkeypatch.setattr(tensorrt, "find_library", lambda: library)

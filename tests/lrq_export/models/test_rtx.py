@@ -20,6 +20,7 @@ from graphs.ops import detach_bodies, lrq_nodes
 from graphs.passes import PIPELINE
 from lrq_export.bind import assemble, quantize_layers, write_portable, write_standard
 from lrq_export.checkpoint import open_checkpoint
+from lrq_export.engine.tensorrt import lower
 from lrq_export.models.base import SAMPLES
 from lrq_export.quantized import QuantizedFile
 from lrq_export.trace import trace
@@ -79,8 +80,11 @@ def portable(rewritten, quantized, tmp_path_factory) -> onnx.ModelProto:
 @pytest.fixture(scope="module")
 def standard(rewritten, quantized, tmp_path_factory) -> onnx.ModelProto:
     """The same in standard ops alone."""
-    path = tmp_path_factory.mktemp("standard") / "model.onnx"
-    write_standard(rewritten, quantized, path)
+    return standard_ops(rewritten, quantized, tmp_path_factory.mktemp("standard") / "model.onnx")
+
+
+def standard_ops(traced, quantized, path) -> onnx.ModelProto:
+    write_standard(traced, quantized, path)
     return onnx.load(path)
 
 
@@ -156,6 +160,18 @@ def test_an_engine_of_dynamic_sizes_builds(parsed, model, portable):
     engine = parsed.builder.build_serialized_network(parsed.network, config)
     assert engine is not None
     assert engine.nbytes > sum(len(tensor.raw_data) for tensor in portable.graph.initializer)
+
+
+@pytest.mark.parametrize(("activations", "element"), [("float16", "HALF"), ("bfloat16", "BF16")])
+def test_bodies_compute_in_half_precision(rewritten, quantized, tmp_path, activations, element):
+    """Of attention and of what is read and written."""
+    model = standard_ops(lower(rewritten, False, activations), quantized, tmp_path / "model.onnx")
+    parsed = Parsed(model)
+    assert parsed.errors == []
+    assert {layer.get_output(0).dtype for layer in parsed.layers(trt.LayerType.SOFTMAX)} == {
+        getattr(trt.DataType, element)
+    }
+    assert parsed.network.get_output(0).dtype == trt.DataType.FLOAT
 
 
 def test_the_plugins_are_absent(portable):

@@ -7,7 +7,7 @@ import pytest
 import trt_build
 
 from graphs.ops import detach_bodies, lrq_nodes
-from graphs.passes import PIPELINE, TARGETS
+from graphs.passes import PIPELINE, target_passes
 from lrq_export.models.base import SAMPLES
 from lrq_export.onnx_file import write_model
 from lrq_export.plugins import find_library
@@ -47,10 +47,15 @@ def written(traced, folder, **options) -> onnx.ModelProto:
     return onnx.load(folder / "model.onnx")
 
 
+@pytest.fixture(params=["float32", "float16", "bfloat16"])
+def activations(request):
+    return request.param
+
+
 @pytest.fixture
-def for_tensorrt(rewritten, tmp_path) -> onnx.ModelProto:
+def for_tensorrt(rewritten, activations, tmp_path) -> onnx.ModelProto:
     lowered = rewritten.copy()
-    for rewrite in TARGETS["tensorrt"]:
+    for rewrite in target_passes("tensorrt", activations):
         rewrite(lowered)
     return written(lowered, tmp_path, complete=detach_bodies)
 
@@ -65,11 +70,27 @@ def size_range(model, extent: int | str) -> tuple[int, int, int]:
     return 2 * unit, model.sizes[extent], 2 * model.sizes[extent]
 
 
-def test_every_node_becomes_a_plugin_and_an_engine_of_dynamic_sizes_builds(model, for_tensorrt):
+TYPES = {"float32": trt.DataType.FLOAT, "float16": trt.DataType.HALF, "bfloat16": trt.DataType.BF16}
+
+
+def check_types(parsed, element):
+    """Plugins and attention compute in the type that was asked for; who uses the engine sees float32 alone."""
+    for layer in parsed.layers(trt.LayerType.PLUGIN_V3):
+        assert (layer.get_input(0).dtype, layer.get_output(0).dtype) == (element, element), layer.name
+    softmaxes = parsed.layers(trt.LayerType.SOFTMAX)
+    assert softmaxes
+    assert {layer.get_output(0).dtype for layer in softmaxes} == {element}
+    outputs = [parsed.network.get_output(index) for index in range(parsed.network.num_outputs)]
+    assert {tensor.dtype for tensor in outputs} == {trt.DataType.FLOAT}
+    assert not {tensor.dtype for tensor in parsed.inputs()} & {trt.DataType.HALF, trt.DataType.BF16}
+
+
+def test_every_node_becomes_a_plugin_and_an_engine_of_dynamic_sizes_builds(model, for_tensorrt, activations):
     parsed = rtx.Parsed(for_tensorrt)
     assert parsed.taken, parsed.errors
     assert parsed.plugins() == [node.name for node in lrq_nodes(for_tensorrt.graph.node)]
     assert len({node.op_type for node in lrq_nodes(for_tensorrt.graph.node)}) >= 3
+    check_types(parsed, TYPES[activations])
     sizes = {name: [size_range(model, extent) for extent in spec.shape] for name, spec in model.specs.items()}
     engine = parsed.engine({name: tuple(zip(*ranges, strict=True)) for name, ranges in sizes.items()})
     assert all(tensor.raw_data in engine for tensor in for_tensorrt.graph.initializer if tensor.name.endswith(".codes"))
