@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from graphs import names
 from graphs.equalizer import divisors
@@ -62,7 +63,7 @@ class TracedGraph:
 
     def copy(self) -> "TracedGraph":
         """A copy that a pass may edit while this one stays as it is; expressions are immutable and shared."""
-        graph = gs.import_onnx(gs.export_onnx(self.graph))
+        graph = _imported(gs.export_onnx(self.graph))
         return TracedGraph(graph, dict(self.linears), dict(self.tensors), dict(self.signs), dict(self.stacks))
 
     def placeholders(self) -> set[str]:
@@ -147,7 +148,7 @@ class TracedGraph:
         bare = copy.deepcopy(model)
         del bare.metadata_props[:]
         return cls(
-            gs.import_onnx(bare),
+            _imported(bare),
             {
                 codes: LinearWeight(**row | {"weight": Expression.from_json(row["weight"])})
                 for codes, row in tables["linears"].items()
@@ -156,6 +157,12 @@ class TracedGraph:
             {name: Signs(**row) for name, row in tables["signs"].items()},
             {name: tuple(parts) for name, parts in tables["stacks"].items()},
         )
+
+
+def _imported(model: onnx.ModelProto) -> gs.Graph:
+    """graphsurgeon keeps bfloat16 as it is, and says on standard output for every tensor that numpy lacks it."""
+    with G_LOGGER.suppress(G_LOGGER.ERROR):
+        return gs.import_onnx(model)
 
 
 def sort_nodes(graph: gs.Graph) -> None:

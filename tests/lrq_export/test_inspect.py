@@ -44,6 +44,23 @@ def test_inspect_prints_json_lines(package, cli):
     assert len(layers["layers"]) == 20
 
 
+@pytest.mark.parametrize("activations", ["float16", "bfloat16"])
+def test_half_precision_is_told_where_the_recipe_asks_for_it(package, cli, copy_of, reseal, activations):
+    folder = copy_of(package)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["recipe"]["engine"]["activations"] = activations
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    reseal(folder)
+    _, passes = map(json.loads, cli("inspect", folder, "--passes", "--json").out.splitlines())
+    rows = {row["name"]: row for row in passes["target_passes"]}
+    assert list(rows) == [f"to_{activations}", "prepack", "target_onnxruntime_trt"]
+    assert rows[f"to_{activations}"]["targets"] == ["tensorrt", "onnxruntime-trt"]
+    assert rows[f"to_{activations}"]["fired"] > 100
+    text = cli("inspect", folder, "--dump-after", f"to_{activations}").out
+    (output,) = onnx.parser.parse_model(text).graph.output
+    assert output.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
 def test_a_reason_is_said_once_with_the_nodes_it_holds_for(package, cli):
     lines = cli("inspect", package, "--passes").out.splitlines()
     at = lines.index("    Gelu computes what it rotates, no linear layer:")
