@@ -60,11 +60,9 @@ def small_cases():
     return list(chosen.values())
 
 
-def test_the_plugins_conform_over_the_cuda_kernels_as_emulated(host, headers, tmp_path_factory, tmp_path):
+def test_the_plugins_conform_over_the_cuda_kernels_as_emulated(host, headers, shared_folder, tmp_path):
     """The kernels' own checks and launches, compiled for the CPU as tests/plugins/kernels does it."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base
-    kernels = kernel_machine.build_emulated(shared / "emulated-kernels")
+    kernels = kernel_machine.build_emulated(shared_folder / "emulated-kernels")
     library = trt_build.build_library(tmp_path, headers[-1], kernels)
     cases = small_cases()
     assert {case.spec.name for case in cases} == set(OPS)
