@@ -148,7 +148,8 @@ def export_afresh(shared_folder):
     def export_or_read(family, config, layers):
         if family not in FAMILIES.values():
             return export(family, config, layers)
-        told = repr((family.class_name, sorted(config.items()), layers))
+        model = {key: value for key, value in config.items() if not key.startswith("_")}  # not where it comes from
+        told = json.dumps([family.class_name, model, layers], sort_keys=True)
         path = folder / f"{hashlib.sha256(told.encode()).hexdigest()}.onnx"
         with FileLock(f"{path}.lock"):
             if not path.exists():
