@@ -160,8 +160,9 @@ def cut(graph: onnx.GraphProto, weight_bytes: Mapping[str, int], limit: int) -> 
 def frugal_options(config: Mapping[str, str]):
     """`onnxruntime.SessionOptions` of a session that runs a few times only: memory counts more than speed.
 
-    There is no arena, which grows in powers of two and never shrinks. Function bodies are not folded into constants
-    (`session.disable_quant_qdq` would): that keeps every intermediate of every decode until all are done.
+    There is no arena, which grows in powers of two and never shrinks. Of function bodies nothing is folded into
+    constants but what depends on attributes alone (`session.disable_quant_qdq` would fold codes): that keeps every
+    intermediate of every decode until all are done.
     """
     import onnxruntime
 
