@@ -56,11 +56,13 @@ def test_random_weights_are_of_the_size_of_a_layers_and_differ_by_name(read):
 
 def test_other_inputs_are_random_numbers_as_large_as_the_recorded_ones():
     made = other_shapes(SPECS, RECORDED, seed=3)
-    assert made.keys() == RECORDED.keys()
+    assert made.keys() == SPECS.keys()
     for name in ("image", "text"):
         assert made[name].std().item() == pytest.approx(RECORDED[name].std().item(), rel=0.25)
     assert set(made["timestep"].tolist()) <= {7.0, 900.0}
-    assert bool((made["mask"] == 1).all())
+    for mask in (made["mask"], made["absent"]):  # not recorded, and masked all the same
+        assert set(mask.unique().tolist()) == {0.0, 1.0}
+        assert bool((mask[:, 0] == 1).all())
     assert not torch.equal(made["image"], other_shapes(SPECS, RECORDED, seed=4)["image"])
 
 
@@ -68,7 +70,7 @@ def test_other_inputs_are_of_other_sizes_that_fit():
     """Half of the pairs of rows and columns and one more for every axis before, and as much text as there may be."""
     made = other_shapes(SPECS, RECORDED, seed=3)
     assert {name: tuple(tensor.shape) for name, tensor in made.items()} == {
-        "image": (3, 4, 10, 12), "text": (3, 4, 8), "timestep": (3,), "mask": (3, 4),
+        "image": (3, 4, 10, 12), "text": (3, 4, 8), "timestep": (3,), "mask": (3, 4), "absent": (3, 3),
     }  # fmt: skip
     small = other_shapes(SPECS, {"image": torch.randn(1, 4, 2, 2)}, seed=3)
     assert tuple(small["image"].shape) == (3, 4, 4, 4)
@@ -80,4 +82,4 @@ def test_a_proof_has_one_recorded_sample_and_two_other_sizes():
     assert recorded["timestep"].tolist() == [7.0]
     assert len({case["image"].shape for case in (recorded, other, third)}) == 3
     assert not np.array_equal(other["image"].ravel()[:9], third["image"].ravel()[:9])
-    assert all(case["absent"].min() == 1 for case in (recorded, other, third))
+    assert [case["absent"].min() for case in (recorded, other, third)] == [1, 0, 0]
