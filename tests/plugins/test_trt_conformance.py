@@ -211,7 +211,7 @@ def test_the_host_for_a_gpu_compiles(headers, tmp_path):
 
 @pytest.mark.gpu
 def test_every_plugin_conforms_on_the_gpu(headers, cases, tmp_path):
-    """The library that `lrq-export plugins build` made, on golden vectors in the GPU's memory: at once and in CUDA graphs."""
+    """The library that `lrq-export plugins build` made, on vectors in the GPU's memory: at once and in CUDA graphs."""
     from lrq_export.plugins import find_library
 
     library = find_library()
