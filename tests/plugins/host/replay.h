@@ -57,11 +57,4 @@ inline int32_t replayed(Enqueue const& enqueue) {
     return 0;
 }
 
-#else
-
-// There is nothing to capture on the CPU.
-inline int32_t replayed(Enqueue const& enqueue) {
-    return runNow(enqueue);
-}
-
 #endif
