@@ -7,7 +7,7 @@ import torch
 from graphs.expressions import Expression
 from graphs.traced import LinearWeight, TracedGraph
 from lrq_export.models.base import InputSpec
-from lrq_export.proof import Proof, difference, other_shapes, random_source
+from lrq_export.proof import LEAST_BOUND, MARGIN, Proof, difference, other_shapes, random_source
 
 SPECS = {
     "image": InputSpec(("samples", 4, "height", "width"), multiple_of=2),
@@ -83,3 +83,28 @@ def test_a_proof_has_one_recorded_sample_and_two_other_sizes():
     assert len({case["image"].shape for case in (recorded, other, third)}) == 3
     assert not np.array_equal(other["image"].ravel()[:9], third["image"].ravel()[:9])
     assert [case["absent"].min() for case in (recorded, other, third)] == [1, 0, 0]
+
+
+class Moving(Proof):
+    """Answers its latents, times what the test says."""
+
+    def __init__(self, gain):
+        super().__init__(SPECS, RECORDED, read=None)
+        self.gain, self.ran = gain, []
+
+    def _run(self, traced, cases):
+        self.ran.append(cases)
+        return [self.gain * case["image"] + 1 for case in cases]
+
+
+@pytest.mark.parametrize(("gain", "least"), [(1e-9, True), (5, False)])
+def test_the_bound_of_a_graph_is_a_multiple_of_its_own_rounding(gain, least):
+    proof = Moving(gain)
+    bound = proof.bound(None, proof.answers(None))
+    # Noise of up to a last bit of 1: a third of its square, 5e-15.
+    assert bound == LEAST_BOUND if least else MARGIN * 1e-16 < bound < MARGIN * 1e-14
+    plain, moved = proof.ran
+    for name in SPECS:
+        same = all(np.array_equal(one[name], other[name]) for one, other in zip(plain, moved, strict=True))
+        assert same == (name not in ("image", "text"))
+    assert proof.bound(None, proof.answers(None)) == bound
