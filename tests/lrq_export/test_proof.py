@@ -7,13 +7,14 @@ import torch
 from graphs.expressions import Expression
 from graphs.traced import LinearWeight, TracedGraph
 from lrq_export.models.base import InputSpec
-from lrq_export.proof import LEAST_BOUND, MARGIN, Proof, difference, other_shapes, random_source
+from lrq_export.proof import MARGIN, Proof, difference, other_shapes, random_source
 
 SPECS = {
     "image": InputSpec(("samples", 4, "height", "width"), multiple_of=2),
     "text": InputSpec(("samples", "length", 8), at_most=4),
     "timestep": InputSpec(("samples",)),
     "mask": InputSpec(("samples", "length"), optional=True),
+    "places": InputSpec(("samples", "length", 2), between=(0, 64)),
     "absent": InputSpec(("samples", 3), optional=True),
 }
 RECORDED = {
@@ -21,6 +22,7 @@ RECORDED = {
     "text": torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1)),
     "timestep": torch.tensor([7.0, 900.0]),
     "mask": torch.ones(2, 4),
+    "places": torch.rand(2, 4, 2, generator=torch.Generator().manual_seed(2)) * 64,
 }
 
 
@@ -70,7 +72,7 @@ def test_other_inputs_are_of_other_sizes_that_fit():
     """Half of the pairs of rows and columns and one more for every axis before, and as much text as there may be."""
     made = other_shapes(SPECS, RECORDED, seed=3)
     assert {name: tuple(tensor.shape) for name, tensor in made.items()} == {
-        "image": (3, 4, 10, 12), "text": (3, 4, 8), "timestep": (3,), "mask": (3, 4), "absent": (3, 3),
+        "image": (3, 4, 10, 12), "places": (3, 4, 2), "text": (3, 4, 8), "timestep": (3,), "mask": (3, 4), "absent": (3, 3)
     }  # fmt: skip
     small = other_shapes(SPECS, {"image": torch.randn(1, 4, 2, 2)}, seed=3)
     assert tuple(small["image"].shape) == (3, 4, 4, 4)
@@ -97,12 +99,13 @@ class Moving(Proof):
         return [self.gain * case["image"] + 1 for case in cases]
 
 
-@pytest.mark.parametrize(("gain", "least"), [(1e-9, True), (5, False)])
-def test_the_bound_of_a_graph_is_a_multiple_of_its_own_rounding(gain, least):
+@pytest.mark.parametrize(("gain", "least"), [(1e-9, 1e-10), (5, 1e-30)])
+def test_the_bound_of_a_graph_is_a_multiple_of_its_own_rounding(monkeypatch, gain, least):
+    monkeypatch.setattr("lrq_export.proof.LEAST_BOUND", least)
     proof = Moving(gain)
     bound = proof.bound(None, proof.answers(None))
     # Noise of up to a last bit of 1: a third of its square, 5e-15.
-    assert bound == LEAST_BOUND if least else MARGIN * 1e-16 < bound < MARGIN * 1e-14
+    assert bound == least if gain < 1 else MARGIN * 1e-16 < bound < MARGIN * 1e-14
     plain, moved = proof.ran
     for name in SPECS:
         same = all(np.array_equal(one[name], other[name]) for one, other in zip(plain, moved, strict=True))
