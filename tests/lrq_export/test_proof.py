@@ -72,7 +72,8 @@ def test_other_inputs_are_of_other_sizes_that_fit():
     """Half of the pairs of rows and columns and one more for every axis before, and as much text as there may be."""
     made = other_shapes(SPECS, RECORDED, seed=3)
     assert {name: tuple(tensor.shape) for name, tensor in made.items()} == {
-        "image": (3, 4, 10, 12), "places": (3, 4, 2), "text": (3, 4, 8), "timestep": (3,), "mask": (3, 4), "absent": (3, 3)
+        "image": (3, 4, 10, 12), "text": (3, 4, 8), "timestep": (3,), "mask": (3, 4),
+        "places": (3, 4, 2), "absent": (3, 3),
     }  # fmt: skip
     small = other_shapes(SPECS, {"image": torch.randn(1, 4, 2, 2)}, seed=3)
     assert tuple(small["image"].shape) == (3, 4, 4, 4)
