@@ -9,6 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphs import names
+from graphs.expressions import RotateInput
 from graphs.ops import OPS, register
 from graphs.ops.spec import OpSpec, Shape
 from graphs.passes.patterns import CODED_OPS, codes_form, is_lrq
@@ -43,7 +44,7 @@ def check_complete(traced: TracedGraph) -> None:
 
 
 def check_preserved(before: TracedGraph, after: TracedGraph) -> None:
-    """Raise GraphError unless both have the same model inputs and outputs, and no quantized weight has been widened.
+    """Raise GraphError unless both have the same model inputs and outputs, and quantize the same weights.
 
     Inputs and outputs: names, types and shapes, in one order. A layer may go, but its weight then is in no table: what
     was quantized is not kept in floating point instead.
@@ -65,6 +66,16 @@ def check_preserved(before: TracedGraph, after: TracedGraph) -> None:
             raise GraphError(
                 f"the weight of {weight.layer}", f"kept in floating point as {name!r}", f"{weight.bits} bits as before"
             )
+
+    for codes, now in after.linears.items():
+        was = before.linears.get(codes)
+        if was is not None and _inputs_rotated(now) != _inputs_rotated(was):
+            raise GraphError(f"the weight of {now.layer}", f"its input is rotated by {_inputs_rotated(now) or None}",
+                             f"{_inputs_rotated(was) or None} as before")  # fmt: skip
+
+
+def _inputs_rotated(weight: LinearWeight) -> list[RotateInput]:
+    return [each for each in weight.weight.maps if isinstance(each, RotateInput)]
 
 
 def _signature(tensor: gs.Tensor) -> str:

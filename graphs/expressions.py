@@ -98,8 +98,14 @@ class Expression:
         return shape
 
     def then(self, step: Map) -> "Expression":
-        """Return this expression followed by one more map; raises ValueError when the map does not fit the shape."""
-        return replace(self, maps=(*self.maps, step))
+        """Return this expression followed by one more map; raises ValueError when the map does not fit the shape.
+
+        Maps of other rows commute, and stand in the order of their rows whatever the order in which they came.
+        """
+        place = len(self.maps)
+        while place and _is_above(step, self.maps[place - 1]):
+            place -= 1
+        return replace(self, maps=(*self.maps[:place], step, *self.maps[place:]))
 
     def sources(self) -> list[str]:
         """Names of every source tensor, in order of first use."""
@@ -119,6 +125,12 @@ class Expression:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Expression":
         return cls(data["source"], tuple(data["shape"]), tuple(_map_from_json(step) for step in data["maps"]))
+
+
+def _is_above(step: Map, other: Map) -> bool:
+    """Whether a map rotates rows that are all above those which the other rotates."""
+    both = isinstance(step, RotateOutput) and isinstance(other, RotateOutput)
+    return both and step.stop is not None and step.stop <= other.start
 
 
 def _blocks_checked(rotation: Rotation, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

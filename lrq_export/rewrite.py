@@ -44,7 +44,8 @@ def rewrite(
     """The graph after all passes; `traced` stays as it is. `done` gets the graph after each, and what became of it.
 
     A pass must leave a graph that holds to `graphs.checks`, decodes the same integers and answers as before to an NMSE
-    of `bound`. One that does not raises CheckFailed, or with `keep_going` counts as if it had not run.
+    of `bound`, or of the proof's own where that is less. One that does not raises CheckFailed, or with `keep_going`
+    counts as if it had not run.
     """
     integers = integer_layers(traced)
     answers: Answers | None = None
@@ -58,12 +59,14 @@ def rewrite(
             if result.fired:
                 integers_now = integer_layers(after)
                 check_same_integers(integers, integers_now)
-                answers = _sound_answers(traced, proof) if answers is None else answers
+                if answers is None:
+                    answers = _sound_answers(traced, proof)
+                    bound = min(bound, proof.bound(traced, answers))
                 now = proof.answers(after)
                 measured = difference(now, answers)
                 if not measured <= bound:
                     raise GraphError(
-                        "its answers", f"NMSE {measured:.1e} against those before it", f"at most {bound:g}"
+                        "its answers", f"NMSE {measured:.1e} against those before it", f"at most {bound:.2g}"
                     )
                 answers, integers = now, integers_now
                 traced = after  # a pass that did not fire has changed nothing, whatever it left behind

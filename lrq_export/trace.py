@@ -42,15 +42,15 @@ class TracedLinear(nn.Module):
     were half of all nodes, and their codes, levels and scales most of the weights.
     """
 
-    def __init__(self, plan: LayerPlan, bias: nn.Parameter | None):
+    def __init__(self, name: str, rows: int, bias: nn.Parameter | None):
         super().__init__()
-        self.plan, self.bias = plan, bias
+        self.name, self.rows, self.bias = name, rows, bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         operands = (x,) if self.bias is None else (x, self.bias)
         return torch.onnx.ops.symbolic(
-            f"{names.DOMAIN}::{WHOLE_LINEAR}", operands, {"layer": self.plan.name},
-            dtype=torch.float32, shape=(*x.shape[:-1], self.plan.rows), version=names.OPSET,
+            f"{names.DOMAIN}::{WHOLE_LINEAR}", operands, {"layer": self.name},
+            dtype=torch.float32, shape=(*x.shape[:-1], self.rows), version=names.OPSET,
         )  # fmt: skip
 
 
@@ -67,15 +67,30 @@ class FlatInputs(nn.Module):
 
 def trace(family: ModelFamily, config: dict[str, Any], plans: list[LayerPlan]) -> TracedGraph:
     """Export the model of `config` with the planned layers in the dialect and all weights as placeholders."""
+    specs = family.inputs(config)
+    proto = export_model(family, config, {plan.name: plan.rows for plan in plans})
+    graph = gs.import_onnx(proto)
+    graph.name = "denoiser"
+    traced = TracedGraph(graph, {f"{plan.name}.codes": _linear_weight(plan) for plan in plans})
+    kept = [tensor for tensor in graph.inputs if tensor.name not in specs]
+    _open_linears(traced, plans)
+    traced.tensors |= {tensor.name: Expression(tensor.name, tuple(tensor.shape)) for tensor in kept}
+    traced.forget_unused()
+    return traced
+
+
+def export_model(family: ModelFamily, config: dict[str, Any], layers: dict[str, int]) -> onnx.ModelProto:
+    """The model of `config`, of its inputs and its weights, with each of `layers` (name -> rows) as one `WHOLE_LINEAR`.
+
+    It depends on nothing else that a plan says, and takes most of the time of a trace.
+    """
     from torch._subclasses import FakeTensorMode
 
     specs = family.inputs(config)
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         model = _fake_parameters(family.construct(config))
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        for plan in plans:
-            linear = model.get_submodule(plan.name)
-            model.set_submodule(plan.name, TracedLinear(plan, linear.bias))
+        for name, rows in layers.items():
+            model.set_submodule(name, TracedLinear(name, rows, model.get_submodule(name).bias))
         family.make_traceable(model)  # after the replacement: it may hook the very layers that were replaced
         examples, dynamic = _examples(specs)
         wrapped = FlatInputs(model, family, list(specs))
@@ -84,7 +99,7 @@ def trace(family: ModelFamily, config: dict[str, Any], plans: list[LayerPlan]) -
             program, dynamo=True, opset_version=names.ONNX_OPSET, optimize=False,
             input_names=list(specs), output_names=[OUTPUT], verbose=False,
         )  # fmt: skip
-    return _to_traced(exported.model, plans, shapes, specs)
+    return _to_proto(exported.model, specs)
 
 
 def _fake_parameters(model: nn.Module) -> nn.Module:
@@ -127,10 +142,8 @@ def _quiet():
         registration.setLevel(level)
 
 
-def _to_traced(
-    model, plans: list[LayerPlan], shapes: dict[str, tuple[int, ...]], specs: dict[str, InputSpec]
-) -> TracedGraph:
-    """Turn the exporter's model, an onnx_ir one whose initializers are fake, into a TracedGraph."""
+def _to_proto(model, specs: dict[str, InputSpec]) -> onnx.ModelProto:
+    """Simplify the exporter's model, an onnx_ir one whose initializers are fake: these become inputs."""
     import onnx_ir
 
     prefix = "model."  # FlatInputs holds the model under this name
@@ -144,16 +157,7 @@ def _to_traced(
     for entity in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
         del entity.metadata_props[:]  # stack traces of this machine
     _name_dimensions(proto, specs)
-    graph = gs.import_onnx(proto)
-    graph.name = "denoiser"
-    traced = TracedGraph(graph, {f"{plan.name}.codes": _linear_weight(plan) for plan in plans})
-    _open_linears(traced, plans)
-    placeholders = traced.placeholders()
-    for tensor in graph.inputs:
-        if tensor.name in shapes and tensor.name not in placeholders:
-            traced.tensors[tensor.name] = Expression(tensor.name, shapes[tensor.name])
-    traced.forget_unused()
-    return traced
+    return proto
 
 
 def _simplify(model) -> None:

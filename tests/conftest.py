@@ -13,7 +13,9 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 
@@ -117,31 +119,58 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: without it a full garbage collection, 15 to a build, takes 0.1 s and not 0.4."""
+    """What is imported by now stays: without it a full garbage collection takes 0.4 s and not 0.1."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
-def _traced_once():
-    """Builds trace a model and its plans once, a quarter of their time; `test_trace` shows that traces repeat."""
-    from lrq_export import compiler
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder of this run that all workers of pytest-xdist have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if base.name.startswith("popen-") else base
 
-    trace, known = compiler.trace, {}
 
-    def trace_or_remember(family, config, plans):
-        key = repr((family, sorted(config.items()), plans))
-        if key not in known:
-            known[key] = trace(family, config, plans)
-        return known[key].copy()
+@pytest.fixture(scope="session", autouse=True)
+def export_afresh(shared_folder):
+    """A model is exported to ONNX once for all tests, a quarter of a build; gives what does so each time.
+
+    `test_trace` shows that exports repeat.
+    """
+    from filelock import FileLock
+
+    from lrq_export import trace
+    from lrq_export.models import FAMILIES
+
+    export, folder = trace.export_model, shared_folder / "exported"
+    folder.mkdir(exist_ok=True)
+
+    def export_or_read(family, config, layers):
+        if family not in FAMILIES.values():
+            return export(family, config, layers)
+        model = {key: value for key, value in config.items() if not key.startswith("_")}  # not where it comes from
+        told = json.dumps([family.class_name, model, layers], sort_keys=True)
+        path = folder / f"{hashlib.sha256(told.encode()).hexdigest()}.onnx"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                path.write_bytes(export(family, config, layers).SerializeToString())
+        return onnx.load(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "trace", trace_or_remember)
+        patch.setattr(trace, "export_model", export_or_read)
+        yield export
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_full_collections():
+    """A build collects garbage 15 times to keep its peak memory down, for 0.2 s each among all that tests import."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lrq_export.memory.gc", SimpleNamespace(collect=lambda: 0))
         yield
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory, _traced_once) -> Tiny:
+def tiny(tmp_path_factory) -> Tiny:
     from diffusers import DDIMScheduler
     from safetensors.torch import save_file
 
@@ -154,14 +183,13 @@ def tiny(tmp_path_factory, _traced_once) -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def built(tiny, tmp_path_factory):
+def built(tiny, shared_folder):
     """The result of one undisturbed build; of several workers the first one builds, to the others it is up to date."""
     from filelock import FileLock
 
     from lrq_export.compiler import build
 
-    base = tmp_path_factory.getbasetemp()
-    out = (base.parent if base.name.startswith("popen-") else base) / "built" / "package"
+    out = shared_folder / "built" / "package"
     out.parent.mkdir(exist_ok=True)
     with FileLock(f"{out.parent}.lock"):
         return build(tiny.source, out, recipe=tiny.recipe(), calibration=tiny.calibration)

@@ -34,7 +34,7 @@ DEVICE = "cuda"
 FLUX = {"ffn-up": (12288, 3072), "ffn-down": (3072, 12288), "out": (3072, 3072), "single-in": (21504, 3072)}
 FLUX_TOKENS = 4608
 PIXART, PIXART_TOKENS = (4608, 1152), 8192
-ROTATIONS = ((3072, 128), (3072, 256), (12288, 256), (1152, 128))
+ROTATIONS = ((3072, 128), (3072, 256), (12288, 256), (1152, 128), (3072, 3072))
 FEW, FEW_TOKENS = (18432, 3072), (1, 4, 16, 64)
 LRQ = torch.ops.lrq
 

@@ -44,7 +44,8 @@ def commute_rotation(traced: TracedGraph) -> PassResult:
     while _any(cancel, traced, {}) or _any(_join, traced, reasons := {}) or _any(_move_up, traced, reasons):
         pass
     for rotation, reason in reasons.values():
-        result.skip(rotation, reason)
+        if not _folds(rotation, traced):  # which is better than to move
+            result.skip(rotation, reason)
     result.fired = sum(not rotation.outputs for rotation in before)
     if result.fired:
         traced.forget_unused()
@@ -184,15 +185,12 @@ def _join(rotation: gs.Node, traced: TracedGraph) -> list[gs.Node]:
     if not rank or node.attrs["axis"] % rank == rank - 1:
         return []
     rotations, key = [producer(each) for each in node.inputs], _known_key(rotation, traced)
-    if not all(
-        each is not None
-        and is_lrq(each, "HadamardRotate")
-        and rotation_key(each) == key
-        and len(value_readers(each.outputs[0])) == 1
-        and not is_graph_output(each.outputs[0], traced.graph)
-        for each in rotations
-    ):
+    if not all(each is not None and is_lrq(each, "HadamardRotate") and rotation_key(each) == key for each in rotations):
         raise NoMatch("not all tokens that a Concat joins are rotated alike")
+    if any(
+        len(value_readers(each.outputs[0])) > 1 or is_graph_output(each.outputs[0], traced.graph) for each in rotations
+    ):
+        raise NoMatch("some of the rotated tokens that a Concat joins are also read elsewhere, or an output")
     if any(_folds(each, traced) for each in rotations):
         return []
     for place, each in enumerate(rotations):

@@ -29,7 +29,8 @@ from graphs.traced import TracedGraph, read_by
 
 def fuse_epilogue(traced: TracedGraph) -> PassResult:
     result = PassResult()
-    for linear in [node for node in traced.graph.nodes if is_lrq(node, *PLAIN_LINEAR_OPS)]:
+    linears = [node for node in traced.graph.nodes if is_lrq(node, *PLAIN_LINEAR_OPS)]
+    for linear in sorted(linears, key=lambda node: _precedence(node.outputs[0], traced)):
         try:
             fired = _fuse(linear, traced)
         except NoMatch as reason:
@@ -49,6 +50,8 @@ def _fuse(linear: gs.Node, traced: TracedGraph) -> bool:
         gate, last = _other(reader, product), reader.outputs[0]
         reader = sole_value_reader(last, traced.graph)
     if not is_standard(reader, "Add"):
+        if gate is not None and reader is not None and is_lrq(reader, *PLAIN_OF):
+            raise NoMatch("the layer that it is added to takes it as its residual")
         if gate is not None and not is_number(gate):
             raise NoMatch("it is multiplied by a gate, and nothing is added to that alone")
         if any(_adds_to(each, product) for each in value_readers(product)):
@@ -71,6 +74,19 @@ def _fuse(linear: gs.Node, traced: TracedGraph) -> bool:
         remove_node(gone, traced.graph)  # at once: what it reads has one reader less
     linear.op, linear.inputs, linear.outputs = RESIDUAL_OF[linear.op], [*linear.inputs, gate, residual], [y]
     return True
+
+
+def _precedence(product: gs.Tensor, traced: TracedGraph) -> tuple[bool, bool]:
+    """Which of two layers that are added to each other takes the other one, least first, in any order of nodes.
+
+    One with a gate before one without, then the right operand of the Add before the left.
+    """
+    reader = sole_value_reader(product, traced.graph)
+    gated = is_standard(reader, "Mul")
+    if gated:
+        (product,) = reader.outputs
+        reader = sole_value_reader(product, traced.graph)
+    return not gated, not (is_standard(reader, "Add") and reader.inputs[1] is product)
 
 
 def open_epilogues(traced: TracedGraph) -> None:

@@ -80,3 +80,5 @@ def _check(norm: Norm, tokens: gs.Tensor, traced: TracedGraph) -> None:
     for what, tensor in (("scale", norm.scale), ("shift", norm.shift)):
         if tensor is not None:
             check_modulates(f"{what} of the norm before it", tensor, norm.x)
+    if norm.x.shape is not None and tokens.shape is not None and len(norm.x.shape) != len(tokens.shape):
+        raise NoMatch("a number of the norm before it adds axes to its tokens")

@@ -106,13 +106,6 @@ def _nearest_linears(tensor: gs.Tensor) -> Iterator[gs.Node]:
             stack += node.inputs
 
 
-def _of_one_input(softmax: gs.Node) -> list[gs.Node]:
-    """The layers nearest above a softmax of which others there read the same input."""
-    nearest = list(_nearest_linears(softmax.inputs[0]))
-    inputs = [id(node.inputs[0]) for node in nearest]
-    return [node for node in nearest if inputs.count(id(node.inputs[0])) > 1]
-
-
 def _siblings(graph: gs.Graph, result: PassResult) -> list[list[gs.Node]]:
     """Layers that read one input in one way and serve the same attentions, two or more of them, queries first.
 
@@ -122,26 +115,36 @@ def _siblings(graph: gs.Graph, result: PassResult) -> list[list[gs.Node]]:
     places: dict[int, int] = {}  # layer -> its place among the projections of an attention, the least one
     found: dict[int, gs.Node] = {}
     for attention in [node for node in graph.nodes if is_standard(node, "Softmax", "Attention")]:
-        of_attention = projections(attention)
-        if not of_attention and (several := _of_one_input(attention)):
-            result.skip(
-                several[0], "it leads to a softmax, with others of its input, but to no attention of a known form"
-            )
-        for place, node in enumerate(of_attention):
+        for place, node in enumerate(projections(attention)):
             found[id(node)] = node
             served.setdefault(id(node), set()).add(id(attention))
             places[id(node)] = min(place, places.get(id(node), place))
     groups: dict[tuple, list[gs.Node]] = {}
     for node in found.values():
-        attributes = tuple(sorted((key, value) for key, value in node.attrs.items() if key != "rows"))
-        key = (id(node.inputs[0]), frozenset(served[id(node)]))
-        groups.setdefault((*key, node.op, attributes), []).append(node)
+        groups.setdefault((id(node.inputs[0]), frozenset(served[id(node)]), *_format(node)), []).append(node)
     alone = [key for key, nodes in groups.items() if len(nodes) == 1]
     for key in alone:
         if sum(other[:2] == key[:2] for other in groups) > 1:
             result.skip(groups[key][0], "another projection reads the same, in another format or width of activations")
+    for nodes in _beside_attention(graph, found).values():
+        if len(nodes) > 1:
+            result.skip(nodes[0], "others read the same input, but they meet in no attention of a known form")
     merged = [nodes for nodes in groups.values() if len(nodes) > 1]
     return [sorted(nodes, key=lambda node: (places[id(node)], node.inputs[1].name)) for nodes in merged]
+
+
+def _beside_attention(graph: gs.Graph, found: dict[int, gs.Node]) -> dict[tuple, list[gs.Node]]:
+    """The layers that are projections of no attention, those together that read one input in one way."""
+    groups: dict[tuple, list[gs.Node]] = {}
+    for node in graph.nodes:
+        if is_lrq(node, *PLAIN_LINEAR_OPS) and id(node) not in found:
+            groups.setdefault((id(node.inputs[0]), *_format(node)), []).append(node)
+    return {key: sorted(nodes, key=lambda node: node.inputs[1].name) for key, nodes in groups.items()}
+
+
+def _format(node: gs.Node) -> tuple:
+    """What projections that become one have in common: all but their rows."""
+    return node.op, tuple(sorted((key, value) for key, value in node.attrs.items() if key != "rows"))
 
 
 def _obstacle(siblings: list[gs.Node], traced: TracedGraph) -> str | None:

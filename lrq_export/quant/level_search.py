@@ -114,8 +114,8 @@ def gains_of_all(table: torch.Tensor, h: torch.Tensor, y: torch.Tensor, sets: Le
     """
     entries, tops = table.T.contiguous(), sets.tops[:, None]
     gain = tops * (y - tops * h)  # (sets, pairs)
-    for middle, rise in zip(sets.middles.unbind(1), sets.rises.unbind(1), strict=True):
-        gain += entries[middle].mul_(rise[:, None])
+    for middle, rise in zip(sets.middles.T.contiguous(), sets.rises.T, strict=True):
+        gain += entries.index_select(0, middle).mul_(rise[:, None])
     return gain.T.contiguous()
 
 
@@ -147,14 +147,18 @@ def _shortlists(
 ) -> torch.Tensor:
     """int64 (buckets, clips, candidates): the sets with the largest gain on each bucket's pooled histogram."""
     buckets, bins = MEAN_BUCKETS * SPREAD_BUCKETS, HALF_UNITS * fine + 2
-    h, y, seen = torch.zeros(buckets, bins), torch.zeros(buckets, bins), torch.zeros(buckets, dtype=torch.bool)
+    most = min(buckets, 2 * len(source.weight))
+    h, y, slot_of = torch.zeros(most, bins), torch.zeros(most, bins), torch.full((buckets,), -1)
+    occupied = torch.empty(0, dtype=torch.int64)  # in the order in which they were seen; slots are numbered by it
     for rows in source.chunks():
         sums = prefix_sums(source, rows, fine)
-        h.index_add_(0, sums.bucket, sums.h)
-        y.index_add_(0, sums.bucket, sums.y)
-        seen[sums.bucket] = True
-    occupied = seen.nonzero()[:, 0]
-    pooled = Sums(h[occupied], y[occupied], occupied)
+        found = sums.bucket.unique()
+        occupied = torch.cat([occupied, found[slot_of[found] < 0]])
+        slot_of[occupied] = torch.arange(len(occupied))
+        slots = slot_of[sums.bucket]
+        h.index_add_(0, slots, sums.h)
+        y.index_add_(0, slots, sums.y)
+    pooled = Sums(h[: len(occupied)], y[: len(occupied)], occupied)
     shortlist = torch.zeros(buckets, len(clips), candidates, dtype=torch.int64)
     for position, clip in enumerate(clips):
         table = pooled.decision_table(fine, clip)

@@ -6,7 +6,7 @@ A level set is what one (row, group, sign) decodes to: q -> m_q, q in [0, 2^(bit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 
@@ -44,17 +44,17 @@ class LevelSets:
     exponents: torch.Tensor  # int8 (N, 3)
     levels: torch.Tensor  # int64 (N, K)
 
-    @property
+    @cached_property
     def middles(self) -> torch.Tensor:
         """int64 (N, K-1): decision points between neighbours in half units, m_(k-1) + m_k, in 0..254."""
         return self.levels[:, 1:] + self.levels[:, :-1]
 
-    @property
+    @cached_property
     def rises(self) -> torch.Tensor:
         """float32 (N, K-1): m_k - m_(k-1)."""
         return self.levels.diff(dim=1).float()
 
-    @property
+    @cached_property
     def tops(self) -> torch.Tensor:
         """float32 (N,): the largest level."""
         return self.levels[:, -1].float()

@@ -15,6 +15,7 @@ import onnx
 from onnx import helper
 
 from lrq_export.memory import trim
+from lrq_export.verify.folded_bodies import fold_bodies
 
 SLICE_BYTES = 48 << 20  # of weights, two elements of 4 bits counted as two bytes
 FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
@@ -92,10 +93,11 @@ class SlicedModel:
             inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), shape))
         outputs = [onnx.ValueInfoProto(name=name) for name in produced]  # ONNX Runtime infers their types
         stored = [self.stored[name] for name in read if name in self.stored]
-        graph = helper.make_graph(nodes, "slice", inputs, outputs, stored)
         whole = self.model
+        nodes, functions = fold_bodies(nodes, whole.functions)
+        graph = helper.make_graph(nodes, "slice", inputs, outputs, stored)
         model = helper.make_model(
-            graph, opset_imports=whole.opset_import, ir_version=whole.ir_version, functions=whole.functions
+            graph, opset_imports=whole.opset_import, ir_version=whole.ir_version, functions=functions
         )
         return onnxruntime.InferenceSession(
             model.SerializeToString(), frugal_options(self.config), providers=["CPUExecutionProvider"]
@@ -158,8 +160,9 @@ def cut(graph: onnx.GraphProto, weight_bytes: Mapping[str, int], limit: int) -> 
 def frugal_options(config: Mapping[str, str]):
     """`onnxruntime.SessionOptions` of a session that runs a few times only: memory counts more than speed.
 
-    There is no arena, which grows in powers of two and never shrinks. Function bodies are not folded into constants
-    (`session.disable_quant_qdq` would): that keeps every intermediate of every decode until all are done.
+    There is no arena, which grows in powers of two and never shrinks. Of function bodies nothing is folded into
+    constants but what depends on attributes alone (`session.disable_quant_qdq` would fold codes): that keeps every
+    intermediate of every decode until all are done.
     """
     import onnxruntime
 

@@ -173,3 +173,17 @@ def test_the_output_side_of_a_square_weight_is_not_its_input_side():
     expression = Expression("d", (24, 24)).then(RotateOutput(12, 7))
     expected = dense(24, 12, 7).T @ read("d").numpy()
     assert np.abs(evaluate(expression, read, torch.float64).numpy() - expected).max() <= 1e-12
+
+
+def test_maps_of_other_rows_stand_in_their_order_whichever_came_first():
+    """One weight that several rotations fold into is the same expression in any order of nodes."""
+    first, last = RotateOutput(4, start=0, stop=8), RotateOutput(12, start=12, stop=24)
+    weight = Expression("a", (24, 20)).then(RotateInput(4))
+    assert weight.then(last).then(first) == weight.then(first).then(last)
+    assert weight.then(last).then(first).maps == (RotateInput(4), first, last)
+
+
+@pytest.mark.parametrize("second", [RotateOutput(4, start=8, stop=16), RotateOutput(4), RotateInput(4)])
+def test_maps_of_the_same_rows_stay_in_the_order_in_which_they_came(second):
+    first = RotateOutput(12, start=12, stop=24)
+    assert Expression("a", (24, 20)).then(first).then(second).maps == (first, second)

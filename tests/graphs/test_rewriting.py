@@ -29,6 +29,9 @@ class Answering:
         self.asked.append(traced.graph.name)
         return [np.array([float(traced.graph.name)]), np.ones(1)]
 
+    def bound(self, traced, answers):
+        return 1.0
+
 
 def answers(number, fired=1):
     def step(traced):

@@ -266,7 +266,7 @@ def signs_ignored(monkeypatch):
 
 
 def no_inverse_cancelled(monkeypatch):
-    monkeypatch.setattr(module("cancel_rotations"), "_obstacle", lambda first, second, traced: None)
+    monkeypatch.setattr(module("cancel_rotations"), "_check", lambda first, second, traced: None)
 
 
 def query_and_key_swapped(monkeypatch):
@@ -413,7 +413,9 @@ def test_a_fault_is_refused_by_name_and_leaves_the_graph_as_it_was(proved, monke
     before, proof, kept = proved(network).before[step], proved(network).proof, []
     was = before.to_onnx()
     fault(monkeypatch)
-    with pytest.raises(CheckFailed, match=rf"rewrite: pass {step}: its answers: NMSE .* needed at most 1e-06"):
+    with pytest.raises(
+        CheckFailed, match=rf"rewrite: pass {step}: its answers: NMSE .* needed at most .*e-(0[789]|1\d)"
+    ):
         rewrite(before, [STEPS[step]], proof, BOUND)
     after = rewrite(
         before, [STEPS[step]], proof, BOUND, keep_going=True, done=lambda graph, outcome: kept.append((graph, outcome))

@@ -7,13 +7,14 @@ import torch
 from graphs.expressions import Expression
 from graphs.traced import LinearWeight, TracedGraph
 from lrq_export.models.base import InputSpec
-from lrq_export.proof import Proof, difference, other_shapes, random_source
+from lrq_export.proof import MARGIN, Proof, difference, other_shapes, random_source
 
 SPECS = {
     "image": InputSpec(("samples", 4, "height", "width"), multiple_of=2),
     "text": InputSpec(("samples", "length", 8), at_most=4),
     "timestep": InputSpec(("samples",)),
     "mask": InputSpec(("samples", "length"), optional=True),
+    "places": InputSpec(("samples", "length", 2), between=(0, 64)),
     "absent": InputSpec(("samples", 3), optional=True),
 }
 RECORDED = {
@@ -21,6 +22,7 @@ RECORDED = {
     "text": torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1)),
     "timestep": torch.tensor([7.0, 900.0]),
     "mask": torch.ones(2, 4),
+    "places": torch.rand(2, 4, 2, generator=torch.Generator().manual_seed(2)) * 64,
 }
 
 
@@ -56,11 +58,13 @@ def test_random_weights_are_of_the_size_of_a_layers_and_differ_by_name(read):
 
 def test_other_inputs_are_random_numbers_as_large_as_the_recorded_ones():
     made = other_shapes(SPECS, RECORDED, seed=3)
-    assert made.keys() == RECORDED.keys()
+    assert made.keys() == SPECS.keys()
     for name in ("image", "text"):
         assert made[name].std().item() == pytest.approx(RECORDED[name].std().item(), rel=0.25)
     assert set(made["timestep"].tolist()) <= {7.0, 900.0}
-    assert bool((made["mask"] == 1).all())
+    for mask in (made["mask"], made["absent"]):  # not recorded, and masked all the same
+        assert set(mask.unique().tolist()) == {0.0, 1.0}
+        assert bool((mask[:, 0] == 1).all())
     assert not torch.equal(made["image"], other_shapes(SPECS, RECORDED, seed=4)["image"])
 
 
@@ -69,6 +73,7 @@ def test_other_inputs_are_of_other_sizes_that_fit():
     made = other_shapes(SPECS, RECORDED, seed=3)
     assert {name: tuple(tensor.shape) for name, tensor in made.items()} == {
         "image": (3, 4, 10, 12), "text": (3, 4, 8), "timestep": (3,), "mask": (3, 4),
+        "places": (3, 4, 2), "absent": (3, 3),
     }  # fmt: skip
     small = other_shapes(SPECS, {"image": torch.randn(1, 4, 2, 2)}, seed=3)
     assert tuple(small["image"].shape) == (3, 4, 4, 4)
@@ -80,4 +85,30 @@ def test_a_proof_has_one_recorded_sample_and_two_other_sizes():
     assert recorded["timestep"].tolist() == [7.0]
     assert len({case["image"].shape for case in (recorded, other, third)}) == 3
     assert not np.array_equal(other["image"].ravel()[:9], third["image"].ravel()[:9])
-    assert all(case["absent"].min() == 1 for case in (recorded, other, third))
+    assert [case["absent"].min() for case in (recorded, other, third)] == [1, 0, 0]
+
+
+class Moving(Proof):
+    """Answers its latents, times what the test says."""
+
+    def __init__(self, gain):
+        super().__init__(SPECS, RECORDED, read=None)
+        self.gain, self.ran = gain, []
+
+    def _run(self, traced, cases):
+        self.ran.append(cases)
+        return [self.gain * case["image"] + 1 for case in cases]
+
+
+@pytest.mark.parametrize(("gain", "least"), [(1e-9, 1e-10), (5, 1e-30)])
+def test_the_bound_of_a_graph_is_a_multiple_of_its_own_rounding(monkeypatch, gain, least):
+    monkeypatch.setattr("lrq_export.proof.LEAST_BOUND", least)
+    proof = Moving(gain)
+    bound = proof.bound(None, proof.answers(None))
+    # Noise of up to a last bit of 1: a third of its square, 5e-15.
+    assert bound == least if gain < 1 else MARGIN * 1e-16 < bound < MARGIN * 1e-14
+    plain, moved = proof.ran
+    for name in SPECS:
+        same = all(np.array_equal(one[name], other[name]) for one, other in zip(plain, moved, strict=True))
+        assert same == (name not in ("image", "text"))
+    assert proof.bound(None, proof.answers(None)) == bound

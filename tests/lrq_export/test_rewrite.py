@@ -4,6 +4,8 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
 import pytest
 
 from graphs.expressions import RotateOutput
@@ -85,6 +87,52 @@ def misses_a_bias(traced, node):
     return True
 
 
+def forgets_the_mask(traced, node):
+    """Of text, which no sample of the recording hides."""
+    (scores,) = node.inputs if node.op == "Softmax" else (None,)
+    if scores is None or scores.inputs[0].op != "Add":
+        return False
+    node.inputs = [next(each for each in scores.inputs[0].inputs if each.inputs and each.inputs[0].op == "MatMul")]
+    return True
+
+
+def makes_a_gelu_exact(traced, node):
+    return node.op == "Gelu" and node.attrs.pop("approximate", "none") == "tanh"
+
+
+def has_another_epsilon(traced, node):
+    if node.op != "LayerNormalization":
+        return False
+    node.attrs["epsilon"] = 1e-3
+    return True
+
+
+def rounds_tokens_to_half(traced, node):
+    if node.op != "LayerNormalization":
+        return False
+    y, half, back = node.outputs[0], gs.Variable("half", np.float16), gs.Variable("back", np.float32)
+    half.shape = back.shape = y.shape
+    redirect_readers(y, back)
+    traced.graph.nodes += [
+        gs.Node("Cast", "to_half", {"to": onnx.TensorProto.FLOAT16}, [y], [half]),
+        gs.Node("Cast", "from_half", {"to": onnx.TensorProto.FLOAT}, [half], [back]),
+    ]
+    return True
+
+
+def quantizes_in_other_channels(traced, node):
+    """The rotation and its inverse in the weight go, and with them what the codes were chosen for."""
+    if not is_lrq(node, "HadamardRotate"):
+        return False
+    matmuls = [reader for reader in node.outputs[0].outputs if reader.op == "MatMul"]
+    codes = [matmul.inputs[1].inputs[0].inputs[0].inputs[0].inputs[0].name for matmul in matmuls]
+    redirect_readers(node.outputs[0], node.inputs[0])
+    for each in codes:
+        linear = traced.linears[each]
+        traced.linears[each] = replace(linear, weight=replace(linear.weight, maps=()))
+    return True
+
+
 def gives_another_shape(traced, node):
     if not is_lrq(node, "HadamardRotate"):
         return False
@@ -131,6 +179,11 @@ WRONG = {
     loses_a_sign: "NMSE",
     rotates_a_weight_twice: "NMSE",
     misses_a_bias: "NMSE",
+    forgets_the_mask: "NMSE",
+    makes_a_gelu_exact: "NMSE",
+    has_another_epsilon: "NMSE",
+    rounds_tokens_to_half: "NMSE",
+    quantizes_in_other_channels: "its input is rotated by None",
     gives_another_shape: "is declared",
     names_the_output_otherwise: "the graph's outputs",
     does_not_fit: "does not divide",

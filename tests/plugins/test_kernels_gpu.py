@@ -1,7 +1,7 @@
 """What only a GPU shows of the kernels: the tensor-core tiles, CUDA graphs, two streams at once, torch.ops.lrq.
 
 The numbers of every kernel are held against the references by tests/plugins/kernels, whose `cuda` cases run in this
-tier too.
+tier too, those of random sizes among them.
 """
 
 import kernel_machine
@@ -19,6 +19,8 @@ TILES = [tactic for tactic in Tactic if tactic.name.startswith("TILE")]
 
 # (tokens, rows, cols): one tile and a part, single tokens, odd numbers of tokens, many tiles, parts of a stage.
 SHAPES = [(128, 256, 128), (1, 128, 64), (77, 192, 1152), (1025, 1152, 1152), (512, 3072, 3072), (300, 8, 16)]
+# Beside them random ones that tiles take: whole vectors of rows, columns by 16.
+SHAPES += [(int(m), 8 * int(n), 16 * int(k)) for m, n, k in np.random.default_rng(0).integers(1, [400, 80, 80], (6, 3))]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +59,8 @@ class Layer:
         return y if gate is None else residual.float().cpu().numpy() + gate.float().cpu().numpy() * y
 
 
-def check(got, needed, dtype):
-    assert kernel_machine.nmse(got.float().cpu().numpy(), rounded(needed, dtype)) <= NMSE[dtype]
+def check(got, needed, dtype, sizes=""):
+    assert kernel_machine.nmse(got.float().cpu().numpy(), rounded(needed, dtype)) <= NMSE[dtype], sizes
 
 
 def rounded(array, dtype):
@@ -77,7 +79,7 @@ def test_every_tile_multiplies_as_the_reference(torch, tactic, dtype, gated):
         x = draw(tokens, cols)
         options = {"gate": draw(tokens, rows), "residual": draw(tokens, rows)} if gated else {}
         if (got := run_if_compiled(layer, x, tactic, options)) is not None:
-            check(got, layer.reference(x, *options.values()), dtype)
+            check(got, layer.reference(x, *options.values()), dtype, (tokens, rows, cols))
             ran += 1
     if not ran:
         pytest.skip(f"{tactic.name} of {dtype} is not in the list of this architecture")

@@ -60,11 +60,9 @@ def small_cases():
     return list(chosen.values())
 
 
-def test_the_plugins_conform_over_the_cuda_kernels_as_emulated(host, headers, tmp_path_factory, tmp_path):
+def test_the_plugins_conform_over_the_cuda_kernels_as_emulated(host, headers, shared_folder, tmp_path):
     """The kernels' own checks and launches, compiled for the CPU as tests/plugins/kernels does it."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base
-    kernels = kernel_machine.build_emulated(shared / "emulated-kernels")
+    kernels = kernel_machine.build_emulated(shared_folder / "emulated-kernels")
     library = trt_build.build_library(tmp_path, headers[-1], kernels)
     cases = small_cases()
     assert {case.spec.name for case in cases} == set(OPS)
@@ -137,7 +135,9 @@ def test_what_broadcasts_over_axes_apart_is_refused(library, host, tmp_path, nam
     inputs = list(case.example.inputs)
     inputs[at] = np.ones((2, 1, 3, inputs[at].shape[-1]), np.float32)
     golden.write_cases(tmp_path / "cases", [replace(case, example=Example(tuple(inputs), case.example.attributes))])
-    assert "in a way that the kernels do not read" in run(host, library, tmp_path / "cases").stdout
+    said = run(host, library, tmp_path / "cases").stdout
+    assert "refuses its own shapes" in said, "when shapes are set, not first when it is run"
+    assert "in a way that the kernels do not read" in said
 
 
 def test_an_op_without_a_plugin_is_seen(library, host, tmp_path):
@@ -201,15 +201,22 @@ def test_loggers_do_not_lie_alike(headers, tmp_path):
         assert of_major[11][name, "virtual"] == of_major[10][name, "virtual"] + 2
 
 
+def test_the_host_for_a_gpu_compiles(headers, tmp_path):
+    """With the captures that the one for the CPU leaves out; it runs where there is a GPU."""
+    undefined = subprocess.run(
+        ["nm", "-uC", trt_build.build_host(tmp_path, headers[-1], *trt_build.on_gpu())], capture_output=True, text=True
+    ).stdout
+    assert {"cudaStreamBeginCapture", "cudaGraphLaunch"} <= set(re.findall(r"cuda\w+", undefined))
+
+
 @pytest.mark.gpu
 def test_every_plugin_conforms_on_the_gpu(headers, cases, tmp_path):
-    """The library that `lrq-export plugins build` made, on golden vectors in the GPU's memory."""
+    """The library that `lrq-export plugins build` made, on vectors in the GPU's memory: at once and in CUDA graphs."""
     from lrq_export.plugins import find_library
 
     library = find_library()
     if library is None:
         pytest.skip("needs the plugins: lrq-export plugins build")
-    runtime = [trt_build.GPU_FLAG, f"-L{trt_build.cuda_headers().parent / 'lib64'}", "-lcudart"]
-    host = trt_build.build_host(tmp_path, headers[-1], *runtime)
+    host = trt_build.build_host(tmp_path, headers[-1], *trt_build.on_gpu())
     found = run(host, library, cases)
     assert found.returncode == 0, found.stdout + found.stderr

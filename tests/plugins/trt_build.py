@@ -102,6 +102,11 @@ def build_library(folder: Path, headers: Headers, kernels: Path | None = None) -
     return library
 
 
+def on_gpu() -> list[str]:
+    """What `build_host` needs for a host that keeps its arrays in a GPU's memory."""
+    return [GPU_FLAG, f"-L{cuda_headers().parent / 'lib64'}", "-lcudart"]
+
+
 def build_host(folder: Path, headers: Headers, *flags: str) -> Path:
     """The conformance host."""
     program = folder / "conformance"

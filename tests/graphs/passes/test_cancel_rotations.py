@@ -21,6 +21,8 @@ FIRES = {  # text, rotations left
         graph_texts.edited(BACK, ("there = Rotate<block = 8>", "there = Rotate<block = 8, seed = 1>")), 1),
     "equalized first": (
         graph_texts.edited(BACK, ("there = Rotate<block = 8>", "there = Rotate<block = 8, equalized = 1>")), 1),
+    "the first is an output": (
+        graph_texts.edited(BACK, ("24] y)", "24] y, float[batch, tokens, 24] there)")), 1),
     "the first is read elsewhere": (
         graph_texts.edited(BACK, ("24] y)", "24] y, float[batch, tokens, 24] z)"), ("y =", "z = Neg(there) y =")), 1),
 }  # fmt: skip

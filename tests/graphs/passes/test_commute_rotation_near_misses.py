@@ -121,15 +121,15 @@ NOT = {
     ),
     "tokens of which some are read elsewhere": (
         tokens(("both, 24] y)", "both, 24] y, float[batch, text, 24] z)"), ("both =", "z = Relu(rc) both =")),
-        "not all tokens that a Concat joins",
+        "some of the rotated tokens that a Concat joins are also read elsewhere",
     ),
     "tokens of which some are an output": (
         tokens(("both, 24] y)", "both, 24] y, float[batch, text, 24] rc)")),
-        "not all tokens that a Concat joins",
+        "some of the rotated tokens that a Concat joins are also read elsewhere",
     ),
     "tokens joined by an output": (
         tokens(("both, 24] y)", "both, 24] y, float[batch, tokens, 24] ra)")),
-        "not all tokens that a Concat joins",
+        "some of the rotated tokens that a Concat joins are also read elsewhere",
     ),
     "rotated channels that meet": (
         tokens(

@@ -1,9 +1,11 @@
+import random
 from functools import partial
 
 import graph_texts
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
+from graph_structure import disguise, structure
 from onnx.printer import to_text
 
 from graphs.checks import check, check_preserved
@@ -92,6 +94,23 @@ def test_of_two_layers_that_are_added_up_one_takes_the_other_in(parse, gated):
     make_linear(traced)
     result = fuse_epilogue(traced)
     assert (result.fired, result.skipped) == (1, [])
+
+
+def test_of_two_gated_layers_the_right_one_takes_the_left_in_any_order_of_nodes(parse, difference):
+    """The left one's gate is left."""
+    text = edited((SUM, "v = Linear<rows = 24, cols = 24>(x) more = Mul(v, row) sum = Add(gated, more)"))
+    traced = parse(text)
+    make_linear(traced)
+    before = traced.copy()
+    orders = [traced.copy() for _ in range(4)]
+    for seed, other in enumerate(orders):
+        disguise(other.graph, random.Random(seed))
+        result = fuse_epilogue(other)
+        assert (result.fired, list(result.reasons())) == (1, ["the layer that it is added to takes it as its residual"])
+        assert structure(other) == structure(orders[0])
+    (node,) = residuals(orders[0])
+    assert node.inputs[-2].name == "row"
+    assert difference(before, orders[0]) <= 1e-12
 
 
 def test_fusing_again_does_nothing(case):

@@ -275,6 +275,15 @@ NOT = {
         rms(("root = Sqrt(total) ", "root = Pow(total, two) ")), None),
     "a power of a mean that is fed": (
         rms(("24] x)", "24] x, float e)"), ("root = Sqrt(total) ", "root = Pow(total, e) ")), None),
+    "a number that adds an axis": (
+        rms(("float epsilon = {0.01}", "float[1, 1, 1, 1] epsilon = {0.01}"), ("float[batch, tokens, 24] y",
+            "float[1, batch, tokens, 24] y")), "a number of the norm before it adds axes to its tokens"),
+    "six steps behind a norm": (
+        modulated(("(n)", "(far)"), ("r = Rotate", "n2 = Div(n, one) n3 = Div(n2, one) n4 = Div(n3, one) "
+                   "far = Div(n4, one) r = Rotate")), NORM_IN_ANOTHER_FORM),
+    "seven steps behind a norm": (
+        modulated(("(n)", "(far)"), ("r = Rotate", "n2 = Div(n, one) n3 = Div(n2, one) n4 = Div(n3, one) "
+                   "n5 = Div(n4, one) far = Div(n5, one) r = Rotate")), None),
     "the root over the tensor": (rms((INVERSE, ""), (UNIT_RMS, "unit = Div(root, x)")), IN_ANOTHER_FORM),
 }  # fmt: skip
 

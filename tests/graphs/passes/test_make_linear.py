@@ -144,6 +144,12 @@ def test_a_bias_behind_a_product_that_is_read_elsewhere_is_a_near_miss(parse, di
     assert difference(before, traced) <= 1e-12
 
 
+def test_a_row_that_is_added_behind_the_bias_is_no_bias(parse):
+    traced = parse(edited(("24] x)", "24] x, float[36] b)"), ("Relu(u)", "Add(u, b)")))
+    result = make_linear(traced)
+    assert (result.fired, result.skipped) == (1, [])
+
+
 def test_a_lost_bias_is_caught(parse, difference):
     """The twin that must fail: the new node reads zeros where the layer has a bias."""
     traced = parse(LINEAR)

@@ -139,7 +139,7 @@ def wan() -> TinyModel:
     return WAN
 
 
-@pytest.fixture(scope="session", params=[FLUX, SD3, WAN], ids=lambda model: model.class_name)
+@pytest.fixture(scope="module", params=[FLUX, SD3, WAN], ids=lambda model: model.class_name)
 def each(request) -> TinyModel:
     """All of them in turn."""
     return request.param

@@ -3,9 +3,10 @@
 //
 // Blocks run one after the other. Every thread of a block is a coroutine that runs until it waits
 // at a barrier, so shared memory, barriers, shuffles and tensor-core fragments mean what they mean
-// on a GPU, index by index. What waits for threads that never come is an error, as is a store
-// outside memory that the caller fences with sentinels. Of memory order, speed and two warps at
-// once it knows nothing.
+// on a GPU, index by index. Warps run in the order that a missing barrier of the block bears worst:
+// each as far as it gets before the next one starts. What waits for threads that never come is an
+// error, as is a store outside memory that the caller fences with sentinels. Of memory order, speed
+// and lanes of a warp that drift apart it knows nothing.
 #pragma once
 
 #include <ucontext.h>

@@ -12,6 +12,7 @@
 
 #include "fields.h"
 #include "guarded_buffer.h"
+#include "replay.h"
 
 using namespace nvinfer1;
 
@@ -158,7 +159,15 @@ private:
                 DimsExprs& output);
     std::vector<DimsExprs> expressions(ExpressionBuilder& builder) const;
     size_t workspaceBytes();
-    void runContext(IPluginV3OneRuntime& context, std::string const& how);
+    void runContext(IPluginV3OneRuntime& context, std::string const& how,
+                    Replay const& replay = runNow);
+    // Where there is a GPU; the CPU has nothing to capture.
+    void runInGraph([[maybe_unused]] IPluginV3OneRuntime& context,
+                    [[maybe_unused]] std::string const& how) {
+#if defined(LRQ_HOST_ON_GPU)
+        runContext(context, how, replayed);
+#endif
+    }
 
     IPluginCreatorV3One& mCreator;
     Case const& mCase;
@@ -452,7 +461,7 @@ size_t Walk::workspaceBytes() {
 }
 
 // One call of enqueue: the result, and everything around it.
-void Walk::runContext(IPluginV3OneRuntime& context, std::string const& how) {
+void Walk::runContext(IPluginV3OneRuntime& context, std::string const& how, Replay const& replay) {
     std::vector<PluginTensorDesc> const inputs = descriptions();
     PluginTensorDesc const output = outputDescription();
     succeeds(context.onShapeChange(inputs.data(), inputCount(), &output, 1) == 0,
@@ -466,9 +475,11 @@ void Walk::runContext(IPluginV3OneRuntime& context, std::string const& how) {
     GuardedBuffer result(std::vector<uint8_t>(mCase.output.bytes.size(), GuardedBuffer::kSentinel));
     GuardedBuffer workspace(std::vector<uint8_t>(workspaceBytes(), GuardedBuffer::kSentinel));
     void* outputs[] = {result.data()};
-    succeeds(context.enqueue(inputs.data(), &output, pointers.data(), outputs, workspace.data(),
-                             nullptr) == 0,
-             "cannot be run" + how);
+    auto const enqueue = [&](cudaStream_t stream) {
+        return context.enqueue(inputs.data(), &output, pointers.data(), outputs, workspace.data(),
+                               stream);
+    };
+    succeeds(replay(enqueue) == 0, "cannot be run" + how);
     double const error = nmse(result.read(), mCase.output);
     need(error <= mCase.nmse, "computes something else" + how + ": NMSE " + std::to_string(error));
     need(result.guardsHold(), "writes beside its output" + how);
@@ -489,8 +500,11 @@ void Walk::resultsAreRight() {
         Plugin second(runtime(*engine).attachToContext(&resources));
         succeeds(first != nullptr && second != nullptr, "cannot be attached");
         std::string const how = " with residency " + std::string(residency);
+        // In a graph first: a resident weight cannot be decoded yet, and once more when it is.
+        runInGraph(runtime(*first), how + ", in a CUDA graph");
         runContext(runtime(*first), how);
         runContext(runtime(*first), how + ", again");
+        runInGraph(runtime(*first), how + ", in a CUDA graph again");
         engine.reset();
         runContext(runtime(*second), how + ", second context");
         first.reset();

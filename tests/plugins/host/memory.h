@@ -10,13 +10,19 @@
 
 #if defined(LRQ_HOST_ON_GPU)
 #include <cuda_runtime_api.h>
+
+inline void needCuda(cudaError_t status) {
+    if (status != cudaSuccess) {
+        throw std::runtime_error(cudaGetErrorString(status));
+    }
+}
 #endif
 
 class Memory {
 public:
     explicit Memory(size_t bytes) : mBytes(bytes) {
 #if defined(LRQ_HOST_ON_GPU)
-        need(cudaMalloc(&mData, bytes));
+        needCuda(cudaMalloc(&mData, bytes));
 #else
         mData = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
 #endif
@@ -34,7 +40,7 @@ public:
 
     void write(std::vector<uint8_t> const& bytes) {
 #if defined(LRQ_HOST_ON_GPU)
-        need(cudaMemcpy(mData, bytes.data(), mBytes, cudaMemcpyHostToDevice));
+        needCuda(cudaMemcpy(mData, bytes.data(), mBytes, cudaMemcpyHostToDevice));
 #else
         std::memcpy(mData, bytes.data(), mBytes);
 #endif
@@ -44,8 +50,8 @@ public:
     std::vector<uint8_t> read() const {
         std::vector<uint8_t> bytes(mBytes);
 #if defined(LRQ_HOST_ON_GPU)
-        need(cudaDeviceSynchronize());
-        need(cudaMemcpy(bytes.data(), mData, mBytes, cudaMemcpyDeviceToHost));
+        needCuda(cudaDeviceSynchronize());
+        needCuda(cudaMemcpy(bytes.data(), mData, mBytes, cudaMemcpyDeviceToHost));
 #else
         std::memcpy(bytes.data(), mData, mBytes);
 #endif
@@ -54,14 +60,6 @@ public:
 
 private:
     static constexpr size_t kAlignment = 256;
-
-#if defined(LRQ_HOST_ON_GPU)
-    static void need(cudaError_t status) {
-        if (status != cudaSuccess) {
-            throw std::runtime_error(cudaGetErrorString(status));
-        }
-    }
-#endif
 
     void* mData{nullptr};
     size_t mBytes;

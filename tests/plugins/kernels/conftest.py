@@ -7,10 +7,8 @@ OPS = ("rotate", "rotate_quantize", "decode", "dequantize", "linear", "linear_qu
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base  # of all workers of pytest-xdist
-    return kernel_machine.Emulated(kernel_machine.build_emulated(shared / "emulated-kernels"))
+def emulated(shared_folder):
+    return kernel_machine.Emulated(kernel_machine.build_emulated(shared_folder / "emulated-kernels"))
 
 
 @pytest.fixture(scope="session", params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])

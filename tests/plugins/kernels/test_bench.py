@@ -27,7 +27,7 @@ class FakeBench(bench_kernels.Bench):
 def bench(ops_on_cpu, monkeypatch):
     small = {
         "DEVICE": "cpu", "FLUX": {"ffn-up": (16, 128), "ffn-down": (8, 256)}, "FLUX_TOKENS": 3, "PIXART": (16, 128),
-        "PIXART_TOKENS": 4, "ROTATIONS": ((256, 128),), "FEW": (16, 512), "FEW_TOKENS": (1, 20),
+        "PIXART_TOKENS": 4, "ROTATIONS": ((256, 128), (48, 48)), "FEW": (16, 512), "FEW_TOKENS": (1, 20),
     }  # fmt: skip
     for name, value in small.items():
         monkeypatch.setattr(bench_kernels, name, value)
@@ -52,6 +52,62 @@ def test_contenders_compute_the_same(bench):
     bench_kernels.bench_linear(bench)
     packed, resident = (y for _, name, y in bench.called[:2])
     assert torch.equal(packed, resident)
+
+
+class TimedBench(bench_kernels.Bench):
+    """Replays take what a list says; all that is made of it is the tool's own."""
+
+    def __init__(self, turns, times):
+        self.report, self.turns, self.cold_bytes, self.times = Report("no GPU", turns), turns, 100, times
+
+    def _capture(self, call, count):
+        return {call(index) for index in range(count)}.pop()
+
+    def _replay(self, graph):
+        return self.times[graph].pop(0)
+
+
+def test_times_are_of_one_call_and_contenders_take_turns():
+    times = {"ours": [10.0, 90.0, 20.0, 90.0, 60.0, 90.0], "theirs": [40.0, 50.0, 60.0]}
+    bench = TimedBench(3, times)
+    found = bench.compare("case", {name: lambda _, name=name: name for name in times}, 2)
+    assert found == {"ours": 10.0, "theirs": 25.0}, "medians; the first contender's second place is apart"
+    assert [(r.contender, r.median, r.note) for r in bench.report.results] == [
+        ("ours", 10.0, ""), ("theirs", 25.0, ""), ("ours", 45.0, "again"),
+    ]  # fmt: skip
+    assert (bench.report.results[0].p10, bench.report.results[0].p90) == pytest.approx((6, 26))
+
+
+@pytest.mark.parametrize(("bytes_of_one", "sets"), [(1000, 2), (50, 2), (49, 3), (10, 10), (0, 100)])
+def test_buffers_are_more_than_what_stays_in_l2(bytes_of_one, sets):
+    assert TimedBench(1, {}).sets(bytes_of_one) == sets
+
+
+def test_a_replay_is_timed_between_events_in_microseconds(monkeypatch):
+    """torch.cuda's events, streams and graphs are stood in for: in what order they are used is what is tested."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("record")
+
+        def synchronize(self):
+            done.append("synchronize")
+
+        def elapsed_time(self, stop):
+            assert stop is not self
+            return 0.25  # ms
+
+    class Graph:
+        def replay(self):
+            done.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert bench_kernels.Bench._replay(None, Graph()) == 250.0
+    assert done == ["record", "replay", "record", "synchronize"]
 
 
 def test_a_missed_bar_is_seen():

@@ -1,6 +1,7 @@
 """What the build of the kernels refuses, and what it says where it cannot compile them."""
 
 import os
+import shlex
 import shutil
 import subprocess
 
@@ -50,3 +51,32 @@ def test_without_cuda_the_core_is_built_alone(configured):
 def test_without_cutlass_the_core_is_built_alone(configured):
     said = configured("-DCMAKE_CUDA_COMPILER=nvcc", "-DPython3_EXECUTABLE=/bin/false")
     assert "kernels: left out: no CUTLASS" in said
+
+
+NVCC = """#!/bin/sh
+echo "$*" >> {log}
+case "$*" in *wgmma.cu*) echo '{remark}' >&2; exit 0 ;; esac
+exec {nvcc} "$@"
+"""
+
+
+def test_the_build_fails_where_wgmma_was_serialized_and_leaves_no_assert_to_it(configured, tmp_path):
+    """By a stand-in for nvcc, in a build of a type that does not define NDEBUG by itself."""
+    if (nvcc := shutil.which("nvcc")) is None:
+        pytest.skip("needs nvcc on the path, which CMake asks what it can")
+    stand_in, log, headers = (tmp_path / name for name in ("nvcc", "log", "headers/cutlass"))
+    stand_in.write_text(NVCC.format(log=shlex.quote(str(log)), remark=REMARK, nvcc=os.path.realpath(nvcc)))
+    stand_in.chmod(0o755)
+    headers.mkdir(parents=True)
+    (headers / "cutlass.h").write_text("")
+    configured(
+        f"-DCMAKE_CUDA_COMPILER={stand_in}", f"-DCUTLASS_ROOT={headers.parent}", "-DLRQ_CUDA_ARCHITECTURES=90a",
+        "-DLRQ_ONE_OF_EACH=ON", "-DLRQ_DOWNLOAD_TENSORRT=OFF", "-DCMAKE_BUILD_TYPE=Debug",
+    )  # fmt: skip
+    build = ["cmake", "--build", str(tmp_path), "--target", "launch_wgmma_128_256_lrq_bfloat16"]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "serialized, see above" in done.stdout + done.stderr
+    compiled = [line for line in log.read_text().splitlines() if "wgmma.cu" in line]
+    assert len(compiled) == 1
+    assert "-DNDEBUG" in compiled[0].split()

@@ -186,10 +186,11 @@ def test_one_perturbed_code_changes_one_output_channel(machine):
 
 # (tokens, rows, cols, group_size): each tile of tokens, rows that fill no tile, lanes beyond the last run, groups.
 FEW = [(1, 16, 128, 128), (5, 40, 384, 384), (16, 33, 256, 64), (17, 64, 1152, 1152), (64, 130, 256, 128)]
+MOST_TABLES = (64, 8, 1408, 32)  # 44 of a row: beyond what a kernel has without asking for it
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
-@pytest.mark.parametrize("shape", FEW, ids=str)
+@pytest.mark.parametrize("shape", [*FEW, MOST_TABLES], ids=str)
 def test_few_tokens_are_multiplied_by_packed_codes(machine, shape, bits):
     call = call_of(*shape, bits)
     call.tactic = Tactic.FEW_TOKENS
@@ -236,6 +237,7 @@ def test_no_token_is_no_work(machine):
     [
         (Tactic.FEW_TOKENS, (65, 16, 128, 128)),
         (Tactic.FEW_TOKENS, (1, 16, 96, 16)),
+        (Tactic.FEW_TOKENS, (64, 16, 1536, 32)),  # 128 rows of 48 tables and one of zeros: 16 bytes over 96 KiB
         (Tactic.TILE_128_128, (1, 16, 120, 120)),
     ],
 )
@@ -245,3 +247,34 @@ def test_a_tactic_that_does_not_fit_is_a_named_error(machine, tactic, shape):
     with pytest.raises(KernelError, match=rf"tactic {int(tactic)} has no kernel") as refused:
         call.run(machine, Type.HALF)
     assert refused.value.status == Status.NOT_COMPILED
+
+
+SEEDS = range(12)
+
+
+def random_call(seed: int) -> tuple[Call, Type, bool]:
+    """A call of random sizes, its type, and whether few tokens of it have a kernel of their own."""
+    rng = np.random.default_rng(seed)
+    bits = 4 - seed // 2 % 3
+    tokens, rows = (0, 1, 2, 7, 8, 9, 33, 64, 65)[7 * seed % 9], int(rng.integers(1, 70))  # each once in nine seeds
+    is_whole = seed % 2 == 0  # whole runs of codes
+    group_size = 32 * int(rng.integers(1, 4)) if is_whole else 2 * int(rng.integers(0, 20)) + 1
+    cols = group_size * int(rng.integers(1, 4)) * (4 if is_whole else 1)
+    op = str(rng.choice(["TwinLogLinear", "TwinLogLinearResidual"]))
+    call = call_of(tokens, rows, cols, group_size, bits, op)
+    return call, list(TYPES)[int(rng.integers(len(TYPES)))], is_whole and 0 < tokens <= 64
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_layers_of_random_sizes_are_computed(machine, seed):
+    call, kind, are_few = random_call(seed)
+    needed = call.reference(kind) if call.inputs["x"].size else np.zeros(call.shape)
+    for call.tactic in [Tactic.AUTO, Tactic.ANY_SIZE] + [Tactic.FEW_TOKENS] * are_few:
+        assert nmse(call.run(machine, kind), needed) <= TOLERANCE[kind], (call.tactic.name, call.attributes)
+
+
+def test_random_sizes_have_no_token_odd_widths_and_few_tokens_among_them():
+    drawn = [random_call(seed) for seed in SEEDS]
+    assert {0, 1} <= {call.shape[0] for call, _, _ in drawn}
+    assert any(call.attributes["cols"] % 2 for call, _, _ in drawn)
+    assert {call.attributes["bits"] for call, _, are_few in drawn if are_few} == {2, 3, 4}

@@ -147,6 +147,19 @@ def test_every_size_is_rotated(machine, channels, block):
     assert nmse(y, transform(x * signs, block)) <= 1e-12
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_random_sizes_are_rotated_and_quantized(machine, seed):
+    rng = np.random.default_rng(seed)
+    tokens, block = int(rng.choice([0, 1, 2, 5])), int(rng.choice([1, 2, 4, 8, 16, 64, 12, 20, 36]))
+    channels = block * int(rng.integers(1, 30))
+    x, signs = rng.standard_normal((tokens, channels), np.float32), rng.choice(np.float32([-1, 1]), channels)
+    call = Call(Prologue.NONE, x, signs, block)
+    y, _ = call.run(machine, Type.FLOAT)
+    assert nmse(y, transform(x * signs, block)) <= TOLERANCE[Type.FLOAT], (tokens, channels, block)
+    for got, needed in zip(call.run(machine, Type.FLOAT, 8), quantize_tokens(y, 8), strict=True):
+        np.testing.assert_array_equal(got, needed)
+
+
 def test_rows_of_a_modulation_may_begin_anywhere(machine):
     """Rows 33 elements apart are no whole vectors: another kernel, the same numbers."""
     rng = np.random.default_rng(3)
