@@ -1,4 +1,4 @@
-// Vectors of activations: how a run of channels gets from memory into float registers and back.
+// Vectors of activations: how consecutive channels get from memory into float registers and back.
 #pragma once
 
 #include <cstring>
@@ -9,37 +9,69 @@ namespace lrq {
 
 constexpr int32_t kVectorBytes = 16;
 
-// values[0 .. kCount) from kCount consecutive T that begin at a multiple of 16 bytes.
+// What is loaded and stored at once.
+template <int32_t kBytes>
+struct Vector;
+
+template <>
+struct Vector<16> {
+    using Type = uint4;
+};
+
+template <>
+struct Vector<8> {
+    using Type = uint2;
+};
+
+template <>
+struct Vector<4> {
+    using Type = uint32_t;
+};
+
+template <>
+struct Vector<2> {
+    using Type = uint16_t;
+};
+
+// kCount elements of T as vectors of at most 16 bytes.
 template <int32_t kCount, class T>
-__device__ inline void loadRun(T const* address, float (&values)[kCount]) {
-    constexpr int32_t kPerVector = kVectorBytes / sizeof(T);
-    static_assert(kCount % kPerVector == 0, "whole vectors");
+struct Vectors {
+    static constexpr int32_t kAll = kCount * static_cast<int32_t>(sizeof(T));
+    static constexpr int32_t kBytes = kAll < kVectorBytes ? kAll : kVectorBytes;
+    static constexpr int32_t kElements = kBytes / static_cast<int32_t>(sizeof(T));
+    static_assert(kCount % kElements == 0, "whole vectors");
+    using Type = typename Vector<kBytes>::Type;
+};
+
+// values[0 .. kCount) from kCount consecutive T that begin at a multiple of their bytes, or of 16.
+template <int32_t kCount, class T>
+__device__ inline void loadVector(T const* address, float (&values)[kCount]) {
+    using Whole = Vectors<kCount, T>;
 #pragma unroll
-    for (int32_t vector = 0; vector < kCount / kPerVector; ++vector) {
-        uint4 const loaded = reinterpret_cast<uint4 const*>(address)[vector];
-        T elements[kPerVector];
+    for (int32_t vector = 0; vector < kCount / Whole::kElements; ++vector) {
+        auto const loaded = reinterpret_cast<typename Whole::Type const*>(address)[vector];
+        T elements[Whole::kElements];
         memcpy(elements, &loaded, sizeof(loaded));
 #pragma unroll
-        for (int32_t index = 0; index < kPerVector; ++index) {
-            values[vector * kPerVector + index] = toFloat(elements[index]);
+        for (int32_t index = 0; index < Whole::kElements; ++index) {
+            values[vector * Whole::kElements + index] = toFloat(elements[index]);
         }
     }
 }
 
 template <int32_t kCount, class T>
-__device__ inline void storeRun(T* address, float const (&values)[kCount]) {
-    constexpr int32_t kPerVector = kVectorBytes / sizeof(T);
-    static_assert(kCount % kPerVector == 0, "whole vectors");
+__device__ inline void storeVector(T* address, float const (&values)[kCount]) {
+    using Whole = Vectors<kCount, T>;
 #pragma unroll
-    for (int32_t vector = 0; vector < kCount / kPerVector; ++vector) {
-        T elements[kPerVector];
+    for (int32_t vector = 0; vector < kCount / Whole::kElements; ++vector) {
+        T elements[Whole::kElements];
 #pragma unroll
-        for (int32_t index = 0; index < kPerVector; ++index) {
-            elements[index] = fromFloat<T>(values[vector * kPerVector + index]);
+        for (int32_t index = 0; index < Whole::kElements; ++index) {
+            elements[index] = fromFloat<T>(values[vector * Whole::kElements + index]);
         }
-        uint4 packed;
+        typename Whole::Type packed;
         memcpy(&packed, elements, sizeof(packed));
-        reinterpret_cast<uint4*>(address)[vector] = packed;
+        reinterpret_cast<typename Whole::Type*>(address)[vector] = packed;
     }
 }
 

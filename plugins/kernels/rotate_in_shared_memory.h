@@ -3,7 +3,9 @@
 // memory; x is read twice if the token is quantized, once for its scale and once for its codes.
 #pragma once
 
-#include "rotate_in_registers.h"
+#include "../core/hadamard.h"
+#include "quantize.h"
+#include "token_input.h"
 
 namespace lrq {
 

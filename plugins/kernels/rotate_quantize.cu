@@ -1,7 +1,8 @@
 // Prologue, rotation and quantization of every token: picks the kernel. LRQ_ELEMENT and
 // LRQ_ROTATE name the element type and the function of a compilation.
-#include "rotate_in_registers.h"
+#include "rotate_columns.h"
 #include "rotate_in_shared_memory.h"
+#include "rotate_runs.h"
 
 namespace lrq {
 namespace {
@@ -10,6 +11,22 @@ namespace {
 // not depend on how many channels it has. 64 registers hold two runs, so a block can be full.
 constexpr int32_t kSingleThreads = 96;
 constexpr int32_t kDoubleThreads = 1024;
+constexpr int32_t kMostSingleChannels = kRun * kSingleThreads;
+
+// What every device has for a block, less what kernels have besides.
+constexpr int64_t kMostExchangeBytes = 96 * 1024;
+// The closed list of columns, the first that fits is taken. Blocks of 64 to 256 have parts of 16, so
+// nothing is shuffled: 16 values a thread for few channels, else 32. More parts of a block in one
+// thread are fewer shuffles; registers bound them.
+template <class... Layouts>
+struct List {};
+
+using ColumnLayouts = List<
+    Columns<1, 4, 4, 4, kSingleThreads>, Columns<1, 8, 2, 4, kSingleThreads>,
+    Columns<1, 16, 1, 4, kSingleThreads>, Columns<1, 4, 8, 4, 640>, Columns<1, 8, 4, 4, 640>,
+    Columns<1, 16, 2, 4, 640>, Columns<1, 32, 1, 0, 640>, Columns<12, 4, 1, 0, 512>,
+    Columns<20, 2, 1, 0, 512>, Columns<28, 2, 1, 0, 512>, Columns<36, 1, 1, 0, 512>,
+    Columns<60, 1, 1, 0, 384>>;
 
 // Whether every row begins at a whole vector; one that is absent does.
 bool rowsAreAligned(TokenRows const& rows) {
@@ -18,11 +35,16 @@ bool rowsAreAligned(TokenRows const& rows) {
            rows.outerStride % kPerVector == 0 && rows.innerStride % kPerVector == 0;
 }
 
-bool fitsRegisters(RotateArguments const& arguments) {
+// Whether registers can hold tokens in whole vectors.
+bool hasWholeRuns(RotateArguments const& arguments) {
+    return arguments.channels % kRun == 0 && rowsAreAligned(arguments.scale) &&
+           rowsAreAligned(arguments.shift);
+}
+
+bool fitsRuns(RotateArguments const& arguments) {
     int32_t const block = arguments.block;
-    return (block & (block - 1)) == 0 && block <= kWidestBlock &&
-           arguments.channels % kRun == 0 && arguments.channels <= 2 * kRun * kDoubleThreads &&
-           rowsAreAligned(arguments.scale) && rowsAreAligned(arguments.shift);
+    return (block & (block - 1)) == 0 && block <= kWidestShuffled &&
+           arguments.channels <= 2 * kRun * kDoubleThreads;
 }
 
 int32_t wholeWarps(int32_t threads) {
@@ -30,14 +52,64 @@ int32_t wholeWarps(int32_t threads) {
 }
 
 template <PrologueKind kKind>
-bool launchInRegisters(RotateArguments const& arguments, cudaStream_t stream) {
+bool launchRuns(RotateArguments const& arguments, cudaStream_t stream) {
     int32_t const runs = arguments.channels / kRun;
     if (runs <= kSingleThreads) {
-        return launch(rotateInRegisters<LRQ_ELEMENT, kKind, 1, kSingleThreads>,
+        return launch(rotateRuns<LRQ_ELEMENT, kKind, 1, kSingleThreads>,
                       {arguments.tokens, wholeWarps(runs)}, stream, arguments);
     }
-    return launch(rotateInRegisters<LRQ_ELEMENT, kKind, 2, kDoubleThreads>,
+    return launch(rotateRuns<LRQ_ELEMENT, kKind, 2, kDoubleThreads>,
                   {arguments.tokens, wholeWarps((runs + 1) / 2)}, stream, arguments);
+}
+
+using Launcher = bool (*)(RotateArguments const&, cudaStream_t);
+
+// log2 of the largest part of 2^m channels that leaves whole ones.
+template <class Layout>
+int32_t partLogOf(int32_t block) {
+    int32_t log = 0;
+    while (block % (Layout::kVectors << (log + 1)) == 0) {
+        ++log;
+    }
+    return log;
+}
+
+template <class Layout>
+bool fitsColumns(RotateArguments const& arguments) {
+    int32_t const log = partLogOf<Layout>(arguments.block);
+    return Layout::kVectors << log == arguments.block && Layout::takesPart(log) &&
+           arguments.channels <= Layout::kValues * Layout::kMaxThreads &&
+           exchangeBytes<Layout>(log, arguments.channels) <= kMostExchangeBytes;
+}
+
+template <PrologueKind kKind, class Layout>
+bool launchColumns(RotateArguments const& arguments, cudaStream_t stream) {
+    int32_t const log = partLogOf<Layout>(arguments.block);
+    Grid const grid{arguments.tokens, wholeWarps(arguments.channels / Layout::kValues),
+                    exchangeBytes<Layout>(log, arguments.channels)};
+    return launch(rotateColumns<LRQ_ELEMENT, kKind, Layout>, grid, stream, arguments, log);
+}
+
+// Null if no layout fits.
+template <PrologueKind kKind, class... Layouts>
+Launcher findColumns(RotateArguments const& arguments, List<Layouts...>) {
+    Launcher found = nullptr;
+    ((found = found == nullptr && fitsColumns<Layouts>(arguments) ? launchColumns<kKind, Layouts>
+                                                                  : found),
+     ...);
+    return found;
+}
+
+template <PrologueKind kKind>
+Launcher findInRegisters(RotateArguments const& arguments) {
+    if (!hasWholeRuns(arguments)) {
+        return nullptr;
+    }
+    Launcher const columns = findColumns<kKind>(arguments, ColumnLayouts{});
+    if (columns == nullptr && fitsRuns(arguments)) {
+        return launchRuns<kKind>;
+    }
+    return columns;
 }
 
 bool launchInSharedMemory(RotateArguments const& arguments, cudaStream_t stream) {
@@ -50,20 +122,23 @@ bool launchInSharedMemory(RotateArguments const& arguments, cudaStream_t stream)
                   stream, arguments, factors);
 }
 
+Launcher findLauncher(RotateArguments const& arguments) {
+    switch (kindOf(static_cast<Prologue>(arguments.prologue))) {
+        case PrologueKind::kNone:
+            return findInRegisters<PrologueKind::kNone>(arguments);
+        case PrologueKind::kNorm:
+            return findInRegisters<PrologueKind::kNorm>(arguments);
+        default:
+            return findInRegisters<PrologueKind::kActivation>(arguments);
+    }
+}
+
 }  // namespace
 
 bool LRQ_ROTATE(RotateArguments const& arguments, cudaStream_t stream) {
-    if (!fitsRegisters(arguments)) {
-        return launchInSharedMemory(arguments, stream);
-    }
-    switch (kindOf(static_cast<Prologue>(arguments.prologue))) {
-        case PrologueKind::kNone:
-            return launchInRegisters<PrologueKind::kNone>(arguments, stream);
-        case PrologueKind::kNorm:
-            return launchInRegisters<PrologueKind::kNorm>(arguments, stream);
-        default:
-            return launchInRegisters<PrologueKind::kActivation>(arguments, stream);
-    }
+    Launcher const inRegisters = findLauncher(arguments);
+    return inRegisters != nullptr ? inRegisters(arguments, stream)
+                                  : launchInSharedMemory(arguments, stream);
 }
 
 }  // namespace lrq

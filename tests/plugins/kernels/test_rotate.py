@@ -135,16 +135,25 @@ def test_tokens_of_any_size_are_quantized(machine, size):
     np.testing.assert_array_equal(scales, needed_scales)
 
 
-# (channels, block): several runs a thread, one token's last warp partly idle, the widest block, odd widths, H_K alone.
-SIZES = [(9216, 256), (16400, 16), (32784, 16), (512, 512), (1024, 1024), (80, 16), (24, 8), (20, 20), (140, 140)]
+# (channels, block). Runs: several a thread, a token's last warp partly idle, the widest block that is shuffled. Columns: parts
+# of 16 with 16 and 32 values a thread, columns that end within a warp, every base of the list with narrow and wide parts,
+# more than one block a token. Shared memory: odd widths, H_K alone, a base that no list has, a token too wide to change hands.
+RUNS = [(16400, 16), (32784, 16), (80, 16), (96, 32), (20480, 512)]
+COLUMNS = [(64, 64), (1088, 64), (1600, 64), (1152, 128), (3072, 128), (768, 256), (9216, 256), (512, 512), (1024, 1024)]
+COLUMNS += [(4096, 2048), (768, 768), (1536, 1536), (3072, 3072), (6144, 3072), (640, 640), (5120, 5120), (896, 896)]
+COLUMNS += [(3584, 1792), (576, 576), (1152, 1152), (4608, 4608), (960, 960), (3840, 3840), (1920, 960)]
+SHARED = [(24, 8), (20, 20), (140, 140), (192, 192), (8960, 8960), (30720, 3072), (1664, 1664)]
 
 
-@pytest.mark.parametrize(("channels", "block"), SIZES)
+@pytest.mark.parametrize(("channels", "block"), RUNS + COLUMNS + SHARED)
 def test_every_size_is_rotated(machine, channels, block):
     rng = np.random.default_rng(channels)
     x, signs = rng.standard_normal((2, channels), np.float32), rng.choice(np.float32([-1, 1]), channels)
-    y, _ = Call(Prologue.NONE, x, signs, block).run(machine, Type.FLOAT)
+    call = Call(Prologue.NONE, x, signs, block)
+    y, _ = call.run(machine, Type.FLOAT)
     assert nmse(y, transform(x * signs, block)) <= 1e-12
+    for got, needed in zip(call.run(machine, Type.FLOAT, 8), quantize_tokens(y, 8), strict=True):
+        np.testing.assert_array_equal(got, needed)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,0 +1,134 @@
+// Rotate and quantize a token in one pass, its channels in registers: H = H_K (x) H_J (x) H_part.
+//
+// A block is K J parts of 2^m channels. Threads first hold columns, the same few places in all
+// parts of a block, and mix them with H_K (x) H_J without talking to anyone. Then all values change
+// hands once, through shared memory, and threads hold runs of 16 consecutive channels: H_part on
+// them needs no shuffle for parts of 16 and one for every doubling, codes leave in whole vectors.
+// Reading columns needs no exchange at all: 32 lanes read 32 neighbours.
+#pragma once
+
+#include "hadamard_columns.h"
+#include "token_input.h"
+#include "token_runs.h"
+
+namespace lrq {
+
+constexpr int32_t kBanks = 32;  // of shared memory, 4 bytes each
+
+// How a block lies in shared memory, in floats. Four floats are left out after every 32, and after
+// every part: eight lanes that read a vector of eight neighbouring runs then meet all banks. Blocks
+// of which half a warp writes a row each begin half the banks apart.
+struct ExchangePlan {
+    int32_t partLog;  // log2 of the channels of a part
+    int32_t part;     // from one part to the next
+    int32_t block;    // from one block to the next
+};
+
+LRQ_HOST_DEVICE constexpr int32_t padded(int32_t channel) {
+    return channel + channel / 32 * 4;
+}
+
+LRQ_HOST_DEVICE constexpr ExchangePlan planExchange(int32_t parts, int32_t partLog) {
+    int32_t const part = partLog == 4 ? kRun + 4 : padded(1 << partLog);
+    bool const meets = partLog == 4 && parts * part % kBanks == 0;
+    return {partLog, part, parts * part + (meets ? kBanks / 2 : 0)};
+}
+
+// kWidth neighbouring places in each of kBase kJoin parts. A kPartLog of 0 is one that only the
+// launch knows, of at least 4.
+template <int32_t kBase_, int32_t kJoin_, int32_t kWidth_, int32_t kPartLog, int32_t kMaxThreads_>
+struct Columns {
+    static constexpr int32_t kBase = kBase_;
+    static constexpr int32_t kJoin = kJoin_;
+    static constexpr int32_t kVectors = kBase * kJoin;
+    static constexpr int32_t kWidth = kWidth_;
+    static constexpr int32_t kValues = kVectors * kWidth;  // of a thread
+    static constexpr int32_t kRuns = (kValues + kRun - 1) / kRun;
+    static constexpr int32_t kMaxThreads = kMaxThreads_;
+
+    // Parts of at least a run, and none that lanes of two warps would have to shuffle.
+    static constexpr bool takesPart(int32_t log) {
+        return kPartLog > 0 ? log == kPartLog : log >= 4 && 1 << log <= kWidestShuffled;
+    }
+
+    ExchangePlan plan;
+    int32_t block;  // of the token, this thread's
+    int32_t place;  // in a part
+    int32_t channels;
+
+    __device__ Columns(int32_t partLog, int32_t channelCount)
+        : plan(planExchange(kVectors, kPartLog > 0 ? kPartLog : partLog)), channels(channelCount) {
+        int32_t const column = kWidth * static_cast<int32_t>(threadIdx.x);
+        block = column >> plan.partLog;
+        place = column - (block << plan.partLog);
+    }
+
+    __device__ int32_t channelOf(int32_t part) const {
+        return ((block * kVectors + part) << plan.partLog) + place;
+    }
+
+    __device__ bool isLive(int32_t) const {
+        return channelOf(0) < channels;
+    }
+
+    __device__ int32_t exchangedAt(int32_t part) const {
+        return block * plan.block + part * plan.part + padded(place);
+    }
+
+    // Where the run that begins at `channel` lies, which is whole.
+    __device__ int32_t exchangedRun(int32_t channel) const {
+        int32_t const part = channel >> plan.partLog;  // of the token
+        int32_t const within = channel - (part << plan.partLog);
+        int32_t const gaps = part / kVectors * (plan.block - kVectors * plan.part);
+        return part * plan.part + gaps + padded(within);
+    }
+};
+
+// What the exchange of a token takes of shared memory.
+template <class Layout>
+constexpr int64_t exchangeBytes(int32_t partLog, int32_t channels) {
+    int64_t const blocks = (channels >> partLog) / Layout::kVectors;
+    return 4 * blocks * planExchange(Layout::kVectors, partLog).block;
+}
+
+template <class Layout>
+__device__ inline void exchange(Layout const& columns, RunLayout<Layout::kRuns> const& runs,
+                                float const (&values)[Layout::kVectors][Layout::kWidth],
+                                float (&exchanged)[Layout::kRuns][kRun]) {
+    float* const shared = sharedMemory<float>();
+    if (columns.isLive(0)) {
+#pragma unroll
+        for (int32_t part = 0; part < Layout::kVectors; ++part) {
+            storeVector(shared + columns.exchangedAt(part), values[part]);
+        }
+    }
+    synchronizeBlock();
+#pragma unroll
+    for (int32_t run = 0; run < Layout::kRuns; ++run) {
+#pragma unroll
+        for (int32_t index = 0; index < kRun; ++index) {
+            exchanged[run][index] = 0.0f;
+        }
+        if (runs.isLive(run)) {
+            loadVector(shared + columns.exchangedRun(runs.channelOf(run)), exchanged[run]);
+        }
+    }
+}
+
+template <class T, PrologueKind kKind, class Layout>
+__global__ void __launch_bounds__(Layout::kMaxThreads)
+    rotateColumns(RotateArguments const arguments, int32_t const partLog) {
+    __shared__ float partials[3][kMaxWarps];
+    Layout const columns(partLog, arguments.channels);
+    RunLayout<Layout::kRuns> const runs{arguments.channels};
+    int64_t const token = static_cast<int64_t>(blockIdx.x);
+    TokenInput<T, kKind, Layout> input{arguments, columns, token, partials, {}};
+    input.load();
+    mixColumns<Layout::kBase, Layout::kJoin>(input.values);
+    float values[Layout::kRuns][kRun];
+    exchange(columns, runs, input.values, values);
+    TokenRuns<T, Layout::kRuns>{arguments, runs, token, partials[2]}.finish(
+        values, 1 << columns.plan.partLog);
+}
+
+}  // namespace lrq

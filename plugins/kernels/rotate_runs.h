@@ -1,0 +1,22 @@
+// Rotate and quantize a token in one pass, its channels in registers as runs of 16 from the first
+// load to the last store: for small blocks of 2^m channels, which need few shuffles, and for no
+// rotation at all (a block of 1).
+#pragma once
+
+#include "token_input.h"
+#include "token_runs.h"
+
+namespace lrq {
+
+template <class T, PrologueKind kKind, int32_t kRuns, int32_t kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads) rotateRuns(RotateArguments const arguments) {
+    __shared__ float partials[3][kMaxWarps];
+    RunLayout<kRuns> const layout{arguments.channels};
+    int64_t const token = static_cast<int64_t>(blockIdx.x);
+    TokenInput<T, kKind, RunLayout<kRuns>> input{arguments, layout, token, partials, {}};
+    input.load();
+    TokenRuns<T, kRuns>{arguments, layout, token, partials[2]}.finish(
+        input.values, arguments.block);
+}
+
+}  // namespace lrq
