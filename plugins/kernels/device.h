@@ -50,6 +50,27 @@ __device__ inline Bfloat16 fromFloat<Bfloat16>(float value) {
     return __float2bfloat16_rn(value);
 }
 
+// Two floats as they are left once they were stored as T: one conversion for both.
+template <class T>
+__device__ inline void roundTwo(float& left, float& right);
+
+template <>
+__device__ inline void roundTwo<float>(float&, float&) {}
+
+template <>
+__device__ inline void roundTwo<Half>(float& left, float& right) {
+    float2 const rounded = __half22float2(__floats2half2_rn(left, right));
+    left = rounded.x;
+    right = rounded.y;
+}
+
+template <>
+__device__ inline void roundTwo<Bfloat16>(float& left, float& right) {
+    float2 const rounded = __bfloat1622float2(__floats2bfloat162_rn(left, right));
+    left = rounded.x;
+    right = rounded.y;
+}
+
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 __device__ inline float shuffleXor(float value, int32_t mask) {

@@ -75,10 +75,12 @@ __device__ inline void storeVector(T* address, float const (&values)[kCount]) {
     }
 }
 
-// The float that is left of `value` once it was stored as T.
-template <class T>
-__device__ inline float roundedTo(float value) {
-    return toFloat(fromFloat<T>(value));
+template <int32_t kCount>
+__device__ inline void clear(float (&values)[kCount]) {
+#pragma unroll
+    for (int32_t index = 0; index < kCount; ++index) {
+        values[index] = 0.0f;
+    }
 }
 
 }  // namespace lrq

@@ -52,23 +52,45 @@ struct Columns {
     }
 
     ExchangePlan plan;
-    int32_t block;  // of the token, this thread's
     int32_t place;  // in a part
-    int32_t channels;
+    int32_t block;  // of the token
+    bool isLive;    // the token has it
 
-    __device__ Columns(int32_t partLog, int32_t channelCount)
-        : plan(planExchange(kVectors, kPartLog > 0 ? kPartLog : partLog)), channels(channelCount) {
+    __device__ Columns(int32_t partLog, int32_t channels)
+        : plan(planExchange(kVectors, kPartLog > 0 ? kPartLog : partLog)) {
         int32_t const column = kWidth * static_cast<int32_t>(threadIdx.x);
         block = column >> plan.partLog;
         place = column - (block << plan.partLog);
+        isLive = ((block * kVectors) << plan.partLog) < channels;
     }
 
-    __device__ int32_t channelOf(int32_t part) const {
-        return ((block * kVectors + part) << plan.partLog) + place;
+    // One multiplication of 32 bits for each part.
+    template <class T>
+    __device__ T* at(T* row, int32_t part) const {
+        uint32_t const stride = uint32_t{1} << plan.partLog;
+        T* const first = row + ((block * kVectors) << plan.partLog) + place;
+        return first + static_cast<uint64_t>(stride) * static_cast<uint32_t>(part);
     }
 
-    __device__ bool isLive(int32_t) const {
-        return channelOf(0) < channels;
+    // One branch for all vectors.
+    template <class Live, class Absent>
+    __device__ void forEach(Live live, Absent absent) const {
+        if (isLive) {
+#pragma unroll
+            for (int32_t part = 0; part < kVectors; ++part) {
+                live(part);
+            }
+        } else {
+#pragma unroll
+            for (int32_t part = 0; part < kVectors; ++part) {
+                absent(part);
+            }
+        }
+    }
+
+    template <class Live>
+    __device__ void forEachLive(Live live) const {
+        forEach(live, [](int32_t) {});
     }
 
     __device__ int32_t exchangedAt(int32_t part) const {
@@ -96,23 +118,15 @@ __device__ inline void exchange(Layout const& columns, RunLayout<Layout::kRuns> 
                                 float const (&values)[Layout::kVectors][Layout::kWidth],
                                 float (&exchanged)[Layout::kRuns][kRun]) {
     float* const shared = sharedMemory<float>();
-    if (columns.isLive(0)) {
-#pragma unroll
-        for (int32_t part = 0; part < Layout::kVectors; ++part) {
-            storeVector(shared + columns.exchangedAt(part), values[part]);
-        }
-    }
+    columns.forEachLive([&](int32_t part) {
+        storeVector(shared + columns.exchangedAt(part), values[part]);
+    });
     synchronizeBlock();
-#pragma unroll
-    for (int32_t run = 0; run < Layout::kRuns; ++run) {
-#pragma unroll
-        for (int32_t index = 0; index < kRun; ++index) {
-            exchanged[run][index] = 0.0f;
-        }
-        if (runs.isLive(run)) {
+    runs.forEach(
+        [&](int32_t run) {
             loadVector(shared + columns.exchangedRun(runs.channelOf(run)), exchanged[run]);
-        }
-    }
+        },
+        [&](int32_t run) { clear(exchanged[run]); });
 }
 
 template <class T, PrologueKind kKind, class Layout>

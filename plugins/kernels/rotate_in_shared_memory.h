@@ -121,7 +121,7 @@ struct SharedToken {
             int32_t const sign = static_cast<int32_t>(mask << 31);
             sum += floatOf(bitsOf(channels[from * power + place]) ^ sign);
         }
-        return roundedTo<T>(sum * arguments.root);
+        return toFloat(fromFloat<T>(sum * arguments.root));
     }
 
     template <class Function>

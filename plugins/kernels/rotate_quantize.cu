@@ -11,7 +11,6 @@ namespace {
 // not depend on how many channels it has. 64 registers hold two runs, so a block can be full.
 constexpr int32_t kSingleThreads = 96;
 constexpr int32_t kDoubleThreads = 1024;
-constexpr int32_t kMostSingleChannels = kRun * kSingleThreads;
 
 // What every device has for a block, less what kernels have besides.
 constexpr int64_t kMostExchangeBytes = 96 * 1024;

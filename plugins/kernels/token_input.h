@@ -1,9 +1,10 @@
 // What a rotation is applied to: a token's channels in the registers of a block's threads, after
 // the prologue and the signs. x is read once. Which channels a thread holds is a Layout's to say:
 //
-//     kVectors, kWidth    vectors a thread holds, and consecutive channels of each
-//     channelOf(vector)   the first channel of a vector
-//     isLive(vector)      whether the token has these channels; where not, the values are 0
+//     kVectors, kWidth        vectors a thread holds, and consecutive channels of each
+//     at(row, vector)         where a vector lies in a row of channels
+//     forEach(live, absent)   calls live with every vector the token has, absent with the others
+//     forEachLive(live)       the first of these alone
 #pragma once
 
 #include "../core/activations.h"
@@ -43,95 +44,76 @@ struct TokenInput {
     Layout const& layout;
     int64_t token;
     float (*partials)[kMaxWarps];  // two rows
-    float values[kVectors][kWidth];
+    float values[kVectors][kWidth];  // 0 where no channel is
 
     __device__ void load() {
         int64_t const width =
             arguments.prologue == static_cast<int32_t>(Prologue::kGeglu) ? 2 : 1;
         T const* const row =
             static_cast<T const*>(arguments.x) + token * width * arguments.channels;
-#pragma unroll
-        for (int32_t vector = 0; vector < kVectors; ++vector) {
-#pragma unroll
-            for (int32_t index = 0; index < kWidth; ++index) {
-                values[vector][index] = 0.0f;
-            }
-            if (layout.isLive(vector)) {
-                loadVector(row + layout.channelOf(vector), values[vector]);
-                if constexpr (kKind == PrologueKind::kActivation) {
-                    activateVector(row + layout.channelOf(vector), values[vector]);
-                }
-            }
+        layout.forEach(
+            [&](int32_t vector) { loadVector(layout.at(row, vector), values[vector]); },
+            [&](int32_t vector) { clear(values[vector]); });
+        if constexpr (kKind == PrologueKind::kActivation) {
+            activateAll(row + arguments.channels);
         }
         if constexpr (kKind == PrologueKind::kNorm) {
             normalize();
         }
-        flipSigns();
+        if (arguments.signs != nullptr) {
+            multiply(static_cast<T const*>(arguments.signs));
+        }
     }
 
-    __device__ void activateVector(T const* address, float (&vector)[kWidth]) const {
+    __device__ void activateAll(T const* gates) {
         Prologue const prologue = static_cast<Prologue>(arguments.prologue);
         if (prologue == Prologue::kGeglu) {
-            float gate[kWidth];
-            loadVector(address + arguments.channels, gate);
+            layout.forEachLive([&](int32_t vector) {
+                float gate[kWidth];
+                loadVector(layout.at(gates, vector), gate);
 #pragma unroll
-            for (int32_t index = 0; index < kWidth; ++index) {
-                vector[index] = geglu(vector[index], gate[index]);
-            }
+                for (int32_t index = 0; index < kWidth; ++index) {
+                    values[vector][index] = geglu(values[vector][index], gate[index]);
+                }
+            });
             return;
         }
-#pragma unroll
-        for (int32_t index = 0; index < kWidth; ++index) {
-            vector[index] = activate(prologue, vector[index]);
-        }
+        replaceLive([prologue](float value) { return activate(prologue, value); });
     }
 
     __device__ void normalize() {
         float const count = static_cast<float>(arguments.channels);
         if (arguments.prologue == static_cast<int32_t>(Prologue::kLayerNorm)) {
             float const mean = sumOver([](float value) { return value; }, 0) / count;
-            forEachLive([mean](float value) { return value - mean; });
+            replaceLive([mean](float value) { return value - mean; });
         }
         float const meanSquare = sumOver([](float value) { return value * value; }, 1) / count;
         float const factor = inverseNorm(meanSquare, arguments.epsilon);
-        forEachLive([factor](float value) { return value * factor; });
-        modulate();
+        replaceLive([factor](float value) { return value * factor; });
+        multiply(arguments.scale.rowOf<T>(token));
+        add(arguments.shift.rowOf<T>(token));
     }
 
-    __device__ void modulate() {
-        T const* const scaleRow = arguments.scale.rowOf<T>(token);
-        T const* const shiftRow = arguments.shift.rowOf<T>(token);
+    __device__ void multiply(T const* row) {
+        layout.forEachLive([&](int32_t vector) {
+            float factors[kWidth];
+            loadVector(layout.at(row, vector), factors);
 #pragma unroll
-        for (int32_t vector = 0; vector < kVectors; ++vector) {
-            if (layout.isLive(vector)) {
-                float scale[kWidth];
-                float shift[kWidth];
-                loadVector(scaleRow + layout.channelOf(vector), scale);
-                loadVector(shiftRow + layout.channelOf(vector), shift);
-#pragma unroll
-                for (int32_t index = 0; index < kWidth; ++index) {
-                    values[vector][index] = values[vector][index] * scale[index] + shift[index];
-                }
+            for (int32_t index = 0; index < kWidth; ++index) {
+                values[vector][index] *= factors[index];
             }
-        }
+        });
     }
 
-    __device__ void flipSigns() {
-        T const* const signs = static_cast<T const*>(arguments.signs);
-        if (signs == nullptr) {
-            return;
-        }
+    __device__ void add(T const* row) {
+        layout.forEachLive([&](int32_t vector) {
+            float terms[kWidth];
+            loadVector(layout.at(row, vector), terms);
 #pragma unroll
-        for (int32_t vector = 0; vector < kVectors; ++vector) {
-            if (layout.isLive(vector)) {
-                float sign[kWidth];
-                loadVector(signs + layout.channelOf(vector), sign);
-#pragma unroll
-                for (int32_t index = 0; index < kWidth; ++index) {
-                    values[vector][index] *= sign[index];
-                }
+            for (int32_t index = 0; index < kWidth; ++index) {
+                values[vector][index] += terms[index];
             }
-        }
+        });
     }
 
     template <class Function>
@@ -141,23 +123,20 @@ struct TokenInput {
         for (int32_t vector = 0; vector < kVectors; ++vector) {
 #pragma unroll
             for (int32_t index = 0; index < kWidth; ++index) {
-                sum += function(values[vector][index]);  // 0 where no channel is
+                sum += function(values[vector][index]);
             }
         }
         return reduceBlock<Add>(sum, partials[slot]);
     }
 
     template <class Function>
-    __device__ void forEachLive(Function function) {
+    __device__ void replaceLive(Function function) {
+        layout.forEachLive([&](int32_t vector) {
 #pragma unroll
-        for (int32_t vector = 0; vector < kVectors; ++vector) {
-            if (layout.isLive(vector)) {
-#pragma unroll
-                for (int32_t index = 0; index < kWidth; ++index) {
-                    values[vector][index] = function(values[vector][index]);
-                }
+            for (int32_t index = 0; index < kWidth; ++index) {
+                values[vector][index] = function(values[vector][index]);
             }
-        }
+        });
     }
 };
 

@@ -27,8 +27,26 @@ struct RunLayout {
         return kRun * static_cast<int32_t>(run * blockDim.x + threadIdx.x);
     }
 
-    __device__ bool isLive(int32_t run) const {
-        return channelOf(run) < channels;
+    template <class T>
+    __device__ T* at(T* row, int32_t run) const {
+        return row + channelOf(run);
+    }
+
+    template <class Live, class Absent>
+    __device__ void forEach(Live live, Absent absent) const {
+#pragma unroll
+        for (int32_t run = 0; run < kRuns; ++run) {
+            if (channelOf(run) < channels) {
+                live(run);
+            } else {
+                absent(run);
+            }
+        }
+    }
+
+    template <class Live>
+    __device__ void forEachLive(Live live) const {
+        forEach(live, [](int32_t) {});
     }
 };
 
@@ -103,8 +121,10 @@ struct TokenRuns {
         for (int32_t run = 0; run < kRuns; ++run) {
             rotateRun(values[run], size);
 #pragma unroll
-            for (int32_t index = 0; index < kRun; ++index) {
-                values[run][index] = roundedTo<T>(values[run][index] * arguments.root);
+            for (int32_t index = 0; index < kRun; index += 2) {
+                values[run][index] *= arguments.root;
+                values[run][index + 1] *= arguments.root;
+                roundTwo<T>(values[run][index], values[run][index + 1]);
             }
         }
         if (arguments.limit == 0) {
@@ -116,12 +136,8 @@ struct TokenRuns {
 
     __device__ void store(float const (&values)[kRuns][kRun]) const {
         T* const row = static_cast<T*>(arguments.y) + token * arguments.channels;
-#pragma unroll
-        for (int32_t run = 0; run < kRuns; ++run) {
-            if (layout.isLive(run)) {
-                storeVector(row + layout.channelOf(run), values[run]);
-            }
-        }
+        layout.forEachLive(
+            [&](int32_t run) { storeVector(layout.at(row, run), values[run]); });
     }
 
     __device__ void storeQuantized(float const (&values)[kRuns][kRun]) const {
@@ -136,14 +152,13 @@ struct TokenRuns {
         peak = reduceBlock<Max>(peak, partials);
         TokenQuantizer const quantizer = makeQuantizer(peak, arguments.limit);
         int8_t* const row = static_cast<int8_t*>(arguments.y) + token * arguments.channels;
-#pragma unroll
-        for (int32_t run = 0; run < kRuns; ++run) {
-            if (layout.isLive(run) && quantizer.isFast) {
-                storeCodes<true>(row + layout.channelOf(run), values[run], quantizer);
-            } else if (layout.isLive(run)) {
-                storeCodes<false>(row + layout.channelOf(run), values[run], quantizer);
+        layout.forEachLive([&](int32_t run) {
+            if (quantizer.isFast) {
+                storeCodes<true>(layout.at(row, run), values[run], quantizer);
+            } else {
+                storeCodes<false>(layout.at(row, run), values[run], quantizer);
             }
-        }
+        });
         if (threadIdx.x == 0) {
             arguments.tokenScales[token] = quantizer.scale;
         }

@@ -93,6 +93,12 @@ inline Bfloat16 fromFloat<Bfloat16>(float value) {
     return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // half to even
 }
 
+template <class T>
+void roundTwo(float& left, float& right) {
+    left = toFloat(fromFloat<T>(left));
+    right = toFloat(fromFloat<T>(right));
+}
+
 inline int32_t bitsOf(float value) {
     int32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
