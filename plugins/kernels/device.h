@@ -50,25 +50,37 @@ __device__ inline Bfloat16 fromFloat<Bfloat16>(float value) {
     return __float2bfloat16_rn(value);
 }
 
-// Two floats as they are left once they were stored as T: one conversion for both.
+// Two T of two bytes as they lie in memory, the first in the low half: one conversion for both.
 template <class T>
-__device__ inline void roundTwo(float& left, float& right);
+__device__ inline uint32_t packTwo(float first, float second);
 
 template <>
-__device__ inline void roundTwo<float>(float&, float&) {}
-
-template <>
-__device__ inline void roundTwo<Half>(float& left, float& right) {
-    float2 const rounded = __half22float2(__floats2half2_rn(left, right));
-    left = rounded.x;
-    right = rounded.y;
+__device__ inline uint32_t packTwo<Half>(float first, float second) {
+    __half2 const two = __floats2half2_rn(first, second);
+    return *reinterpret_cast<uint32_t const*>(&two);
 }
 
 template <>
-__device__ inline void roundTwo<Bfloat16>(float& left, float& right) {
-    float2 const rounded = __bfloat1622float2(__floats2bfloat162_rn(left, right));
-    left = rounded.x;
-    right = rounded.y;
+__device__ inline uint32_t packTwo<Bfloat16>(float first, float second) {
+    __nv_bfloat162 const two = __floats2bfloat162_rn(first, second);
+    return *reinterpret_cast<uint32_t const*>(&two);
+}
+
+template <class T>
+__device__ inline void unpackTwo(uint32_t two, float& first, float& second);
+
+template <>
+__device__ inline void unpackTwo<Half>(uint32_t two, float& first, float& second) {
+    float2 const floats = __half22float2(*reinterpret_cast<__half2 const*>(&two));
+    first = floats.x;
+    second = floats.y;
+}
+
+// A bfloat16 is the high half of its float.
+template <>
+__device__ inline void unpackTwo<Bfloat16>(uint32_t two, float& first, float& second) {
+    first = __uint_as_float(two << 16);
+    second = __uint_as_float(two & 0xffff0000u);
 }
 
 constexpr uint32_t kAllLanes = 0xffffffffu;

@@ -94,9 +94,19 @@ inline Bfloat16 fromFloat<Bfloat16>(float value) {
 }
 
 template <class T>
-void roundTwo(float& left, float& right) {
-    left = toFloat(fromFloat<T>(left));
-    right = toFloat(fromFloat<T>(right));
+uint32_t packTwo(float first, float second) {
+    T const two[2] = {fromFloat<T>(first), fromFloat<T>(second)};
+    uint32_t packed;
+    std::memcpy(&packed, two, sizeof(packed));
+    return packed;
+}
+
+template <class T>
+void unpackTwo(uint32_t packed, float& first, float& second) {
+    T two[2];
+    std::memcpy(two, &packed, sizeof(packed));
+    first = toFloat(two[0]);
+    second = toFloat(two[1]);
 }
 
 inline int32_t bitsOf(float value) {
