@@ -5,8 +5,10 @@ A machine places arrays in its memory between sentinels and reads them back; wha
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +132,16 @@ class Emulated(Machine):
     """The CPU, by tests/plugins/emulator."""
 
     name = "emulated"
+
+    def __init__(self, library: Path):
+        super().__init__(library)
+        self._library = ctypes.CDLL(str(library))
+        self._library.emulatedKernel.restype = ctypes.c_char_p
+
+    def launched(self) -> tuple[tuple[str, ...], int]:
+        """Types of the parameters of the kernel that ran last, and how many threads a block of it had."""
+        parameters = re.search(r"Parameters = \{(.*?)\}", self._library.emulatedKernel().decode())[1]
+        return tuple(parameters.replace("lrq::", "").split(", ")), self._library.emulatedThreads()
 
     def _place(self, raw: np.ndarray, shape: tuple[int, ...], dtype: Any) -> Buffer:
         owner = np.full(raw.size + 2 * FENCE + ALIGNMENT, SENTINEL, np.uint8)

@@ -11,6 +11,8 @@ constexpr size_t kStackBytes = 64 * 1024;
 constexpr int32_t kMostThreads = 1024;
 constexpr int32_t kWarpLanes = 32;
 constexpr int64_t kMostSharedBytes = 227 * 1024;
+constexpr size_t kFenceBytes = 1024;
+constexpr uint8_t kUndefined = 0xa5;
 
 struct Barrier {
     int32_t arrived = 0;
@@ -33,12 +35,13 @@ struct Block {
     Barrier all;
     Barrier warps[kMostThreads / kWarpLanes];
     WarpExchange exchanges[kMostThreads / kWarpLanes];
-    std::vector<uint8_t> shared;
+    std::vector<uint8_t> shared;  // with a fence behind it
     jmp_buf scheduler;
     int32_t current;
     int64_t progress;  // changes whenever a thread gets on
     void (*body)(void*);
     void* bodyContext;
+    char const* kernel = "";
 };
 
 Block block;
@@ -148,6 +151,17 @@ void runBlock() {
     }
 }
 
+// Nobody may have stored behind the shared memory that was asked for.
+void checkFence(size_t sharedBytes) {
+    for (size_t index = sharedBytes; index < block.shared.size(); ++index) {
+        if (block.shared[index] != kUndefined) {
+            std::fprintf(stderr, "emulator: byte %zu of %zu of shared memory was written\n", index,
+                         sharedBytes);
+            std::abort();
+        }
+    }
+}
+
 }  // namespace
 
 void synchronizeBlock() {
@@ -168,7 +182,7 @@ uint8_t* sharedBytes() {
     return block.shared.data();
 }
 
-bool runGrid(Grid const& grid, void (*body)(void*), void* context) {
+bool runGrid(Grid const& grid, char const* kernel, void (*body)(void*), void* context) {
     if (grid.blocks < 1 || grid.blocks > INT32_MAX || grid.threads < 1 ||
         grid.threads > kMostThreads || grid.sharedBytes > kMostSharedBytes) {
         return false;
@@ -179,14 +193,26 @@ bool runGrid(Grid const& grid, void (*body)(void*), void* context) {
     block.count = grid.threads;
     block.body = body;
     block.bodyContext = context;
+    block.kernel = kernel;
     blockDim.x = static_cast<uint32_t>(grid.threads);
     gridDim.x = static_cast<uint32_t>(grid.blocks);
     for (int64_t index = 0; index < grid.blocks; ++index) {
         blockIdx.x = static_cast<uint32_t>(index);
-        block.shared.assign(static_cast<size_t>(grid.sharedBytes), 0xa5);  // as undefined as it is
+        size_t const sharedBytes = static_cast<size_t>(grid.sharedBytes);
+        block.shared.assign(sharedBytes + kFenceBytes, kUndefined);
         runBlock();
+        checkFence(sharedBytes);
     }
     return true;
 }
 
 }  // namespace lrq
+
+// What was launched last: a text with the types of its kernel's parameters, and its threads.
+extern "C" __attribute__((visibility("default"))) char const* emulatedKernel() {
+    return lrq::block.kernel;
+}
+
+extern "C" __attribute__((visibility("default"))) int32_t emulatedThreads() {
+    return lrq::block.count;
+}

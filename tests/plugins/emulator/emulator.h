@@ -5,8 +5,8 @@
 // at a barrier, so shared memory, barriers, shuffles and tensor-core fragments mean what they mean
 // on a GPU, index by index. Warps run in the order that a missing barrier of the block bears worst:
 // each as far as it gets before the next one starts. What waits for threads that never come is an
-// error, as is a store outside memory that the caller fences with sentinels. Of memory order, speed
-// and lanes of a warp that drift apart it knows nothing.
+// error, as are stores outside of dynamic shared memory, or of memory that the caller fences with
+// sentinels. Of memory order, speed and lanes of a warp that drift apart it knows nothing.
 #pragma once
 
 #include <ucontext.h>
@@ -199,14 +199,17 @@ struct Grid {
     int64_t sharedBytes = 0;
 };
 
-// Runs `body` as every thread of every block. False if the grid is none that a GPU takes.
-bool runGrid(Grid const& grid, void (*body)(void*), void* context);
+// Runs `body` as every thread of every block. False if the grid is none that a GPU takes. `kernel`
+// tells kernels apart by their parameters.
+bool runGrid(Grid const& grid, char const* kernel, void (*body)(void*), void* context);
 
 template <class... Parameters>
 bool launch(void (*kernel)(Parameters...), Grid grid, cudaStream_t,
             std::common_type_t<Parameters>... parameters) {
     auto call = [&] { kernel(parameters...); };
-    return runGrid(grid, [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
+    return runGrid(
+        grid, __PRETTY_FUNCTION__,
+        [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
 }
 
 inline bool queryDevice(Device* device) {

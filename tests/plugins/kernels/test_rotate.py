@@ -9,7 +9,7 @@ import pytest
 from kernel_machine import NOTHING, TYPES, nmse
 
 from graphs.ops import OPS
-from graphs.ops.hadamard import transform
+from graphs.ops.hadamard import factorize, transform
 from graphs.ops.token_product import quantize_tokens
 from lrq_export.kernels import KernelError, Modulation, Prologue, Rotation, Status, Tokens, Type, split_tokens
 
@@ -135,14 +135,25 @@ def test_tokens_of_any_size_are_quantized(machine, size):
     np.testing.assert_array_equal(scales, needed_scales)
 
 
-# (channels, block). Runs: several a thread, a token's last warp partly idle, the widest block that is shuffled. Columns: parts
-# of 16 with 16 and 32 values a thread, columns that end within a warp, every base of the list with narrow and wide parts,
-# more than one block a token. Shared memory: odd widths, H_K alone, a base that no list has, a token too wide to change hands.
-RUNS = [(16400, 16), (32784, 16), (80, 16), (96, 32), (20480, 512)]
-COLUMNS = [(64, 64), (1088, 64), (1600, 64), (1152, 128), (3072, 128), (768, 256), (9216, 256), (512, 512), (1024, 1024)]
+# (channels, block) by the kernel that takes them.
+# Runs: several a thread, a token's last warp partly idle, the widest block that is shuffled.
+# Columns: 16 and 32 values a thread, columns that end within a warp, every base with narrow and wide parts.
+# Shared memory: odd widths, H_K alone, a base that no list has, tokens too wide.
+RUNS = [(16400, 16), (32768, 16), (80, 16), (96, 32), (20480, 512)]
+COLUMNS = [
+    (64, 64),
+    (1088, 64),
+    (1600, 64),
+    (1152, 128),
+    (3072, 128),
+    (768, 256),
+    (9216, 256),
+    (512, 512),
+    (1024, 1024),
+]
 COLUMNS += [(4096, 2048), (768, 768), (1536, 1536), (3072, 3072), (6144, 3072), (640, 640), (5120, 5120), (896, 896)]
 COLUMNS += [(3584, 1792), (576, 576), (1152, 1152), (4608, 4608), (960, 960), (3840, 3840), (1920, 960)]
-SHARED = [(24, 8), (20, 20), (140, 140), (192, 192), (8960, 8960), (30720, 3072), (1664, 1664)]
+SHARED = [(24, 8), (20, 20), (140, 140), (192, 192), (8960, 8960), (30720, 3072), (32784, 16), (1664, 1664)]
 
 
 @pytest.mark.parametrize(("channels", "block"), RUNS + COLUMNS + SHARED)
@@ -154,6 +165,48 @@ def test_every_size_is_rotated(machine, channels, block):
     assert nmse(y, transform(x * signs, block)) <= 1e-12
     for got, needed in zip(call.run(machine, Type.FLOAT, 8), quantize_tokens(y, 8), strict=True):
         np.testing.assert_array_equal(got, needed)
+
+
+KERNELS = {
+    "runs": ("RotateArguments",),
+    "columns": ("RotateArguments", "int"),
+    "shared": ("RotateArguments", "HadamardFactors"),
+}
+
+
+@pytest.mark.parametrize(("kernel", "sizes"), [("runs", RUNS), ("columns", COLUMNS), ("shared", SHARED)])
+def test_every_size_goes_to_the_kernel_that_is_made_for_it(emulated, kernel, sizes):
+    for channels, block in sizes:
+        Call(Prologue.NONE, np.zeros((1, channels), np.float32), None, block).run(emulated, Type.FLOAT)
+        assert emulated.launched()[0] == KERNELS[kernel], (channels, block)
+
+
+@pytest.mark.parametrize(
+    ("channels", "block", "threads"), [(1152, 128, 96), (3072, 128, 96), (3072, 3072, 64), (1152, 1152, 32)]
+)
+def test_a_thread_has_16_channels_of_a_narrow_token_and_up_to_60_of_a_wide_one(emulated, channels, block, threads):
+    Call(Prologue.NONE, np.zeros((1, channels), np.float32), None, block).run(emulated, Type.FLOAT)
+    assert emulated.launched()[1] == threads
+
+
+# One layout of every kind of vector: 16 to 2 bytes of a column.
+@pytest.mark.parametrize(
+    ("channels", "block"), [(1600, 64), (1152, 128), (2048, 256), (512, 512), (1536, 1536), (1152, 1152)]
+)
+@pytest.mark.parametrize("kind", [Type.HALF, Type.BFLOAT16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("op", ["LayerNormRotate", "GegluRotate"])
+def test_columns_take_every_prologue(machine, op, kind, channels, block):
+    rng = np.random.default_rng(channels)
+    normal = lambda *shape: rng.standard_normal(shape, np.float32).astype(TYPES[kind])  # noqa: E731
+    signs, is_norm = rng.choice(np.float32([-1, 1]), channels).astype(TYPES[kind]), op == "LayerNormRotate"
+    x = normal(2, 3, channels * (1 if is_norm else 2))
+    rows = [normal(2, 1, channels) for _ in range(2 * is_norm)]
+    epsilon = {"epsilon": 1e-6} if is_norm else {}
+    factors = factorize(block)
+    attributes = {"block": block, "base": factors.base, "order": factors.order, **epsilon}
+    needed = OPS[op].reference(x, *rows, signs, **attributes)
+    y, _ = Call(PROLOGUES[op], x, signs, block, *(rows or (None, None)), **epsilon).run(machine, kind)
+    assert nmse(y, needed) <= TOLERANCE[kind]
 
 
 @pytest.mark.parametrize("seed", range(12))
