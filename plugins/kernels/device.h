@@ -89,6 +89,10 @@ __device__ inline float shuffleXor(float value, int32_t mask) {
     return __shfl_xor_sync(kAllLanes, value, mask);
 }
 
+__device__ inline int32_t maximumOfWarp(int32_t value) {
+    return __reduce_max_sync(kAllLanes, value);
+}
+
 __device__ inline void synchronizeBlock() {
     __syncthreads();
 }

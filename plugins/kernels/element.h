@@ -98,12 +98,4 @@ __device__ inline void roundTwo(float& first, float& second) {
     }
 }
 
-template <int32_t kCount>
-__device__ inline void clear(float (&values)[kCount]) {
-#pragma unroll
-    for (int32_t index = 0; index < kCount; ++index) {
-        values[index] = 0.0f;
-    }
-}
-
 }  // namespace lrq

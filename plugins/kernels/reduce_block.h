@@ -1,4 +1,5 @@
-// Sums and maxima over all threads of a block.
+// Sums and maxima over all threads of a block, the same bits in each of them. `partials` has a float
+// for each warp and is not used again without a barrier in between.
 #pragma once
 
 #include "device.h"
@@ -8,37 +9,37 @@ namespace lrq {
 constexpr int32_t kWarp = 32;      // lanes
 constexpr int32_t kMaxWarps = 32;  // of a block
 
-struct Add {
-    __device__ static float join(float left, float right) {
-        return left + right;
-    }
-};
-
-struct Max {
-    __device__ static float join(float left, float right) {
-        return fmaxf(left, right);
-    }
-};
-
-// The sum or maximum over all threads of a block, the same bits in each of them. `partials` has a
-// float for each warp and is not used again without a barrier in between.
-template <class Operation>
-__device__ inline float reduceBlock(float value, float* partials) {
-#pragma unroll
-    for (int32_t mask = kWarp / 2; mask > 0; mask /= 2) {
-        value = Operation::join(value, shuffleXor(value, mask));
-    }
+// Every warp's own, once all of them have written theirs.
+__device__ inline void shareWithWarps(float own, float* partials) {
     int32_t const thread = static_cast<int32_t>(threadIdx.x);
     if (thread % kWarp == 0) {
-        partials[thread / kWarp] = value;
+        partials[thread / kWarp] = own;
     }
     synchronizeBlock();
-    float result = partials[0];
-    int32_t const warps = static_cast<int32_t>(blockDim.x) / kWarp;
-    for (int32_t warp = 1; warp < warps; ++warp) {
-        result = Operation::join(result, partials[warp]);
+}
+
+__device__ inline int32_t warpsOfBlock() {
+    return static_cast<int32_t>(blockDim.x) / kWarp;
+}
+
+__device__ inline float sumOfBlock(float value, float* partials) {
+#pragma unroll
+    for (int32_t mask = kWarp / 2; mask > 0; mask /= 2) {
+        value += shuffleXor(value, mask);
     }
-    return result;
+    shareWithWarps(value, partials);
+    float sum = partials[0];
+    for (int32_t warp = 1; warp < warpsOfBlock(); ++warp) {
+        sum += partials[warp];
+    }
+    return sum;
+}
+
+// Of values that are not negative, whose bits are in the order of the floats.
+__device__ inline float peakOfBlock(float value, float* partials) {
+    shareWithWarps(floatOf(maximumOfWarp(bitsOf(value))), partials);
+    int32_t const lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+    return floatOf(maximumOfWarp(lane < warpsOfBlock() ? bitsOf(partials[lane]) : 0));
 }
 
 }  // namespace lrq

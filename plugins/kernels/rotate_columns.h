@@ -73,24 +73,14 @@ struct Columns {
     }
 
     // One branch for all vectors.
-    template <class Live, class Absent>
-    __device__ void forEach(Live live, Absent absent) const {
+    template <class Function>
+    __device__ void forEachLive(Function function) const {
         if (isLive) {
 #pragma unroll
             for (int32_t part = 0; part < kVectors; ++part) {
-                live(part);
-            }
-        } else {
-#pragma unroll
-            for (int32_t part = 0; part < kVectors; ++part) {
-                absent(part);
+                function(part);
             }
         }
-    }
-
-    template <class Live>
-    __device__ void forEachLive(Live live) const {
-        forEach(live, [](int32_t) {});
     }
 
     __device__ int32_t exchangedAt(int32_t part) const {
@@ -122,11 +112,9 @@ __device__ inline void exchange(Layout const& columns, RunLayout<Layout::kRuns> 
         storeVector(shared + columns.exchangedAt(part), values[part]);
     });
     synchronizeBlock();
-    runs.forEach(
-        [&](int32_t run) {
-            loadVector(shared + columns.exchangedRun(runs.channelOf(run)), exchanged[run]);
-        },
-        [&](int32_t run) { clear(exchanged[run]); });
+    runs.forEachLive([&](int32_t run) {
+        loadVector(shared + columns.exchangedRun(runs.channelOf(run)), exchanged[run]);
+    });
 }
 
 template <class T, PrologueKind kKind, class Layout>
@@ -136,11 +124,11 @@ __global__ void __launch_bounds__(Layout::kMaxThreads)
     Layout const columns(partLog, arguments.channels);
     RunLayout<Layout::kRuns> const runs{arguments.channels};
     int64_t const token = static_cast<int64_t>(blockIdx.x);
-    TokenInput<T, kKind, Layout> input{arguments, columns, token, partials, {}};
-    input.load();
-    mixColumns<Layout::kBase, Layout::kJoin>(input.values);
+    float mixed[Layout::kVectors][Layout::kWidth];
+    TokenInput<T, kKind, Layout>{arguments, columns, token, partials, mixed}.load();
+    mixColumns<Layout::kBase, Layout::kJoin>(mixed);
     float values[Layout::kRuns][kRun];
-    exchange(columns, runs, input.values, values);
+    exchange(columns, runs, mixed, values);
     TokenRuns<T, Layout::kRuns>{arguments, runs, token, partials[2]}.finish(
         values, 1 << columns.plan.partLog);
 }

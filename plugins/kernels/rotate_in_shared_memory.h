@@ -75,7 +75,7 @@ struct SharedToken {
              channel += kSharedThreads) {
             sum += function(toFloat(row()[channel]));
         }
-        return reduceBlock<Add>(sum, partials[slot]);
+        return sumOfBlock(sum, partials[slot]);
     }
 
     __device__ void makeMasks() const {
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kSharedThreads)
             }
         });
         if (pass == 0) {
-            quantizer = makeQuantizer(reduceBlock<Max>(peak, partials[2]), arguments.limit);
+            quantizer = makeQuantizer(peakOfBlock(peak, partials[2]), arguments.limit);
         }
     }
     if (arguments.limit != 0 && threadIdx.x == 0) {

@@ -13,10 +13,9 @@ __global__ void __launch_bounds__(kMaxThreads) rotateRuns(RotateArguments const 
     __shared__ float partials[3][kMaxWarps];
     RunLayout<kRuns> const layout{arguments.channels};
     int64_t const token = static_cast<int64_t>(blockIdx.x);
-    TokenInput<T, kKind, RunLayout<kRuns>> input{arguments, layout, token, partials, {}};
-    input.load();
-    TokenRuns<T, kRuns>{arguments, layout, token, partials[2]}.finish(
-        input.values, arguments.block);
+    float values[kRuns][kRun];
+    TokenInput<T, kKind, RunLayout<kRuns>>{arguments, layout, token, partials, values}.load();
+    TokenRuns<T, kRuns>{arguments, layout, token, partials[2]}.finish(values, arguments.block);
 }
 
 }  // namespace lrq

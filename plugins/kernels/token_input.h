@@ -3,8 +3,7 @@
 //
 //     kVectors, kWidth        vectors a thread holds, and consecutive channels of each
 //     at(row, vector)         where a vector lies in a row of channels
-//     forEach(live, absent)   calls live with every vector the token has, absent with the others
-//     forEachLive(live)       the first of these alone
+//     forEachLive(function)   calls it with every vector the token has; others may hold anything
 #pragma once
 
 #include "../core/activations.h"
@@ -44,16 +43,15 @@ struct TokenInput {
     Layout const& layout;
     int64_t token;
     float (*partials)[kMaxWarps];  // two rows
-    float values[kVectors][kWidth];  // 0 where no channel is
+    float (&values)[kVectors][kWidth];
 
     __device__ void load() {
         int64_t const width =
             arguments.prologue == static_cast<int32_t>(Prologue::kGeglu) ? 2 : 1;
         T const* const row =
             static_cast<T const*>(arguments.x) + token * width * arguments.channels;
-        layout.forEach(
-            [&](int32_t vector) { loadVector(layout.at(row, vector), values[vector]); },
-            [&](int32_t vector) { clear(values[vector]); });
+        layout.forEachLive(
+            [&](int32_t vector) { loadVector(layout.at(row, vector), values[vector]); });
         if constexpr (kKind == PrologueKind::kActivation) {
             activateAll(row + arguments.channels);
         }
@@ -119,14 +117,13 @@ struct TokenInput {
     template <class Function>
     __device__ float sumOver(Function function, int32_t slot) {
         float sum = 0.0f;
-#pragma unroll
-        for (int32_t vector = 0; vector < kVectors; ++vector) {
+        layout.forEachLive([&](int32_t vector) {
 #pragma unroll
             for (int32_t index = 0; index < kWidth; ++index) {
                 sum += function(values[vector][index]);
             }
-        }
-        return reduceBlock<Add>(sum, partials[slot]);
+        });
+        return sumOfBlock(sum, partials[slot]);
     }
 
     template <class Function>

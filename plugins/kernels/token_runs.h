@@ -32,21 +32,14 @@ struct RunLayout {
         return row + channelOf(run);
     }
 
-    template <class Live, class Absent>
-    __device__ void forEach(Live live, Absent absent) const {
+    template <class Function>
+    __device__ void forEachLive(Function function) const {
 #pragma unroll
         for (int32_t run = 0; run < kRuns; ++run) {
             if (channelOf(run) < channels) {
-                live(run);
-            } else {
-                absent(run);
+                function(run);
             }
         }
-    }
-
-    template <class Live>
-    __device__ void forEachLive(Live live) const {
-        forEach(live, [](int32_t) {});
     }
 };
 
@@ -142,14 +135,13 @@ struct TokenRuns {
 
     __device__ void storeQuantized(float const (&values)[kRuns][kRun]) const {
         float peak = 0.0f;
-#pragma unroll
-        for (int32_t run = 0; run < kRuns; ++run) {
+        layout.forEachLive([&](int32_t run) {
 #pragma unroll
             for (int32_t index = 0; index < kRun; ++index) {
                 peak = fmaxf(peak, fabsf(values[run][index]));
             }
-        }
-        peak = reduceBlock<Max>(peak, partials);
+        });
+        peak = peakOfBlock(peak, partials);
         TokenQuantizer const quantizer = makeQuantizer(peak, arguments.limit);
         int8_t* const row = static_cast<int8_t*>(arguments.y) + token * arguments.channels;
         layout.forEachLive([&](int32_t run) {

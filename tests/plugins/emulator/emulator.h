@@ -156,6 +156,14 @@ inline float shuffleXor(float value, int32_t mask) {
     return result;
 }
 
+inline int32_t maximumOfWarp(int32_t value) {
+    for (int32_t mask = 16; mask > 0; mask /= 2) {
+        int32_t const other = bitsOf(shuffleXor(floatOf(value), mask));
+        value = other > value ? other : value;
+    }
+    return value;
+}
+
 // left (16, 32) and right (32, 8) of a warp from the words that PTX's m16n8k32 says each lane
 // holds.
 inline int8_t leftAt(WarpExchange const& all, int32_t row, int32_t col) {
