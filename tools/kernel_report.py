@@ -1,16 +1,18 @@
 """What the compiler made of the CUDA kernels: registers, spills and the instructions that matter, from their SASS.
 
-    python tools/kernel_report.py BUILD_FOLDER [--arch sm_90a] [--summary]
+    python tools/kernel_report.py BUILD_FOLDER [--arch sm_90a] [--summary | --rotations]
 
 BUILD_FOLDER is where CMake built `plugins`. Prints a table of every kernel in the objects found there and exits 1 if
 one breaks a rule: a loop that loads or stores spilled registers, a Hopper product without IGMMA, another without IMMA,
-a decode without PRMT, vectors that are not 16 bytes wide. Needs cuobjdump and nvdisasm: of the CUDA toolkit, or
+a decode without PRMT, vectors that are not 16 bytes wide. --rotations counts the instructions of the rotations'
+longest way for each channel. Needs cuobjdump and nvdisasm: of the CUDA toolkit, or
 `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -29,8 +31,22 @@ RULES = {
     "launch_imma": ("IMMA",),
     "multiplyPacked": ("IMMA", "PRMT"),
     "decodeRuns": ("PRMT", "STG.E.128"),
-    "rotateInRegisters": ("SHFL", "LDG.E.128"),
+    "rotateRuns": ("SHFL", "LDG.E.128", "STG.E.128"),
+    "rotateColumns": ("STS", "LDS.128", "STG.E.128"),
 }
+# Of a division for each element: the way of tokens whose scale is beyond 2^60, which no count is to be of.
+RARE = ("F2I", "FRND")
+RUN = 16  # channels, in plugins/kernels/token_runs.h
+
+
+@dataclass
+class Instruction:
+    """`target` is where a branch goes, and whether there is a way past it."""
+
+    address: int
+    opcode: str
+    target: int | None = None
+    is_conditional: bool = False
 
 
 @dataclass
@@ -44,7 +60,7 @@ class Kernel:
     stack: int = 0
     shared: int = 0
     opcodes: Counter = field(default_factory=Counter)
-    instructions: list[tuple[int, str, int | None]] = field(default_factory=list)  # address, opcode, branch target
+    instructions: list[Instruction] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -53,16 +69,43 @@ class Kernel:
 
     @property
     def spills_in_loops(self) -> int:
-        loops = [(target, at) for at, _, target in self.instructions if target is not None and target < at]
+        branches = [one for one in self.instructions if one.target is not None]
+        loops = [(one.target, one.address) for one in branches if one.target < one.address]
         return sum(
-            any(start <= at <= stop for start, stop in loops)
-            for at, opcode, _ in self.instructions
-            if opcode.startswith(SPILLS)
+            any(start <= one.address <= stop for start, stop in loops)
+            for one in self.instructions
+            if one.opcode.startswith(SPILLS)
         )
 
     @property
     def spills(self) -> int:
-        return sum(opcode.startswith(SPILLS) for _, opcode, _ in self.instructions)
+        return sum(one.opcode.startswith(SPILLS) for one in self.instructions)
+
+    @property
+    def longest_way(self) -> int:
+        """Instructions from the first to an EXIT, the most there can be with every loop once and nothing RARE."""
+        never = -math.inf
+        left = {}  # by address, to the end
+        following = never
+        for one in reversed(self.instructions):
+            jump = left.get(one.target, never)  # a jump back is not there yet
+            if one.opcode.startswith((*RARE, "RET")):
+                way = never
+            elif one.opcode.startswith("EXIT"):
+                way = max(0, following) if one.is_conditional else 0
+            elif one.target is not None and not one.is_conditional:
+                way = jump
+            else:
+                way = max(jump, following)
+            following = left[one.address] = 1 + way
+        return following
+
+    @property
+    def channels_of_a_thread(self) -> int:
+        """Of a rotation in registers, by its template arguments."""
+        if columns := re.search(r"Columns<(\d+), (\d+), (\d+)", self.name):
+            return math.prod(map(int, columns.groups()))
+        return RUN * int(re.search(r"(\d+), \d+>$", self.name)[1])
 
     def count(self, shown: str) -> int:
         """Instructions whose opcode is `shown`, with any modifiers in front of or behind the ones it names."""
@@ -112,10 +155,13 @@ def parse_instructions(kernels: dict[tuple[str, str], Kernel], text: str) -> Non
             arch = found[1]
         elif found := re.match(r"\s*Function : (\S+)", line):
             kernel = kernels.get((arch, found[1]))
-        elif kernel and (found := re.match(r"\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", line)):
-            target = re.search(r"0x([0-9a-f]+)\s*$", found[3]) if found[2].startswith("BRA") else None
-            kernel.instructions.append((int(found[1], 16), found[2], int(target[1], 16) if target else None))
-            kernel.opcodes[found[2]] += 1
+        elif kernel and (found := re.match(r"\s*/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", line)):
+            at, guard, opcode, operands = found.groups()
+            target = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
+            conditional = guard is not None or "P" in operands
+            one = Instruction(int(at, 16), opcode, int(target[1], 16) if target else None, conditional)
+            kernel.instructions.append(one)
+            kernel.opcodes[opcode] += 1
 
 
 def read_kernels(folder: Path) -> Iterator[Kernel]:
@@ -161,11 +207,24 @@ def print_summary(kernels: list[Kernel]) -> None:
         print(f"| `{name}` | {arch} | {len(group)} | {max(k.registers for k in group)} | {spills} |")
 
 
+def print_rotations(kernels: list[Kernel]) -> None:
+    """Those in registers. A stage of shuffles is a loop: with blocks beyond 32 of runs, and parts beyond 32 of columns,
+    there are more than the one that is counted."""
+    print("| rotation | arch | registers | channels a thread | instructions, longest way | a channel |")
+    print("|---" * 6 + "|")
+    for k in kernels:
+        if k.name.startswith(("rotateRuns", "rotateColumns")):
+            channels, way = k.channels_of_a_thread, k.longest_way
+            print(f"| `{k.name}` | {k.arch} | {k.registers} | {channels} | {way} | {way / channels:.1f} |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arch", help="show one architecture; all are checked")
-    parser.add_argument("--summary", action="store_true", help="one line for each family of kernels")
+    shown_as = parser.add_mutually_exclusive_group()
+    shown_as.add_argument("--summary", action="store_true", help="one line for each family of kernels")
+    shown_as.add_argument("--rotations", action="store_true", help="what a rotation in registers executes")
     arguments = parser.parse_args()
     os.environ["PATH"] += (
         os.pathsep
@@ -174,7 +233,8 @@ def main() -> int:
     )
     kernels = sorted(read_kernels(arguments.folder), key=lambda k: (k.name, int(re.search(r"\d+", k.arch)[0])))
     shown = [kernel for kernel in kernels if arguments.arch in (None, kernel.arch)]
-    (print_summary if arguments.summary else print_table)(shown)
+    show = print_summary if arguments.summary else print_rotations if arguments.rotations else print_table
+    show(shown)
     faults = [fault for kernel in kernels for fault in kernel.faults()]
     for fault in faults:
         print(f"kernel_report: {fault}", file=sys.stderr)

@@ -35,7 +35,7 @@ LRQ_HOST_DEVICE constexpr ExchangePlan planExchange(int32_t parts, int32_t partL
 }
 
 // kWidth neighbouring places in each of kBase kJoin parts. A kPartLog of 0 is one that only the
-// launch knows, of at least 4.
+// launch knows.
 template <int32_t kBase_, int32_t kJoin_, int32_t kWidth_, int32_t kPartLog, int32_t kMaxThreads_>
 struct Columns {
     static constexpr int32_t kBase = kBase_;
@@ -46,9 +46,12 @@ struct Columns {
     static constexpr int32_t kRuns = (kValues + kRun - 1) / kRun;
     static constexpr int32_t kMaxThreads = kMaxThreads_;
 
-    // Parts of at least a run, and none that lanes of two warps would have to shuffle.
+    // A part has at most as many channels as a block has threads: lanes of one warp hold its runs.
+    static_assert(kMaxThreads < 2 * kWidestShuffled, "a part is not shuffled across warps");
+
+    // Powers of two with smaller parts are better off as runs.
     static constexpr bool takesPart(int32_t log) {
-        return kPartLog > 0 ? log == kPartLog : log >= 4 && 1 << log <= kWidestShuffled;
+        return kPartLog > 0 ? log == kPartLog : kBase > 1 || log >= 4;
     }
 
     ExchangePlan plan;

@@ -141,6 +141,34 @@ def test_calls_replay_in_a_cuda_graph(torch, tokens):
     assert not torch.equal(captured, eager)
 
 
+@pytest.mark.parametrize("block", [1, 128, 1024, 192], ids=["runs", "columns", "a whole row", "shared memory"])
+def test_a_rotation_alone_replays_in_a_cuda_graph(torch, block):
+    cols = 1152 if block == 192 else 1024
+    x, signs = torch.randn(33, cols, device="cuda", dtype=torch.bfloat16), torch.ones(cols, device="cuda").bfloat16()
+    replayed_as_called(torch, x, lambda: torch.ops.lrq.rotate_quantize(x, signs, block, 8))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_decode_alone_replays_in_a_cuda_graph(torch, bits):
+    layer = Layer(torch, 512, 1024, bits)
+    replayed_as_called(torch, layer.tensors[0], lambda: (torch.ops.lrq.decode(*layer.tensors[:2], layer.form),))
+
+
+def replayed_as_called(torch, source, call):
+    """A graph of the call computes what the call does, of what lies in `source` when it is replayed."""
+    call()  # what is loaded with the first launch is not to be captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    before = [each.clone() for each in call()]
+    source.copy_(source.roll(1, 0))
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, needed, old in zip(captured, call(), before, strict=True):
+        assert torch.equal(got, needed)
+        assert not torch.equal(got, old)
+
+
 def test_two_streams_do_not_disturb_each_other(torch):
     layers = [Layer(torch, 1024, 1024, seed=seed) for seed in range(2)]
     x = [torch.randn(700, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2)]

@@ -57,6 +57,51 @@ def test_a_broken_rule_is_named(change, fault):
     assert all("decodeRuns" in found and "sm_90a" in found for found in faults)
 
 
+ROTATION = """
+	code for sm_90a
+		Function : decode
+        /*0000*/                   LDG.E.128 R4, [R2.64] ;                 /* 0x0 */
+        /*0010*/              @!P0 BRA 0x50 ;                              /* 0x0 */
+        /*0020*/                   FRND R1, R2 ;                           /* 0x0 */
+        /*0030*/                   FADD R1, R2, R3 ;                       /* 0x0 */
+        /*0040*/                   FADD R1, R2, R3 ;                       /* 0x0 */
+        /*0050*/                   SHFL.BFLY PT, R1, R2, R3, 0x1f ;        /* 0x0 */
+        /*0060*/              @!P1 BRA P2, 0x50 ;                          /* 0x0 */
+        /*0070*/               @P3 BRA 0xa0 ;                              /* 0x0 */
+        /*0080*/                   STG.E.128 [R2.64], R4 ;                 /* 0x0 */
+        /*0090*/                   BRA 0xb0 ;                              /* 0x0 */
+        /*00a0*/               @P0 EXIT ;                                  /* 0x0 */
+        /*00b0*/                   EXIT ;                                  /* 0x0 */
+        /*00c0*/                   BRA 0xc0;                               /* 0x0 */
+"""
+
+
+def rotation(sass=ROTATION, arguments="Columns<12, 4, 1, 0, 512> >"):
+    return kernel(
+        sass, f"void lrq::rotateColumns<float, (lrq::PrologueKind)0, lrq::{arguments}(lrq::RotateArguments, int)"
+    )
+
+
+def test_the_longest_way_takes_loops_once_and_nothing_rare():
+    assert rotation().longest_way == 8  # LDG, BRA, SHFL, BRA, BRA, STG, BRA, EXIT
+    assert rotation(ROTATION.replace("FRND", "FADD")).longest_way == 11
+    assert (
+        rotation(ROTATION.replace("@P3 BRA 0xa0", "BRA 0xa0")).longest_way == 7
+    )  # LDG, BRA, SHFL, BRA, BRA, EXIT, EXIT
+
+
+def test_instructions_are_shared_by_the_channels_of_a_thread(capsys):
+    assert rotation().channels_of_a_thread == 48
+    runs = kernel(
+        ROTATION, "void lrq::rotateRuns<float, (lrq::PrologueKind)0, (int)2, (int)1024>(lrq::RotateArguments)"
+    )
+    assert runs.channels_of_a_thread == 32
+    kernel_report.print_rotations([runs, kernel()])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| `rotateRuns<float, 0, 2, 1024>` | sm_90a | 40 | 32 | 8 | 0.2 |"
+    ]
+
+
 def test_a_hopper_product_without_igmma_is_a_fault():
     found = kernel()
     found.unit = "launch_wgmma_128_256_half"

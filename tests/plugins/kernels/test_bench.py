@@ -27,7 +27,8 @@ class FakeBench(bench_kernels.Bench):
 def bench(ops_on_cpu, monkeypatch):
     small = {
         "DEVICE": "cpu", "FLUX": {"ffn-up": (16, 128), "ffn-down": (8, 256)}, "FLUX_TOKENS": 3, "PIXART": (16, 128),
-        "PIXART_TOKENS": 4, "ROTATIONS": ((256, 128), (48, 48)), "FEW": (16, 512), "FEW_TOKENS": (1, 20),
+        "PIXART_TOKENS": 4, "ROTATIONS": ((256, 128),), "WHOLE_ROTATIONS": (768, 48), "FEW": (16, 512),
+        "FEW_TOKENS": (1, 20),
     }  # fmt: skip
     for name, value in small.items():
         monkeypatch.setattr(bench_kernels, name, value)
