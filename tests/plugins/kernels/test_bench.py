@@ -1,5 +1,7 @@
 """tools/bench_kernels.py runs: every contender of every case once, on small layers, by the emulator."""
 
+import weakref
+
 import bench_kernels
 import pytest
 import torch
@@ -109,6 +111,44 @@ def test_a_replay_is_timed_between_events_in_microseconds(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     assert bench_kernels.Bench._replay(None, Graph()) == 250.0
     assert done == ["record", "replay", "record", "synchronize"]
+
+
+def test_a_capture_holds_every_buffer_and_writes_memory_of_its_own(monkeypatch):
+    """Stood in for as above: first calls on a stream of their own, then all sets, their results kept apart."""
+    done, alive = [], []
+
+    class Scope:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            done.append("captured" if isinstance(self, Capture) else "warm")
+
+        def __exit__(self, *_):
+            done.append("end")
+            alive.append(sum(one() is not None for one in results[-4:]))
+
+        def synchronize(self):
+            done.append("synchronize")
+
+    class Capture(Scope):
+        pass
+
+    results = []
+
+    def call(index):
+        done.append(index)
+        result = torch.empty(1)
+        results.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(torch.cuda, "Stream", Scope)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    assert bench_kernels.Bench._capture(None, call, 4) == "graph"
+    assert done == ["warm", 0, 1, 2, "end", "synchronize", "captured", 0, 1, 2, 3, "end"]
+    assert alive[-1] == 4, "what one call wrote was free for the next"
 
 
 def test_a_missed_bar_is_seen():
