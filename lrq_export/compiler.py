@@ -300,7 +300,7 @@ def _engine(job: Job) -> None:
             threads = (settings.intra_op_threads, settings.inter_op_threads)
             build_engine(rewritten_graph(job.path), QuantizedFile(job.path / QUANTIZED), folder, threads=threads)
             job.progress.advance("onnxruntime")
-        job.missing += build_targets(job.path, job.source.config, settings, job.progress)
+        job.missing += build_targets(job.path, job.source.config, settings, job.progress, job.workspace.layers)
 
 
 def _verify(job: Job) -> tuple[dict[str, Any], Any]:

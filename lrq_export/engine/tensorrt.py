@@ -81,7 +81,7 @@ def obstacle(target: str, *, run: bool = False) -> MissingError | None:
         return MissingError(f"{target}: the Python package {module} is not installed", hint=_INSTALL[target])
     if not run and find_spec("polygraphy") is None:
         return MissingError(f"{target}: polygraphy is not installed", hint="pip install polygraphy")
-    if (run or target == TENSORRT) and not _has_gpu():
+    if (run or target == TENSORRT) and gpu_at_hand() is None:
         fix = "find one that has" if run else "build the engine where it will run"
         return MissingError(f"{target}: this machine has no CUDA GPU", hint=fix)
     return None
@@ -159,7 +159,7 @@ def build_plan(traced: TracedGraph, quantized: QuantizedFile, folder: Path, requ
     facts = answer | {
         "target": request.target, "plugins": library is not None, "nodes": len(nodes),
         "profiles": [{axis: list(sizes) for axis, sizes in ranges.items()} for ranges in request.profiles],
-        "options": job["options"],
+        "options": job["options"], "gpu": gpu_at_hand() if request.target == TENSORRT else None,
     }  # fmt: skip
     write_json_atomic(folder / BUILD, facts)
     return facts
@@ -200,7 +200,8 @@ def _unversioned(folder: Path) -> Path:
     return folder
 
 
-def _has_gpu() -> bool:
+def gpu_at_hand() -> str | None:
+    """The name of the GPU that engines are built for and run on; None without one."""
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
