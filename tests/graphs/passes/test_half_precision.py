@@ -361,6 +361,50 @@ def test_sinusoids_of_what_a_weight_has_reached_are_a_near_miss(parse):
     assert (types(traced)["h"], types(traced)["s"]) == (FLOAT16, FLOAT)
 
 
+@half_types
+def test_each_op_gets_what_its_schema_takes_and_says(parse, step, element):
+    """Casts that the model has, an input left out, sizes past 65504, the largest of all, a loop and its state."""
+    text = """
+    odd (float[batch, 24] x) => (float[batch, 24] y, float[batch, 24] z)
+    <float one = {1.0}, int64[1] last = {-1}, int64[2] flat = {-1, 131072}, int64 turns = {2}, bool go = {1}>
+    {
+        h = MatMul(x, w)
+        wide = Cast<to = 1>(h)
+        sure = Sin(wide)
+        least = Clip(h, , one)
+        most = ReduceMax(least, last)
+        power = Mul(h, h)
+        mean = ReduceMean(power, last)
+        joined = Mul(least, mean)
+        large = Reshape(h, flat)
+        width = Shape(large)
+        tall = Cast<to = 1>(width)
+        scale = ReduceMax(tall)
+        shifted = Add(joined, most)
+        z = Loop(turns, go, shifted) <body = body (int64 turn, bool ahead, float[batch, 24] state)
+            => (bool on, float[batch, 24] next) { on = Identity(ahead)  next = Add(state, h) }>
+        sum = Add(h, sure)
+        y = Div(sum, scale)
+    }
+    """
+    traced = with_weight(parse, text, (24, 24))
+    result = step(traced)
+    check(traced)
+    held = types(traced)
+    halves = {"w", "h", "one", "least", "most", "joined", "large", "shifted", "sum"}
+    assert {name for name in held if "." not in name and held[name] == element} == halves
+    assert result.reasons() == {"what is added up stays in float32": 1, "its branches stay in float32": 1}
+    assert [node.inputs[0].name for node in traced.graph.nodes if node.op == "Sin"] == ["wide"]
+
+
+def test_what_reads_an_output_reads_it_in_half(parse):
+    text = "two (float[batch, 24] x) => (float[batch, 24] h, float[batch, 24] y) { h = MatMul(x, w)\n y = Relu(h) }"
+    traced = with_weight(parse, text, (24, 24))
+    to_float16(traced)
+    (relu,) = (node for node in traced.graph.nodes if node.op == "Relu")
+    assert relu.inputs[0].name == "h.float16"
+
+
 def test_branches_stay_in_float32(parse):
     traced = parse("plain (float[batch, 24] x) => (float[batch, 24] y) { y = Kept<rows = 24, cols = 24>(x) }")
     (output,) = traced.graph.outputs
