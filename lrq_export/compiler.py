@@ -22,7 +22,7 @@ from lrq_export.calibrate.observed import Observed
 from lrq_export.calibrate.run import observe
 from lrq_export.calibrate.statistics import Moments
 from lrq_export.engine.onnxruntime import build_engine
-from lrq_export.engine.targets import build_targets, lacking
+from lrq_export.engine.targets import add_engines, build_targets, lacking
 from lrq_export.errors import CheckFailed, InputError, MissingError, UsageError
 from lrq_export.machine import libraries, versions
 from lrq_export.package import (
@@ -144,7 +144,8 @@ def build(
         return BuildResult(out, True, None, "load")
     report = _finished_report(out, key)
     if report is not None:
-        return BuildResult(out, _all_passed(report), report, up_to_date=True)
+        missing = () if STAGES.index(until) < STAGES.index("engine") else _lacking_engines(out, recipe, progress)
+        return BuildResult(out, _all_passed(report), report, up_to_date=True, missing=missing)
     with open_workspace(out, key) as workspace:
         require_free_disk(
             workspace.partial, _estimated_bytes(opened, plans, len(inputs.calibration["timestep"].unique()))
@@ -169,6 +170,14 @@ def _finished_report(out: Path, key: str) -> dict[str, Any] | None:
     except InputError:
         return None
     return json.loads((out / REPORT).read_text()) if manifest.get("fingerprint") == key else None
+
+
+def _lacking_engines(out: Path, recipe: Recipe, progress: Progress) -> tuple[MissingError, ...]:
+    """Build the engines that a whole package lacks still, where another machine had to; what is missing for them."""
+    if not lacking(out, recipe.engine):
+        return ()
+    settings = recipe.engine.model_dump(exclude={"targets"})
+    return tuple(add_engines(out, recipe.engine.targets, changes=settings, progress=progress))
 
 
 def _run(job: Job, until: str, key: str) -> BuildResult:

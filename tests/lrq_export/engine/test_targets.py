@@ -11,6 +11,7 @@ import torch
 
 from graphs import names
 from graphs.passes.half_precision import BFLOAT16
+from lrq_export import compiler
 from lrq_export.admit import ENGINE_STARTS, admit
 from lrq_export.bind import write_for_plugins
 from lrq_export.engine import targets, tensorrt
@@ -238,6 +239,28 @@ def test_a_machine_without_tensorrt_leaves_all_but_the_engine(
     monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
     assert cli("build", folder, "--target", "tensorrt").code == 0
     assert [target for target, _ in engines(folder)] == ["tensorrt"]
+
+
+def test_a_package_that_lacks_an_engine_still_is_not_up_to_date(
+    package, copy_of, tiny, monkeypatch, builder, cannot_build
+):
+    """The command that built it says what is missing each time, and builds it where nothing is."""
+    folder, recipe = copy_of(package), tiny.recipe()
+    recipe = recipe.model_copy(update={"engine": Engine(targets=("tensorrt",), activations="float16")})
+    key = load_manifest(package)["fingerprint"]  # of another recipe: this spares a build
+    monkeypatch.setattr(compiler, "fingerprint", lambda *_: key)
+
+    def again(until="verify"):
+        return compiler.build(tiny.source, folder, recipe=recipe, calibration=tiny.calibration, until=until)
+
+    cannot_build()
+    assert again("quantize").missing == ()
+    for _ in range(2):
+        assert [str(lack) for lack in again().missing] == [str(tensorrt.obstacle("tensorrt"))]
+    monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
+    assert again().missing == again().missing == ()
+    assert [job["options"]["activations"] for job in builder] == ["float16"]
+    assert list(engines(folder)) == [("tensorrt", folder / "engine/tensorrt")]
 
 
 def test_an_engine_that_is_refused_leaves_the_package_as_it_was(package, copy_of, builder, monkeypatch, digests, cli):
