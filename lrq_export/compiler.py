@@ -22,7 +22,7 @@ from lrq_export.calibrate.observed import Observed
 from lrq_export.calibrate.run import observe
 from lrq_export.calibrate.statistics import Moments
 from lrq_export.engine.onnxruntime import build_engine
-from lrq_export.engine.targets import add_engines, build_targets, lacking
+from lrq_export.engine.targets import add_engines, build_targets, engine_warnings, lacking
 from lrq_export.errors import CheckFailed, InputError, MissingError, UsageError
 from lrq_export.machine import libraries, versions
 from lrq_export.package import (
@@ -315,7 +315,7 @@ def _engine(job: Job) -> None:
 def _verify(job: Job) -> tuple[dict[str, Any], Any]:
     with stage(job.progress, "verify", job.timings, 6):
         report, samples = climb(job.path, job.recipe, job.source.config, job.source, advance=job.progress.advance)
-    report["warnings"] = job.inputs.warnings + report["warnings"]
+    report["warnings"] = job.inputs.warnings + report["warnings"] + engine_warnings(job.path)
     report["timings"] = [{"stage": name, "seconds": round(seconds, 2)} for name, seconds in job.timings.items()]
     report["tool"] = {"name": "lrq-export", "version": __version__, "libraries": libraries()}
     report["source"] |= {"path_name": job.source.checkpoint.path.resolve().name}

@@ -29,7 +29,7 @@ def add_engines(package: Path, overrides: Mapping[str, str], others: Sequence[st
         raise UsageError(f"{package}: is built already", hint="name an engine to add with --target")
     admit(package)  # before what takes long to import
     from lrq_export.engine.targets import add_engines as run
-    from lrq_export.engine.targets import finish_elsewhere
+    from lrq_export.engine.targets import engine_warnings, finish_elsewhere
     from lrq_export.progress import shown
     from lrq_export.recipe import load_recipe
 
@@ -40,7 +40,10 @@ def add_engines(package: Path, overrides: Mapping[str, str], others: Sequence[st
         missing = run(package, settings.targets, changes=changes, progress=progress)
     if missing:
         raise finish_elsewhere(package, missing, settings.targets)
+    warnings, targets = engine_warnings(package, settings.targets), list(settings.targets)
     if as_json:
-        print(json.dumps({"event": "engines", "out": str(package), "targets": list(settings.targets)}))
+        print(json.dumps({"event": "engines", "out": str(package), "targets": targets, "warnings": warnings}))
     else:
-        print(f"{package} holds engines for {', '.join(settings.targets)}")
+        print(
+            "\n".join([f"{package} holds engines for {', '.join(targets)}", *(f"warning: {each}" for each in warnings)])
+        )

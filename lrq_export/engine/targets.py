@@ -127,6 +127,14 @@ def engines(package: Path) -> Iterator[tuple[str, Path]]:
             yield target, package / tensorrt.FOLDERS[target]
 
 
+def engine_warnings(package: Path, targets: Sequence[str] = tuple(tensorrt.FOLDERS)) -> list[str]:
+    """What the builds of the engines that a package holds had to say."""
+    held = {target: read_json_object(folder / tensorrt.BUILD) for target, folder in engines(package)}
+    return [
+        f"{target}: {each}" for target, facts in held.items() if target in targets for each in facts.get("warnings", [])
+    ]
+
+
 def add_engines(
     package: Path, targets: Sequence[str], *, changes: dict[str, Any] | None = None, progress: Progress | None = None
 ) -> list[MissingError]:

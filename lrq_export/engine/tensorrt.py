@@ -30,7 +30,9 @@ from graphs.integer_data import check_same_integers, integer_layers
 from graphs.passes import ACTIVATIONS, target_onnxruntime_trt, target_passes
 from graphs.traced import TracedGraph
 from lrq_export.bind import write_for_plugins, write_standard
-from lrq_export.engine.ep_context import write_context
+from lrq_export.doctor.gpu import provider_needs
+from lrq_export.doctor.system import System, version_of
+from lrq_export.engine.ep_context import CONTEXT, write_context
 from lrq_export.engine.profiles import Range, shapes_of
 from lrq_export.engine.tensorrt_worker import RTX
 from lrq_export.errors import CheckFailed, MissingError
@@ -160,9 +162,21 @@ def build_plan(traced: TracedGraph, quantized: QuantizedFile, folder: Path, requ
         "target": request.target, "plugins": library is not None, "nodes": len(nodes),
         "profiles": [{axis: list(sizes) for axis, sizes in ranges.items()} for ranges in request.profiles],
         "options": job["options"], "gpu": gpu_at_hand() if request.target == TENSORRT else None,
+        "warnings": _unpaired(answer["version"]) if request.target == TENSORRT else [],
     }  # fmt: skip
     write_json_atomic(folder / BUILD, facts)
     return facts
+
+
+def _unpaired(version: str) -> list[str]:
+    """What is to be said if the ONNX Runtime here cannot open model_ctx.onnx around an engine of this version."""
+    needed = provider_needs(System())
+    if needed is None or version_of(version)[:1] == (needed,):
+        return []
+    return [
+        f"ONNX Runtime's TensorRT provider here needs libnvinfer.so.{needed} and does not open an engine of TensorRT "
+        f"{version} ({CONTEXT}); load and serve open it without ONNX Runtime"
+    ]
 
 
 def run_worker(job: dict[str, Any]) -> dict[str, Any]:

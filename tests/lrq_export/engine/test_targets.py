@@ -20,6 +20,7 @@ from lrq_export.errors import CheckFailed, MissingError
 from lrq_export.package import load_manifest, verify_hashes
 from lrq_export.quantized import onnx_float
 from lrq_export.recipe import Engine
+from lrq_export.runtime import obstacle
 
 FOLDER = Path("engine/tensorrt-rtx")
 
@@ -35,7 +36,7 @@ def builder(monkeypatch):
         Path(job["engine"]).write_bytes(start + b"...")
         return {"version": "1", "engine_bytes": 7, "layers": 3, "plugin_layers": len(job["plugin_nodes"])}
 
-    monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
+    monkeypatch.setattr(tensorrt, "obstacle", lambda target, run=False: None)
     monkeypatch.setattr(tensorrt, "find_library", lambda: None)
     monkeypatch.setattr(tensorrt, "run_worker", build)
     monkeypatch.setattr(targets, "installed_tensorrt", lambda system, target: "1")
@@ -261,6 +262,28 @@ def test_a_package_that_lacks_an_engine_still_is_not_up_to_date(
     assert again().missing == again().missing == ()
     assert [job["options"]["activations"] for job in builder] == ["float16"]
     assert list(engines(folder)) == [("tensorrt", folder / "engine/tensorrt")]
+
+
+def test_a_provider_of_another_tensorrt_is_told_of_at_build_time(package, copy_of, cli, builder, monkeypatch):
+    """The builder here says that it is version 1."""
+    folder, command = copy_of(package), ("build", "--target", "tensorrt")
+    monkeypatch.setattr(tensorrt, "provider_needs", lambda system: 10)
+    told = "warning: tensorrt: ONNX Runtime's TensorRT provider here needs libnvinfer.so.10"
+    assert told in cli(*command, folder).out
+    assert told in cli(*command, folder).out  # it is there as before
+    assert targets.engine_warnings(folder, ["tensorrt-rtx"]) == []
+    for paired in (1, None):
+        monkeypatch.setattr(tensorrt, "provider_needs", lambda system, needed=paired: needed)
+        other = copy_of(package, f"paired{paired}")
+        assert cli(*command, other).out == f"{other} holds engines for tensorrt\n"
+
+
+def test_an_engine_without_weights_is_not_opened(package, copy_of, builder):
+    folder = copy_of(package)
+    add_engines(folder, ["tensorrt-rtx"])
+    assert obstacle(folder, "tensorrt-rtx").message != f"{folder / FOLDER}: the engine has no weights (engine.strip)"
+    add_engines(folder, ["tensorrt-rtx"], changes={"strip": True})
+    assert obstacle(folder, "tensorrt-rtx").message == f"{folder / FOLDER}: the engine has no weights (engine.strip)"
 
 
 def test_an_engine_that_is_refused_leaves_the_package_as_it_was(package, copy_of, builder, monkeypatch, digests, cli):
