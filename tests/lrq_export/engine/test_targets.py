@@ -281,7 +281,7 @@ def test_a_provider_of_another_tensorrt_is_told_of_at_build_time(package, copy_o
 def test_an_engine_without_weights_is_not_opened(package, copy_of, builder):
     folder = copy_of(package)
     add_engines(folder, ["tensorrt-rtx"])
-    assert obstacle(folder, "tensorrt-rtx").message != f"{folder / FOLDER}: the engine has no weights (engine.strip)"
+    assert obstacle(folder, "tensorrt-rtx") is None
     add_engines(folder, ["tensorrt-rtx"], changes={"strip": True})
     assert obstacle(folder, "tensorrt-rtx").message == f"{folder / FOLDER}: the engine has no weights (engine.strip)"
 
