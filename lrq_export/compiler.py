@@ -44,7 +44,7 @@ from lrq_export.plan import LayerPlan, plan_layers
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.proof import Proof
 from lrq_export.quantized import QuantizedFile
-from lrq_export.recipe import Recipe, to_toml
+from lrq_export.recipe import Engine, Recipe, to_toml
 from lrq_export.rewrite import Outcome, rewrite
 from lrq_export.rotations import choose_rotations
 from lrq_export.sampling import check_steps, scheduler_from
@@ -139,7 +139,7 @@ def build(
         scheduler = scheduler_from(recipe.sampling.scheduler, opened.scheduler_config())
         check_steps(scheduler, recipe.sampling.steps, opened.family.latents(inputs.evaluation, inputs.conditions))
         files = [calibration_path(opened, calibration), conditions_path(opened, conditions)]
-        key = fingerprint(opened, to_toml(recipe), files, versions())
+        key = fingerprint(opened, to_toml(_without_engines(recipe)), files, versions())
     if until == "load":
         return BuildResult(out, True, None, "load")
     report = _finished_report(out, key)
@@ -170,6 +170,12 @@ def _finished_report(out: Path, key: str) -> dict[str, Any] | None:
     except InputError:
         return None
     return json.loads((out / REPORT).read_text()) if manifest.get("fingerprint") == key else None
+
+
+def _without_engines(recipe: Recipe) -> Recipe:
+    """What decides all of a package but the engines that come to a finished one, too: those it has are not lost."""
+    threads = {name: getattr(recipe.engine, name) for name in ("intra_op_threads", "inter_op_threads")}
+    return recipe.model_copy(update={"engine": Engine(**threads)})
 
 
 def _lacking_engines(out: Path, recipe: Recipe, progress: Progress) -> tuple[MissingError, ...]:

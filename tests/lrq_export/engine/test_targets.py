@@ -11,9 +11,9 @@ import torch
 
 from graphs import names
 from graphs.passes.half_precision import BFLOAT16
-from lrq_export import compiler
 from lrq_export.admit import ENGINE_STARTS, admit
 from lrq_export.bind import write_for_plugins
+from lrq_export.compiler import build
 from lrq_export.engine import targets, tensorrt
 from lrq_export.engine.targets import add_engines, engines
 from lrq_export.errors import CheckFailed, MissingError
@@ -30,7 +30,7 @@ def builder(monkeypatch):
     """Stands for NVIDIA's library, which not every machine has: writes an engine, and keeps what it was asked for."""
     jobs = []
 
-    def build(job):
+    def answer(job):
         jobs.append(job)
         start, _ = ENGINE_STARTS[job["target"]]
         Path(job["engine"]).write_bytes(start + b"...")
@@ -38,7 +38,7 @@ def builder(monkeypatch):
 
     monkeypatch.setattr(tensorrt, "obstacle", lambda target, run=False: None)
     monkeypatch.setattr(tensorrt, "find_library", lambda: None)
-    monkeypatch.setattr(tensorrt, "run_worker", build)
+    monkeypatch.setattr(tensorrt, "run_worker", answer)
     monkeypatch.setattr(targets, "installed_tensorrt", lambda system, target: "1")
     return jobs
 
@@ -245,14 +245,14 @@ def test_a_machine_without_tensorrt_leaves_all_but_the_engine(
 def test_a_package_that_lacks_an_engine_still_is_not_up_to_date(
     package, copy_of, tiny, monkeypatch, builder, cannot_build
 ):
-    """The command that built it says what is missing each time, and builds it where nothing is."""
-    folder, recipe = copy_of(package), tiny.recipe()
-    recipe = recipe.model_copy(update={"engine": Engine(targets=("tensorrt",), activations="float16")})
-    key = load_manifest(package)["fingerprint"]  # of another recipe: this spares a build
-    monkeypatch.setattr(compiler, "fingerprint", lambda *_: key)
+    """Engine settings build the package itself not anew, and what is missing for an engine is said each time."""
+    folder = copy_of(package)
 
-    def again(until="verify"):
-        return compiler.build(tiny.source, folder, recipe=recipe, calibration=tiny.calibration, until=until)
+    def again(until="verify", **settings):
+        recipe = tiny.recipe().model_copy(update={"engine": Engine(targets=("tensorrt",), **settings)})
+        result = build(tiny.source, folder, recipe=recipe, calibration=tiny.calibration, until=until)
+        assert result.up_to_date
+        return result
 
     cannot_build()
     assert again("quantize").missing == ()
@@ -260,8 +260,14 @@ def test_a_package_that_lacks_an_engine_still_is_not_up_to_date(
         assert [str(lack) for lack in again().missing] == [str(tensorrt.obstacle("tensorrt"))]
     monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
     assert again().missing == again().missing == ()
-    assert [job["options"]["activations"] for job in builder] == ["float16"]
-    assert list(engines(folder)) == [("tensorrt", folder / "engine/tensorrt")]
+    cannot_build()
+    (lack,) = again(activations="float16").missing
+    assert "stays in use" in str(lack)
+    monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
+    assert again(activations="float16").missing == ()
+    assert [job["options"]["activations"] for job in builder] == ["float32", "float16"]
+    assert build(tiny.source, folder, recipe=tiny.recipe(), calibration=tiny.calibration).up_to_date
+    assert list(engines(admit(folder) and folder)) == [("tensorrt", folder / "engine/tensorrt")]
 
 
 def test_a_provider_of_another_tensorrt_is_told_of_at_build_time(package, copy_of, cli, builder, monkeypatch):
@@ -360,9 +366,9 @@ def test_what_tensorrt_measured_is_there_for_the_next_build(package, copy_of, bu
     add_engines(folder, ["tensorrt"])
     (folder / "engine/tensorrt/timing.cache").write_bytes(b"measured")
     reseal(folder)
-    found, build = [], tensorrt.run_worker
+    found, worker = [], tensorrt.run_worker
     monkeypatch.setattr(
-        tensorrt, "run_worker", lambda job: [found.append(Path(job["timing_cache"]).read_bytes()), build(job)][1]
+        tensorrt, "run_worker", lambda job: [found.append(Path(job["timing_cache"]).read_bytes()), worker(job)][1]
     )
     add_engines(folder, ["tensorrt"], changes={"optimization": 5})
     assert found == [b"measured"]
