@@ -8,6 +8,7 @@ time. Float32 stay
 
 - inputs and outputs of the model, and what no weight has reached: sinusoids, masks, ranges. A Cast is where they enter,
   behind a Clip: the lowest float32 of a mask would be -inf, and a softmax whose row is all -inf is NaN;
+- what only sinusoids read, such as a timestep times learned frequencies;
 - sums and means, the squares that they add up, and what is computed of them, up to the step in which activations join
   again: norms that are written out in single steps. A channel of 256 has a square past 65504, the largest float16, and
   what guards their divisor from zero, such as 1e-12, would be zero;
@@ -29,7 +30,15 @@ import onnx_graphsurgeon as gs
 
 from graphs import names
 from graphs.ops import OPS, register
-from graphs.passes.patterns import is_graph_output, is_lrq, is_number, is_standard, numpy_type, redirect_readers
+from graphs.passes.patterns import (
+    is_graph_output,
+    is_lrq,
+    is_number,
+    is_standard,
+    numpy_type,
+    redirect_readers,
+    value_readers,
+)
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
@@ -73,6 +82,7 @@ class _Lowering:
         self.weights = set(traced.float_inputs())
         self.halved: set[str] = set()  # tensors that become half
         self.sums: set[str] = set()  # tensors that were added up of what a weight has reached, or computed of such
+        self.angles = _only_for_sinusoids(self.graph)
         self.casts: dict[tuple[str, np.dtype], gs.Tensor] = {}
 
     def run(self) -> PassResult:
@@ -145,6 +155,8 @@ class _Lowering:
             return "what is added up stays in float32"
         if is_standard(node, "Sin", "Cos"):
             return "a sinusoid stays in float32, though a weight has reached its argument"
+        if id(node) in self.angles:
+            return "what only a sinusoid reads stays in float32"
         if not all(_is_held(tensor, node, self.half) for tensor in node.inputs if isinstance(tensor, gs.Constant)):
             return f"{self.half.name} does not hold its constant"
         signature = self._signature(node)
@@ -290,6 +302,17 @@ def _inner_nodes(node: gs.Node) -> Iterator[gs.Node]:
     """The nodes of its branches."""
     for subgraph in node.subgraphs(recursive=True):
         yield from subgraph.nodes
+
+
+def _only_for_sinusoids(graph: gs.Graph) -> set[int]:
+    """The ids of the nodes whose values nothing reads but the arguments of sinusoids: half knows 999 to a half."""
+    found: set[int] = set()
+    for node in reversed(graph.nodes):
+        readers = [reader for tensor in node.outputs for reader in value_readers(tensor)]
+        told = any(is_graph_output(tensor, graph) for tensor in node.outputs)
+        if readers and not told and all(is_standard(each, "Sin", "Cos") or id(each) in found for each in readers):
+            found.add(id(node))
+    return found
 
 
 def _is_of_a_sum(node: gs.Node) -> bool:

@@ -191,7 +191,7 @@ def test_a_divisors_guard_is_no_zero(parse, answer, size, step, element):
 def test_a_factor_that_float16_does_not_hold_is_a_near_miss(parse, op, number, stays):
     text = f"""
     factor (float[batch, 24] x) => (float[batch, 24] y)
-    <float number = {{{number}}}, float[2] table = {{1.0, 0.00000001}}>
+    <float number = {{{number}}}>
     {{
         h = MatMul(x, w)
         y = {op}(h, number)
@@ -359,6 +359,30 @@ def test_sinusoids_of_what_a_weight_has_reached_are_a_near_miss(parse):
     check(traced)
     assert [skip.reason.split(",")[0] for skip in result.skipped] == ["a sinusoid stays in float32"]
     assert (types(traced)["h"], types(traced)["s"]) == (FLOAT16, FLOAT)
+
+
+@half_types
+def test_learned_frequencies_of_a_timestep_stay_in_float32(parse, answer, step, element):
+    text = """
+    learned (float[batch] t) => (float[batch, 24] y)
+    <int64[1] last = {-1}, float turn = {6.2831853}>
+    {
+        column = Unsqueeze(t, last)
+        turns = Mul(column, w)
+        angles = Mul(turns, turn)
+        sines = Sin(angles)
+        cosines = Cos(angles)
+        waves = Concat<axis = -1>(sines, cosines)
+        y = Kept<rows = 24, cols = 24>(waves)
+    }
+    """
+    traced = with_weight(parse, text, (12,))
+    expected = answer(traced)
+    result = step(traced)
+    check(traced)
+    assert result.reasons()["what only a sinusoid reads stays in float32"] == 1  # no weight reaches the next then
+    assert types(traced)["w"] == FLOAT
+    assert 0 < nmse(answer(traced), expected) < BOUND[step]
 
 
 @half_types
