@@ -73,11 +73,6 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Quantize, trace, rewrite, bind and verify SOURCE into a package."""
-    from lrq_export.calibrate.pipeline import record_prompts
-    from lrq_export.compiler import build as run
-    from lrq_export.engine.targets import finish_elsewhere
-    from lrq_export.recipe import load_recipe
-
     overrides = _overrides(set_ or [])
     if target is not None:
         overrides["engine.targets"] = json.dumps(_values("--target", target))
@@ -86,6 +81,11 @@ def build(
                  "--conditions": conditions, "--validate": validate, "--keep-going": keep_going}  # fmt: skip
         add_engines(source, overrides, [flag for flag, value in given.items() if value is not None], as_json)
         return
+    from lrq_export.calibrate.pipeline import record_prompts
+    from lrq_export.compiler import build as run
+    from lrq_export.engine.targets import finish_elsewhere
+    from lrq_export.recipe import load_recipe
+
     if validate is not None:
         overrides["rewrite.validation"] = validate.value
     if keep_going:
@@ -139,6 +139,7 @@ def verify(
 ) -> None:
     """Check every hash, then climb the parity ladder again from the package's files, or compare one target."""
     if against is not None and source is None:
+        _admit(package)
         raise typer.Exit(verify_against(package, against, inputs, bisect, as_json))
     if inputs is not None or bisect or against is not None:
         raise UsageError("--against excludes --source, and --inputs and --bisect need it", hint="see --help")

@@ -22,7 +22,7 @@ from lrq_export.calibrate.observed import Observed
 from lrq_export.calibrate.run import observe
 from lrq_export.calibrate.statistics import Moments
 from lrq_export.engine.onnxruntime import build_engine
-from lrq_export.engine.targets import build_targets, lacking
+from lrq_export.engine.targets import add_engines, build_targets, engine_warnings, lacking
 from lrq_export.errors import CheckFailed, InputError, MissingError, UsageError
 from lrq_export.machine import libraries, versions
 from lrq_export.package import (
@@ -44,7 +44,7 @@ from lrq_export.plan import LayerPlan, plan_layers
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.proof import Proof
 from lrq_export.quantized import QuantizedFile
-from lrq_export.recipe import Recipe, to_toml
+from lrq_export.recipe import Engine, Recipe, to_toml
 from lrq_export.rewrite import Outcome, rewrite
 from lrq_export.rotations import choose_rotations
 from lrq_export.sampling import check_steps, scheduler_from
@@ -139,12 +139,13 @@ def build(
         scheduler = scheduler_from(recipe.sampling.scheduler, opened.scheduler_config())
         check_steps(scheduler, recipe.sampling.steps, opened.family.latents(inputs.evaluation, inputs.conditions))
         files = [calibration_path(opened, calibration), conditions_path(opened, conditions)]
-        key = fingerprint(opened, to_toml(recipe), files, versions())
+        key = fingerprint(opened, to_toml(_without_engines(recipe)), files, versions())
     if until == "load":
         return BuildResult(out, True, None, "load")
     report = _finished_report(out, key)
     if report is not None:
-        return BuildResult(out, _all_passed(report), report, up_to_date=True)
+        missing = () if STAGES.index(until) < STAGES.index("engine") else _lacking_engines(out, recipe, progress)
+        return BuildResult(out, _all_passed(report), report, up_to_date=True, missing=missing)
     with open_workspace(out, key) as workspace:
         require_free_disk(
             workspace.partial, _estimated_bytes(opened, plans, len(inputs.calibration["timestep"].unique()))
@@ -169,6 +170,20 @@ def _finished_report(out: Path, key: str) -> dict[str, Any] | None:
     except InputError:
         return None
     return json.loads((out / REPORT).read_text()) if manifest.get("fingerprint") == key else None
+
+
+def _without_engines(recipe: Recipe) -> Recipe:
+    """What decides all of a package but the engines that come to a finished one, too: those it has are not lost."""
+    threads = {name: getattr(recipe.engine, name) for name in ("intra_op_threads", "inter_op_threads")}
+    return recipe.model_copy(update={"engine": Engine(**threads)})
+
+
+def _lacking_engines(out: Path, recipe: Recipe, progress: Progress) -> tuple[MissingError, ...]:
+    """Build the engines that a whole package lacks still, where another machine had to; what is missing for them."""
+    if not lacking(out, recipe.engine):
+        return ()
+    settings = recipe.engine.model_dump(exclude={"targets"})
+    return tuple(add_engines(out, recipe.engine.targets, changes=settings, progress=progress))
 
 
 def _run(job: Job, until: str, key: str) -> BuildResult:
@@ -300,13 +315,13 @@ def _engine(job: Job) -> None:
             threads = (settings.intra_op_threads, settings.inter_op_threads)
             build_engine(rewritten_graph(job.path), QuantizedFile(job.path / QUANTIZED), folder, threads=threads)
             job.progress.advance("onnxruntime")
-        job.missing += build_targets(job.path, job.source.config, settings, job.progress)
+        job.missing += build_targets(job.path, job.source.config, settings, job.progress, job.workspace.layers)
 
 
 def _verify(job: Job) -> tuple[dict[str, Any], Any]:
     with stage(job.progress, "verify", job.timings, 6):
         report, samples = climb(job.path, job.recipe, job.source.config, job.source, advance=job.progress.advance)
-    report["warnings"] = job.inputs.warnings + report["warnings"]
+    report["warnings"] = job.inputs.warnings + report["warnings"] + engine_warnings(job.path)
     report["timings"] = [{"stage": name, "seconds": round(seconds, 2)} for name, seconds in job.timings.items()]
     report["tool"] = {"name": "lrq-export", "version": __version__, "libraries": libraries()}
     report["source"] |= {"path_name": job.source.checkpoint.path.resolve().name}

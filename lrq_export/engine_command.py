@@ -12,11 +12,8 @@ _WHOLE_BUILDS = ("engine.intra_op_threads", "engine.inter_op_threads")  # of ONN
 
 def add_engines(package: Path, overrides: Mapping[str, str], others: Sequence[str], as_json: bool) -> None:
     """Build the engines that `overrides` ask for into the package; `others` are flags that only a whole build takes."""
-    from lrq_export.engine.targets import add_engines as run
-    from lrq_export.engine.targets import finish_elsewhere
+    from lrq_export.admit import admit
     from lrq_export.package import is_package
-    from lrq_export.progress import shown
-    from lrq_export.recipe import load_recipe
 
     if not is_package(package):
         raise UsageError(
@@ -30,6 +27,12 @@ def add_engines(package: Path, overrides: Mapping[str, str], others: Sequence[st
         )
     if "engine.targets" not in overrides:
         raise UsageError(f"{package}: is built already", hint="name an engine to add with --target")
+    admit(package)  # before what takes long to import
+    from lrq_export.engine.targets import add_engines as run
+    from lrq_export.engine.targets import engine_warnings, finish_elsewhere
+    from lrq_export.progress import shown
+    from lrq_export.recipe import load_recipe
+
     settings = load_recipe(overrides=overrides).engine
     changed = {key.removeprefix(_TABLE) for key in overrides}
     changes = {name: value for name, value in settings.model_dump().items() if name in changed}
@@ -37,7 +40,10 @@ def add_engines(package: Path, overrides: Mapping[str, str], others: Sequence[st
         missing = run(package, settings.targets, changes=changes, progress=progress)
     if missing:
         raise finish_elsewhere(package, missing, settings.targets)
+    warnings, targets = engine_warnings(package, settings.targets), list(settings.targets)
     if as_json:
-        print(json.dumps({"event": "engines", "out": str(package), "targets": list(settings.targets)}))
+        print(json.dumps({"event": "engines", "out": str(package), "targets": targets, "warnings": warnings}))
     else:
-        print(f"{package} holds engines for {', '.join(settings.targets)}")
+        print(
+            "\n".join([f"{package} holds engines for {', '.join(targets)}", *(f"warning: {each}" for each in warnings)])
+        )

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lrq_export.admit import admit
 from lrq_export.errors import UsageError
 
 Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.")]
@@ -43,6 +44,7 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve a package over the Open Inference Protocol v2 (KServe v2 REST), with metrics at /metrics."""
+    admit(package)  # before what takes long to import
     from lrq_export.serving.server import serve as run
 
     def report(event: dict[str, Any]) -> None:
@@ -79,6 +81,7 @@ def serve_config(
     as_json: Json = False,
 ) -> None:
     """Write an NVIDIA Triton model repository for a package, and a KServe service over it."""
+    admit(package)  # before what takes long to import
     from lrq_export.serving.repository import Layout, write_kserve, write_repository
     from lrq_export.serving.server import check_name
 
@@ -107,11 +110,12 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time each target of a package beside the floating-point model, turn by turn in one process."""
+    if require_speedup is not None and source is None:
+        raise UsageError("--require-speedup: nothing to compare with", hint="pass --source")
+    admit(package)  # before what takes long to import
     from lrq_export.bench import bench as run
     from lrq_export.bench import require_speedup as check
 
-    if require_speedup is not None and source is None:
-        raise UsageError("--require-speedup: nothing to compare with", hint="pass --source")
     report = run(package, source=source, batches=tuple(batch or [1]), runs=runs, threads=threads)
     if as_json:
         for row in report["rows"]:

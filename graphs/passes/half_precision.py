@@ -6,9 +6,14 @@ TensorRT's networks are strongly typed: an engine computes in the types that its
 has reached, from the first products to the last; constants and weights kept in floating point are rounded ahead of
 time. Float32 stay
 
-- inputs and outputs of the model, and what no weight has reached: sinusoids, masks, ranges. A Cast is where they enter;
-- sums and means, and the squares that they add up, until activations join again: norms that are written out in single
-  steps. A channel of 256 has a square past 65504, the largest float16;
+- inputs and outputs of the model, and what no weight has reached: sinusoids, masks, ranges. A Cast is where they enter,
+  behind a Clip: the lowest float32 of a mask would be -inf, and a softmax whose row is all -inf is NaN;
+- what only sinusoids read, such as a timestep times learned frequencies;
+- sums and means, the squares that they add up, and what is computed of them, up to the step in which activations join
+  again: norms that are written out in single steps. A channel of 256 has a square past 65504, the largest float16, and
+  what guards their divisor from zero, such as 1e-12, would be zero;
+- a step whose constant float16 does not hold, such as a division by 1e9, unless it is as good as infinite or as nothing
+  there: a mask that is added, a guard in a maximum;
 - what an op defines so: scale and bias of a linear layer, which adds up in float32 in any case.
 
 bfloat16 has the range of float32, but 8 bits where float16 has 11.
@@ -25,10 +30,21 @@ import onnx_graphsurgeon as gs
 
 from graphs import names
 from graphs.ops import OPS, register
-from graphs.passes.patterns import is_graph_output, is_lrq, is_number, is_standard, numpy_type, redirect_readers
+from graphs.passes.patterns import (
+    is_graph_output,
+    is_lrq,
+    is_number,
+    is_standard,
+    numpy_type,
+    redirect_readers,
+    value_readers,
+)
 from graphs.passes.result import PassResult
 from graphs.traced import TracedGraph
 
+# Where a number that is too large or too small stands for infinity or for nothing, or bounds what there may be.
+_MASKED = ("Add", "Sub", "Where")
+_GUARDED = (*_MASKED, "Max", "Min", "Clip")
 FLOAT, FLOAT16, BFLOAT16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 
 
@@ -43,12 +59,17 @@ def to_bfloat16(traced: TracedGraph) -> PassResult:
 def rounded(values: np.ndarray, element: np.dtype) -> np.ndarray:
     """`values` in another float type, where finite numbers stay finite and only zero is zero.
 
-    A mask's lowest float32 would be -inf, and a divisor's guard 0.
+    A mask's lowest float32 would be -inf, and a divisor's guard 0. What is past the largest becomes `_limit`.
     """
     bounds = ml_dtypes.finfo(element)
-    tiny, most = float(bounds.smallest_subnormal), float(bounds.max)
-    size = np.where(np.isfinite(values) & (values != 0), np.clip(abs(values), tiny, most), abs(values))
+    size = np.where(values == 0, 0, np.maximum(abs(values), float(bounds.smallest_subnormal)))
+    size = np.where(np.isfinite(values) & (size > float(bounds.max)), _limit(element), size)
     return np.asarray(np.copysign(size, values)).astype(element)
+
+
+def _limit(element: np.dtype) -> float:
+    """Half of the largest number: as good as infinite, and finite still when something is added to it."""
+    return float(ml_dtypes.finfo(element).max) / 2
 
 
 class _Lowering:
@@ -60,6 +81,8 @@ class _Lowering:
         self.result = PassResult()
         self.weights = set(traced.float_inputs())
         self.halved: set[str] = set()  # tensors that become half
+        self.sums: set[str] = set()  # tensors that were added up of what a weight has reached, or computed of such
+        self.angles = _only_for_sinusoids(self.graph)
         self.casts: dict[tuple[str, np.dtype], gs.Tensor] = {}
 
     def run(self) -> PassResult:
@@ -67,7 +90,7 @@ class _Lowering:
         types = [self._decide(node) for node in nodes]
         self._round_known(nodes, types)
         for node, element in zip(nodes, types, strict=True):
-            changed = self._wire(node, element) | self._retype_outputs(node)
+            changed = self._wire(node, element) | self._retype_outputs(node, element)
             for inner in _inner_nodes(node):
                 self._wire(inner, FLOAT)
             self.result.fired += changed and element == self.half
@@ -86,11 +109,17 @@ class _Lowering:
         """The type in which a node computes."""
         if is_standard(node, "Cast"):
             return FLOAT  # it takes any, and says itself what it gives
-        if not self._is_reached(node):
+        reached = self._is_reached(node)
+        if self._goes_on_with_a_sum(node, reached):
+            joined = any(self._held(tensor) == self.half for tensor in node.inputs)
+            (self.halved if joined else self.sums).update(self._float_outputs(node))
+            return FLOAT
+        if not reached:
             return FLOAT
         reason = self._stays_float(node)
         if reason is not None:
             self.result.skip(node, reason)
+            self.sums.update(self._float_outputs(node) if _is_of_a_sum(node) else ())
             return FLOAT
         signature = self._signature(node)
         used = {signature.input(index) for index, tensor in enumerate(node.inputs) if self._held(tensor)}
@@ -100,6 +129,15 @@ class _Lowering:
             if self._held(tensor) == FLOAT and signature.output(index) in used
         }
         return self.half
+
+    def _float_outputs(self, node: gs.Node) -> list[str]:
+        return [tensor.name for tensor in node.outputs if self._held(tensor) == FLOAT]
+
+    def _goes_on_with_a_sum(self, node: gs.Node, reached: bool) -> bool:
+        """Whether a node computes something else of a sum, or joins it with the activations again, number by number."""
+        if not any(tensor.name in self.sums for tensor in node.inputs):
+            return False
+        return not reached or is_standard(node, "Add", "Sub", "Mul", "Div")
 
     def _is_reached(self, node: gs.Node) -> bool:
         """Whether a node reads a weight, or what depends on one, where its op leaves the type open."""
@@ -113,10 +151,14 @@ class _Lowering:
         """Why a node that a weight has reached computes in float32; None if it does not."""
         if any(node.subgraphs()):
             return "its branches stay in float32"
-        if _adds_up(node) or (_is_square(node) and any(map(_adds_up, node.outputs[0].outputs))):
+        if _is_of_a_sum(node):
             return "what is added up stays in float32"
         if is_standard(node, "Sin", "Cos"):
             return "a sinusoid stays in float32, though a weight has reached its argument"
+        if id(node) in self.angles:
+            return "what only a sinusoid reads stays in float32"
+        if not all(_is_held(tensor, node, self.half) for tensor in node.inputs if isinstance(tensor, gs.Constant)):
+            return f"{self.half.name} does not hold its constant"
         signature = self._signature(node)
         floats = [index for index, tensor in enumerate(node.inputs) if self._held(tensor)]
         if all(signature.takes(index, self.half) for index in floats if signature.is_free(index)):
@@ -167,31 +209,47 @@ class _Lowering:
             if isinstance(tensor, gs.Constant):
                 self.casts[tensor.name, element] = gs.Constant(name, rounded(tensor.values, element))
             else:
+                source = tensor
                 if tensor.name in self.weights:
                     self.result.skip(tensor, "this weight is read in float32 too: a Cast rounds it")
-                self.casts[tensor.name, element] = self._cast(tensor, gs.Variable(name, element, tensor.shape))
+                elif element == self.half:
+                    source = self._clipped(tensor)
+                self.casts[tensor.name, element] = self._cast(source, gs.Variable(name, element, tensor.shape))
         return self.casts[tensor.name, element]
+
+    def _clipped(self, tensor: gs.Tensor) -> gs.Tensor:
+        """A float32 tensor within what half holds, with room for something to be added."""
+        most, name = _limit(self.half), f"{tensor.name}.clipped"
+        bounds = [
+            gs.Constant(f"{name}.{end}", np.array(value, FLOAT)) for end, value in (("least", -most), ("most", most))
+        ]
+        clipped = gs.Variable(name, FLOAT, tensor.shape)
+        self.graph.nodes.append(gs.Node("Clip", f"{name}.clip", {}, [tensor, *bounds], [clipped]))
+        return clipped
 
     def _cast(self, tensor: gs.Tensor, result: gs.Tensor) -> gs.Tensor:
         to = onnx.helper.np_dtype_to_tensor_dtype(numpy_type(result))
         self.graph.nodes.append(gs.Node("Cast", f"{result.name}.cast", {"to": to}, [tensor], [result]))
         return result
 
-    def _retype_outputs(self, node: gs.Node) -> bool:
-        """Give the outputs of a node their type; those of the model keep float32, behind a Cast."""
+    def _retype_outputs(self, node: gs.Node, element: np.dtype) -> bool:
+        """Give the outputs of a node their type, behind a Cast if it computes in another; the model's keep float32."""
         changed = [tensor for tensor in node.outputs if tensor.name in self.halved]
         for tensor in changed:
-            if is_graph_output(tensor, self.graph):
-                self._cast_at_the_edge(node, tensor)
-            else:
+            if not is_graph_output(tensor, self.graph):
                 tensor.dtype = self.half
+            else:
+                self.halved.discard(tensor.name)
+            if numpy_type(tensor) != element:
+                self._cast_behind(node, tensor, element)
         return bool(changed)
 
-    def _cast_at_the_edge(self, node: gs.Node, output: gs.Tensor) -> None:
-        inner = gs.Variable(f"{output.name}.{self.half.name}", self.half, output.shape)
-        redirect_readers(output, inner)
+    def _cast_behind(self, node: gs.Node, output: gs.Tensor, element: np.dtype) -> None:
+        """Let a node compute an output in another type than it has; who wants that type reads it there."""
+        inner = gs.Variable(f"{output.name}.{element.name}", element, output.shape)
+        if element == self.half:
+            redirect_readers(output, inner)
         node.outputs = [inner if tensor is output else tensor for tensor in node.outputs]
-        self.halved.discard(output.name)
         self._cast(inner, output)
 
 
@@ -229,10 +287,37 @@ def _signature(op: str, domain: str, opset: int) -> _Signature:
     return _Signature(inputs, outputs, variables)
 
 
+def _is_held(constant: gs.Constant, node: gs.Node, element: np.dtype) -> bool:
+    """Whether a node computes the same with a constant once that is `rounded`."""
+    values = np.asarray(constant.values)
+    if values.dtype != FLOAT or node.domain:
+        return True
+    size = np.max(abs(values[np.isfinite(values)]), initial=0)  # single numbers of a table may be tiny
+    bounds = ml_dtypes.finfo(element)
+    is_small, is_large = 0 < size < float(bounds.smallest_normal), size > float(bounds.max)
+    return not (is_small and node.op not in _GUARDED) and not (is_large and node.op not in _MASKED)
+
+
 def _inner_nodes(node: gs.Node) -> Iterator[gs.Node]:
     """The nodes of its branches."""
     for subgraph in node.subgraphs(recursive=True):
         yield from subgraph.nodes
+
+
+def _only_for_sinusoids(graph: gs.Graph) -> set[int]:
+    """The ids of the nodes whose values nothing reads but the arguments of sinusoids: half knows 999 to a half."""
+    found: set[int] = set()
+    for node in reversed(graph.nodes):
+        readers = [reader for tensor in node.outputs for reader in value_readers(tensor)]
+        told = any(is_graph_output(tensor, graph) for tensor in node.outputs)
+        if readers and not told and all(is_standard(each, "Sin", "Cos") or id(each) in found for each in readers):
+            found.add(id(node))
+    return found
+
+
+def _is_of_a_sum(node: gs.Node) -> bool:
+    """Whether a node adds up, or is the square that one adds up."""
+    return _adds_up(node) or (_is_square(node) and any(map(_adds_up, node.outputs[0].outputs)))
 
 
 def _adds_up(node: gs.Node) -> bool:

@@ -9,7 +9,7 @@ from lrq_export.doctor.system import Driver, System, version_of
 OLDEST_TENSORRT = (10, 7)  # its parser prefers a plugin to a function of the same name only since then
 OLDEST_CAPABILITY, OLDEST_DRIVER = (7, 5), (12, 0)
 DRIVER_OF_PROVIDER = (13, 0)  # onnxruntime-gpu has had no other CUDA since 1.27
-TENSORRTS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+DISTRIBUTIONS = {"tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt-rtx": ("tensorrt-rtx",)}
 RTX_LIBRARY = "libtensorrt_rtx.so"
 BUILD_ENGINE, BUILD_RTX = "build --target tensorrt", "build --target tensorrt-rtx"
 
@@ -75,7 +75,7 @@ def pairing(system: System) -> Finding:
 
 
 def tensorrt_rtx(system: System) -> Finding:
-    version = system.version("tensorrt-rtx")
+    version = installed_tensorrt(system, "tensorrt-rtx")
     if version is None:
         return absent("TensorRT-RTX", BUILD_RTX, "pip install 'lrq-export[rtx]'")
     libraries = [path for folder in system.folders("tensorrt_rtx_libs") for path in folder.glob(f"{RTX_LIBRARY}.*")]
@@ -173,8 +173,9 @@ def plugins(system: System) -> Finding:
     return ok("plugins", str(path))
 
 
-def installed_tensorrt(system: System) -> str | None:
-    return next(filter(None, map(system.version, TENSORRTS)), None)
+def installed_tensorrt(system: System, target: str = "tensorrt") -> str | None:
+    """The version of the library that builds and runs a target's engines."""
+    return next(filter(None, map(system.version, DISTRIBUTIONS[target])), None)
 
 
 def provider_needs(system: System) -> int | None:

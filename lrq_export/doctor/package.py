@@ -42,12 +42,12 @@ def other_engine(system: System, package: Path, files: dict[str, Any], target: s
     if f"{folder}/{BUILD}" not in files or f"{folder}/{PLAN}" not in files:
         return absent(name, f"serving by {ENGINE_STARTS[target][1]}", again)
     facts = read_json_object(package / folder / BUILD)
-    here = installed_tensorrt(system) if target == "tensorrt" else system.version("tensorrt-rtx")
+    here = installed_tensorrt(system, target)
     built_by = str(facts.get("version"))
     if here is None:
         return wrong(name, f"is of {built_by}, and that library is not installed here", f"install {built_by} of it")
     if here != built_by:
-        return wrong(name, f"is of {built_by}, the library here is {here}", f"remove {package / folder}, then {again}")
+        return wrong(name, f"is of {built_by}, the library here is {here}", again)
     if facts.get("plugins") and system.plugin_library() is None:
         return wrong(name, "needs the plugins, which are not compiled here", "lrq-export plugins build")
     if not has_gpu(system):

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lrq_export.admit import admit
+from lrq_export.doctor.gpu import installed_tensorrt
+from lrq_export.doctor.system import System
 from lrq_export.engine import tensorrt
 from lrq_export.engine.profiles import parse_profile, recorded_sizes
 from lrq_export.errors import MissingError
@@ -29,45 +31,88 @@ _OF_OTHERS = {tensorrt.TENSORRT: {"compute_capabilities"}, tensorrt.RTX: {"hardw
 _OWN = frozenset({"format", "schema", "files", "content_sha256", "manifest_sha256"})  # of a manifest, not facts
 
 
-def build_targets(folder: Path, config: dict[str, Any], settings: Engine, progress: Progress) -> list[MissingError]:
+def build_targets(
+    folder: Path, config: dict[str, Any], settings: Engine, progress: Progress, scratch: Path
+) -> list[MissingError]:
     """Build every engine of `settings.targets` that `folder` lacks, a package or one that is becoming it.
 
-    One that was built with other settings goes first: files of the finished package may be linked here.
+    Each is built in `scratch`, on the same disk, and then put in the place of the one before it.
 
-    Returns what this machine lacks for those that could not be built; all but the engine itself is written then.
-    Raises UsageError for profiles that do not fit the model, CheckFailed for an engine that TensorRT refuses.
+    Returns what this machine lacks for those that could not be built; all but the engine itself is written then, unless
+    there is one from before, which stays as it is. Raises UsageError for profiles that do not fit the model,
+    CheckFailed for an engine that TensorRT refuses.
     """
     missing: list[MissingError] = []
     for target in lacking(folder, settings):
-        request = _request(target, folder, config, settings)
-        if _built_with(folder, target) is not None:
-            shutil.rmtree(folder / tensorrt.FOLDERS[target])
         try:
-            tensorrt.build_plan(
-                rewritten_graph(folder), QuantizedFile(folder / QUANTIZED), folder / tensorrt.FOLDERS[target], request
-            )
+            _build(folder, scratch / target, _request(target, folder, config, settings))
         except MissingError as error:
             missing.append(error)
         progress.advance(target)
     return missing
 
 
+def _build(folder: Path, fresh: Path, request: tensorrt.Request) -> None:
+    """Build one engine in `fresh` and put it into `folder`; see `build_targets`."""
+    place = folder / tensorrt.FOLDERS[request.target]
+    shutil.rmtree(fresh, ignore_errors=True)  # of a build that was killed
+    fresh.mkdir(parents=True)
+    if (place / tensorrt.TIMING_CACHE).is_file():  # copied: a file that is linked to the finished package never changes
+        shutil.copyfile(place / tensorrt.TIMING_CACHE, fresh / tensorrt.TIMING_CACHE)
+    try:
+        tensorrt.build_plan(rewritten_graph(folder), QuantizedFile(folder / QUANTIZED), fresh, request)
+    except MissingError as error:
+        if _facts(folder, request.target) is not None:
+            kept = f"{error.message}; the {request.target} engine that was built before stays in use"
+            raise MissingError(kept, hint=error.hint) from error
+        if (fresh / tensorrt.MODEL).is_file():
+            _replace(place, fresh)
+        raise
+    _replace(place, fresh)
+
+
+def _replace(place: Path, fresh: Path) -> None:
+    if place.exists():
+        shutil.rmtree(place)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(fresh, place)
+
+
 def lacking(folder: Path, settings: Engine) -> list[str]:
-    """The targets of `settings`, but for ONNX Runtime's, whose engine `folder` lacks or has with other settings."""
+    """The targets of `settings`, but for ONNX Runtime's, whose engine `folder` lacks or has with other settings.
+
+    Neither has it one that the library on this machine, if there is one, does not take.
+    """
     return [
         target
         for target in dict.fromkeys(settings.targets)
-        if target != ONNXRUNTIME and _built_with(folder, target) != _decisive(settings.model_dump(mode="json"), target)
+        if target != ONNXRUNTIME and not _is_wanted(_facts(folder, target), target, settings)
     ]
 
 
-def _built_with(folder: Path, target: str) -> dict[str, Any] | None:
-    """What decided the engine of a target that `folder` holds; None if it holds none."""
-    facts = folder / tensorrt.FOLDERS[target] / tensorrt.BUILD
-    if not facts.is_file():
-        return None
+def _is_wanted(built: dict[str, Any] | None, target: str, settings: Engine) -> bool:
+    """Whether an engine, by its build.json, is the one that `settings` ask for on this machine."""
+    if built is None or not _fits_here(built, target, settings):
+        return False
+    if settings.plugins == "auto" and not built["plugins"] and tensorrt.find_library() is not None:
+        return False  # they have been compiled since
     # An engine from before a setting was there has its default.
-    return _decisive(Engine().model_dump(mode="json") | read_json_object(facts).get("options", {}), target)
+    options = Engine().model_dump(mode="json") | built.get("options", {})
+    return _decisive(options, target) == _decisive(settings.model_dump(mode="json"), target)
+
+
+def _fits_here(built: dict[str, Any], target: str, settings: Engine) -> bool:
+    """Whether nothing on this machine refuses an engine: another version of its library, or another GPU."""
+    library, gpu = installed_tensorrt(System(), target), tensorrt.gpu_at_hand()
+    if library not in (None, built["version"]):
+        return False
+    return target == tensorrt.RTX or settings.hardware != "this" or gpu is None or built.get("gpu", gpu) == gpu
+
+
+def _facts(folder: Path, target: str) -> dict[str, Any] | None:
+    """build.json of the engine of a target that `folder` holds; None if it holds none."""
+    facts = folder / tensorrt.FOLDERS[target] / tensorrt.BUILD
+    return read_json_object(facts) if facts.is_file() else None
 
 
 def _decisive(options: dict[str, Any], target: str) -> dict[str, Any]:
@@ -80,6 +125,14 @@ def engines(package: Path) -> Iterator[tuple[str, Path]]:
     for target in (tensorrt.TENSORRT, tensorrt.RTX):
         if (package / tensorrt.FOLDERS[target] / tensorrt.BUILD).is_file():
             yield target, package / tensorrt.FOLDERS[target]
+
+
+def engine_warnings(package: Path, targets: Sequence[str] = tuple(tensorrt.FOLDERS)) -> list[str]:
+    """What the builds of the engines that a package holds had to say."""
+    held = {target: read_json_object(folder / tensorrt.BUILD) for target, folder in engines(package)}
+    return [
+        f"{target}: {each}" for target, facts in held.items() if target in targets for each in facts.get("warnings", [])
+    ]
 
 
 def add_engines(
@@ -101,9 +154,10 @@ def add_engines(
         return []
     key = hashlib.sha256(json_bytes([manifest["manifest_sha256"], settings.model_dump(mode="json")])).hexdigest()
     with open_workspace(package, key) as workspace:
-        _link_files(package, workspace.path)
+        built = set(lacking(package, asked)) - set(lacking(workspace.path, asked))  # by a run that was killed later
+        _link_files(package, workspace.path, tuple(f"{tensorrt.FOLDERS[target]}/" for target in built))
         with stage(progress, "engine", {}, len(lacking(package, asked))):
-            missing = build_targets(workspace.path, manifest["source"]["config"], asked, progress)
+            missing = build_targets(workspace.path, manifest["source"]["config"], asked, progress, workspace.layers)
         recipe = recipe.model_copy(update={"engine": settings})
         write_bytes_atomic(workspace.path / RECIPE, to_toml(recipe).encode())
         show_added_engines(workspace.path)
@@ -130,11 +184,14 @@ def _request(target: str, folder: Path, config: dict[str, Any], settings: Engine
     return tensorrt.Request(target, profiles, specs, settings)
 
 
-def _link_files(package: Path, folder: Path) -> None:
-    """The files of a package under a second name: none is copied where the disk can do without, and none is changed."""
+def _link_files(package: Path, folder: Path, without: tuple[str, ...]) -> None:
+    """The files of a package under a second name, but for those whose name begins with one of `without`.
+
+    None is copied where the disk can do without, and none is changed.
+    """
     for name in list_files(package):
         place = folder / name
-        if name == MANIFEST or place.exists():
+        if name == MANIFEST or name.startswith(without) or place.exists():
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -30,7 +30,9 @@ from graphs.integer_data import check_same_integers, integer_layers
 from graphs.passes import ACTIVATIONS, target_onnxruntime_trt, target_passes
 from graphs.traced import TracedGraph
 from lrq_export.bind import write_for_plugins, write_standard
-from lrq_export.engine.ep_context import write_context
+from lrq_export.doctor.gpu import provider_needs
+from lrq_export.doctor.system import System, version_of
+from lrq_export.engine.ep_context import CONTEXT, write_context
 from lrq_export.engine.profiles import Range, shapes_of
 from lrq_export.engine.tensorrt_worker import RTX
 from lrq_export.errors import CheckFailed, MissingError
@@ -81,7 +83,7 @@ def obstacle(target: str, *, run: bool = False) -> MissingError | None:
         return MissingError(f"{target}: the Python package {module} is not installed", hint=_INSTALL[target])
     if not run and find_spec("polygraphy") is None:
         return MissingError(f"{target}: polygraphy is not installed", hint="pip install polygraphy")
-    if (run or target == TENSORRT) and not _has_gpu():
+    if (run or target == TENSORRT) and gpu_at_hand() is None:
         fix = "find one that has" if run else "build the engine where it will run"
         return MissingError(f"{target}: this machine has no CUDA GPU", hint=fix)
     return None
@@ -159,10 +161,22 @@ def build_plan(traced: TracedGraph, quantized: QuantizedFile, folder: Path, requ
     facts = answer | {
         "target": request.target, "plugins": library is not None, "nodes": len(nodes),
         "profiles": [{axis: list(sizes) for axis, sizes in ranges.items()} for ranges in request.profiles],
-        "options": job["options"],
+        "options": job["options"], "gpu": gpu_at_hand() if request.target == TENSORRT else None,
+        "warnings": _unpaired(answer["version"]) if request.target == TENSORRT else [],
     }  # fmt: skip
     write_json_atomic(folder / BUILD, facts)
     return facts
+
+
+def _unpaired(version: str) -> list[str]:
+    """What is to be said if the ONNX Runtime here cannot open model_ctx.onnx around an engine of this version."""
+    needed = provider_needs(System())
+    if needed is None or version_of(version)[:1] == (needed,):
+        return []
+    return [
+        f"ONNX Runtime's TensorRT provider here needs libnvinfer.so.{needed} and does not open an engine of TensorRT "
+        f"{version} ({CONTEXT}); load and serve open it without ONNX Runtime"
+    ]
 
 
 def run_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +214,8 @@ def _unversioned(folder: Path) -> Path:
     return folder
 
 
-def _has_gpu() -> bool:
+def gpu_at_hand() -> str | None:
+    """The name of the GPU that engines are built for and run on; None without one."""
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

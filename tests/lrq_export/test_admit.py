@@ -369,23 +369,38 @@ def test_refusing_takes_little_memory_and_no_heavy_import(judged):
     assert judged["heavy"] == []
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["verify"], ["inspect", "--layers"], ["sample", "-o", "x.safetensors"], ["report", "-o", "x.html"]],
-    ids=lambda words: words[0],
-)
+COMMANDS = [
+    ["verify"], ["verify", "--against", "onnxruntime"], ["inspect", "--layers"], ["sample", "-o", "x.safetensors"],
+    ["report", "-o", "x.html"], ["serve"], ["serve-config", "--triton", "x"], ["bench"],
+    ["build", "--target", "tensorrt"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 @pytest.mark.parametrize("name", ["a flipped byte", "data above the package"])
 def test_every_command_refuses_it_with_exit_code_3(judged, cli, command, name):
     cli(command[0], judged["paths"][name], *command[1:]).refused(3, HOSTILE[name][1])
 
 
-def test_a_command_refuses_before_it_imports_torch(judged):
-    path = judged["paths"]["a shape that overflows"]
-    code = "import sys; from lrq_export.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
-    command = [sys.executable, "-c", code, "verify", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (3, "False\n")
-    assert len(done.stderr.splitlines()) == 1
+REFUSE = """
+import json, sys
+from lrq_export.cli import main
+for words in json.load(sys.stdin):
+    sys.argv = ["lrq-export", *words]
+    try:
+        main()
+    except SystemExit as stopped:
+        print(json.dumps({"code": stopped.code, "torch": "torch" in sys.modules}))
+"""
+
+
+def test_commands_refuse_before_they_import_torch(judged):
+    path = str(judged["paths"]["a shape that overflows"])
+    asked = json.dumps([[name, path, *rest] for name, *rest in COMMANDS])
+    done = subprocess.run([sys.executable, "-c", REFUSE], input=asked, cwd=ROOT, capture_output=True, text=True)
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert said == [{"code": 3, "torch": False}] * len(COMMANDS)
+    assert len(done.stderr.splitlines()) == len(COMMANDS)
 
 
 def test_random_flips_of_every_file_are_refused(package, copy_of):

@@ -362,6 +362,15 @@ def test_an_engine_that_cannot_run_here_says_why(package, copy_of, reseal, targe
     assert text in found.text
 
 
+def test_an_engine_of_another_library_is_built_again_with_nothing_removed(package, copy_of, reseal):
+    """A package that lacks a file is refused."""
+    folder = copy_of(package)
+    engine(folder, "tensorrt", "10.16.1")
+    reseal(folder)
+    found = about(folder, Machine(versions={"tensorrt": "11.4.0"}))["engine tensorrt"]
+    assert found.fix == f"lrq-export build {folder} --target tensorrt"
+
+
 def test_an_engine_of_this_library_can_run_where_a_gpu_is(package, copy_of, reseal):
     folder = copy_of(package)
     engine(folder, "tensorrt", "10.16.1")

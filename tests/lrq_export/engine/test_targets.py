@@ -13,11 +13,14 @@ from graphs import names
 from graphs.passes.half_precision import BFLOAT16
 from lrq_export.admit import ENGINE_STARTS, admit
 from lrq_export.bind import write_for_plugins
+from lrq_export.compiler import build
 from lrq_export.engine import targets, tensorrt
 from lrq_export.engine.targets import add_engines, engines
 from lrq_export.errors import CheckFailed, MissingError
 from lrq_export.package import load_manifest, verify_hashes
 from lrq_export.quantized import onnx_float
+from lrq_export.recipe import Engine
+from lrq_export.runtime import obstacle
 
 FOLDER = Path("engine/tensorrt-rtx")
 
@@ -27,16 +30,28 @@ def builder(monkeypatch):
     """Stands for NVIDIA's library, which not every machine has: writes an engine, and keeps what it was asked for."""
     jobs = []
 
-    def build(job):
+    def answer(job):
         jobs.append(job)
         start, _ = ENGINE_STARTS[job["target"]]
         Path(job["engine"]).write_bytes(start + b"...")
         return {"version": "1", "engine_bytes": 7, "layers": 3, "plugin_layers": len(job["plugin_nodes"])}
 
-    monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
+    monkeypatch.setattr(tensorrt, "obstacle", lambda target, run=False: None)
     monkeypatch.setattr(tensorrt, "find_library", lambda: None)
-    monkeypatch.setattr(tensorrt, "run_worker", build)
+    monkeypatch.setattr(tensorrt, "run_worker", answer)
+    monkeypatch.setattr(targets, "installed_tensorrt", lambda system, target: "1")
     return jobs
+
+
+@pytest.fixture
+def cannot_build(monkeypatch):
+    """From here on this machine has no GPU."""
+
+    def lose():
+        lack = MissingError("tensorrt: this machine has no CUDA GPU", hint="build the engine where it will run")
+        monkeypatch.setattr(tensorrt, "obstacle", lambda target: lack)
+
+    return lose
 
 
 def test_an_engine_is_added_and_nothing_else_changes(package, copy_of, builder, digests):
@@ -210,10 +225,10 @@ def test_plugins_that_must_be_there_and_are_not_leave_the_package_as_it_was(pack
     assert list(engines(folder)) == []
 
 
-def test_a_machine_without_tensorrt_leaves_all_but_the_engine(package, copy_of, cli, monkeypatch, builder):
-    monkeypatch.setattr(
-        tensorrt, "obstacle", lambda target: MissingError("tensorrt: this machine has no CUDA GPU", hint="find one")
-    )
+def test_a_machine_without_tensorrt_leaves_all_but_the_engine(
+    package, copy_of, cli, monkeypatch, builder, cannot_build
+):
+    cannot_build()
     folder = copy_of(package)
     outcome = cli("build", folder, "--target", "tensorrt")
     outcome.refused(
@@ -227,6 +242,56 @@ def test_a_machine_without_tensorrt_leaves_all_but_the_engine(package, copy_of, 
     assert [target for target, _ in engines(folder)] == ["tensorrt"]
 
 
+def test_a_package_that_lacks_an_engine_still_is_not_up_to_date(
+    package, copy_of, tiny, monkeypatch, builder, cannot_build
+):
+    """Engine settings build the package itself not anew, and what is missing for an engine is said each time."""
+    folder = copy_of(package)
+
+    def again(until="verify", **settings):
+        recipe = tiny.recipe().model_copy(update={"engine": Engine(targets=("tensorrt",), **settings)})
+        result = build(tiny.source, folder, recipe=recipe, calibration=tiny.calibration, until=until)
+        assert result.up_to_date
+        return result
+
+    cannot_build()
+    assert again("quantize").missing == ()
+    for _ in range(2):
+        assert [str(lack) for lack in again().missing] == [str(tensorrt.obstacle("tensorrt"))]
+    monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
+    assert again().missing == again().missing == ()
+    cannot_build()
+    (lack,) = again(activations="float16").missing
+    assert "stays in use" in str(lack)
+    monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
+    assert again(activations="float16").missing == ()
+    assert [job["options"]["activations"] for job in builder] == ["float32", "float16"]
+    assert build(tiny.source, folder, recipe=tiny.recipe(), calibration=tiny.calibration).up_to_date
+    assert list(engines(admit(folder) and folder)) == [("tensorrt", folder / "engine/tensorrt")]
+
+
+def test_a_provider_of_another_tensorrt_is_told_of_at_build_time(package, copy_of, cli, builder, monkeypatch):
+    """The builder here says that it is version 1."""
+    folder, command = copy_of(package), ("build", "--target", "tensorrt")
+    monkeypatch.setattr(tensorrt, "provider_needs", lambda system: 10)
+    told = "warning: tensorrt: ONNX Runtime's TensorRT provider here needs libnvinfer.so.10"
+    assert told in cli(*command, folder).out
+    assert told in cli(*command, folder).out  # it is there as before
+    assert targets.engine_warnings(folder, ["tensorrt-rtx"]) == []
+    for paired in (1, None):
+        monkeypatch.setattr(tensorrt, "provider_needs", lambda system, needed=paired: needed)
+        other = copy_of(package, f"paired{paired}")
+        assert cli(*command, other).out == f"{other} holds engines for tensorrt\n"
+
+
+def test_an_engine_without_weights_is_not_opened(package, copy_of, builder):
+    folder = copy_of(package)
+    add_engines(folder, ["tensorrt-rtx"])
+    assert obstacle(folder, "tensorrt-rtx") is None
+    add_engines(folder, ["tensorrt-rtx"], changes={"strip": True})
+    assert obstacle(folder, "tensorrt-rtx").message == f"{folder / FOLDER}: the engine has no weights (engine.strip)"
+
+
 def test_an_engine_that_is_refused_leaves_the_package_as_it_was(package, copy_of, builder, monkeypatch, digests, cli):
     monkeypatch.setattr(tensorrt, "run_worker", lambda job: {"error": "no plugin runs proj_out"})
     folder = copy_of(package)
@@ -235,6 +300,95 @@ def test_an_engine_that_is_refused_leaves_the_package_as_it_was(package, copy_of
         add_engines(folder, ["tensorrt-rtx"])
     assert digests(folder) == before
     cli("build", folder, "--target", "tensorrt-rtx").refused(1, "no plugin runs proj_out")
+
+
+def test_an_engine_stays_until_a_machine_can_build_the_other(
+    package, copy_of, cli, digests, monkeypatch, builder, cannot_build
+):
+    folder, engine = copy_of(package), Path("engine/tensorrt")
+    add_engines(folder, ["tensorrt"])
+    before = digests(folder / engine)
+    cannot_build()
+    again = ("build", folder, "--target", "tensorrt")
+    for arguments in ((*again, "--set", "engine.activations=float16"), again):
+        cli(*arguments).refused(
+            4, "no CUDA GPU; the tensorrt engine that was built before stays in use", f"lrq-export build {folder}"
+        )
+        assert digests(folder / engine) == before
+        assert list(engines(admit(folder) and folder)) == [("tensorrt", folder / engine)]
+    monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
+    assert cli(*again).code == 0
+    assert builder[-1]["options"]["activations"] == "float16"
+    assert json.loads((folder / engine / "build.json").read_text())["options"]["activations"] == "float16"
+
+
+@pytest.fixture
+def lacking(monkeypatch, tmp_path):
+    """Whether an engine with these facts in its build.json is built again on a machine."""
+
+    def ask(target, facts, *, library="1", gpu=None, compiled=False, **changes):
+        monkeypatch.setattr(targets, "installed_tensorrt", lambda system, target: library)
+        monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda: gpu)
+        monkeypatch.setattr(tensorrt, "find_library", lambda: tmp_path if compiled else None)
+        place = tmp_path / tensorrt.FOLDERS[target]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "build.json").write_text(json.dumps({"version": "1", "plugins": False, "gpu": "H100"} | facts))
+        return bool(targets.lacking(tmp_path, Engine(targets=(target,), **changes)))
+
+    return ask
+
+
+def test_an_engine_of_another_version_of_its_library_is_built_again(lacking):
+    for target in ("tensorrt", "tensorrt-rtx"):
+        assert lacking(target, {}, library="2")
+        assert not lacking(target, {}, library="1")
+        assert not lacking(target, {}, library=None)  # nothing here refuses it, or could build another
+
+
+def test_an_engine_for_another_gpu_is_built_again_unless_it_is_for_several(lacking):
+    several = {"hardware": "ampere_plus"}
+    assert lacking("tensorrt", {}, gpu="L40S")
+    assert not lacking("tensorrt", {}, gpu="H100")
+    assert not lacking("tensorrt", {}, gpu=None)
+    assert not lacking("tensorrt", {"options": several}, gpu="L40S", **several)
+    assert not lacking("tensorrt-rtx", {"gpu": None}, gpu="L40S")
+
+
+def test_plugins_that_were_compiled_since_are_used(lacking):
+    assert lacking("tensorrt-rtx", {}, compiled=True)
+    assert not lacking("tensorrt-rtx", {"plugins": True}, compiled=True)
+    assert not lacking("tensorrt-rtx", {"plugins": True}, compiled=False)  # no reason to lose them
+    assert not lacking("tensorrt-rtx", {"options": {"plugins": "never"}}, compiled=True, plugins="never")
+
+
+def test_what_tensorrt_measured_is_there_for_the_next_build(package, copy_of, builder, monkeypatch, reseal):
+    folder = copy_of(package)
+    add_engines(folder, ["tensorrt"])
+    (folder / "engine/tensorrt/timing.cache").write_bytes(b"measured")
+    reseal(folder)
+    found, worker = [], tensorrt.run_worker
+    monkeypatch.setattr(
+        tensorrt, "run_worker", lambda job: [found.append(Path(job["timing_cache"]).read_bytes()), worker(job)][1]
+    )
+    add_engines(folder, ["tensorrt"], changes={"optimization": 5})
+    assert found == [b"measured"]
+
+
+def test_a_run_that_was_killed_after_an_engine_mixes_it_with_none(package, copy_of, builder, monkeypatch, tmp_path):
+    """An engine with plugins has a network for ONNX Runtime's provider; the one in its place has none."""
+    folder, changes = copy_of(package), {"plugins": "never"}
+    monkeypatch.setattr(tensorrt, "find_library", lambda: tmp_path / "liblrq_plugins.so")
+    add_engines(folder, ["tensorrt"])
+    seal = targets.seal
+    monkeypatch.setattr(targets, "seal", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        add_engines(folder, ["tensorrt"], changes=changes)
+    monkeypatch.setattr(targets, "seal", seal)
+    assert add_engines(folder, ["tensorrt"], changes=changes) == []
+    assert len(builder) == 2
+    assert {path.name for path in (folder / "engine/tensorrt").iterdir()} == {
+        "model.onnx", "model.plan", "build.json", "model_ctx.onnx"
+    }  # fmt: skip
 
 
 REFUSED = {
