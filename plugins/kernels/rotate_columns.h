@@ -16,8 +16,9 @@ namespace lrq {
 constexpr int32_t kBanks = 32;  // of shared memory, 4 bytes each
 
 // How a block lies in shared memory, in floats. Four floats are left out after every 32, and after
-// every part: eight lanes that read a vector of eight neighbouring runs then meet all banks. Blocks
-// of which half a warp writes a row each begin half the banks apart.
+// every part of 16: eight lanes that read a vector of eight neighbouring runs then meet all banks.
+// Blocks of which half a warp writes a row each begin half the banks apart. Smaller parts, and
+// columns 8 wide, meet in banks.
 struct ExchangePlan {
     int32_t partLog;  // log2 of the channels of a part
     int32_t part;     // from one part to the next
@@ -46,8 +47,10 @@ struct Columns {
     static constexpr int32_t kRuns = (kValues + kRun - 1) / kRun;
     static constexpr int32_t kMaxThreads = kMaxThreads_;
 
-    // A part has at most as many channels as a block has threads: lanes of one warp hold its runs.
-    static_assert(kMaxThreads < 2 * kWidestShuffled, "a part is not shuffled across warps");
+    // Every place of a part has a thread of its own where its size is not fixed, so one that many
+    // threads hold is at most as wide as lanes of one warp can shuffle.
+    static_assert(kPartLog > 0 || (kWidth == 1 && kMaxThreads < 2 * kWidestShuffled),
+                  "a part is not shuffled across warps");
 
     // Powers of two with smaller parts are better off as runs.
     static constexpr bool takesPart(int32_t log) {
@@ -120,8 +123,9 @@ __device__ inline void exchange(Layout const& columns, RunLayout<Layout::kRuns> 
     });
 }
 
+// One block is all that is asked of a processor: for more of them ptxas would spill.
 template <class T, PrologueKind kKind, class Layout>
-__global__ void __launch_bounds__(Layout::kMaxThreads)
+__global__ void __launch_bounds__(Layout::kMaxThreads, 1)
     rotateColumns(RotateArguments const arguments, int32_t const partLog) {
     __shared__ float partials[3][kMaxWarps];
     Layout const columns(partLog, arguments.channels);

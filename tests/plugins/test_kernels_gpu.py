@@ -141,9 +141,11 @@ def test_calls_replay_in_a_cuda_graph(torch, tokens):
     assert not torch.equal(captured, eager)
 
 
-@pytest.mark.parametrize("block", [1, 128, 1024, 192], ids=["runs", "columns", "a whole row", "shared memory"])
-def test_a_rotation_alone_replays_in_a_cuda_graph(torch, block):
-    cols = 1152 if block == 192 else 1024
+ALONE = {"runs": (1024, 1), "columns": (1024, 128), "a whole row": (16384, 16384), "shared memory": (1152, 24)}
+
+
+@pytest.mark.parametrize(("cols", "block"), ALONE.values(), ids=ALONE)
+def test_a_rotation_alone_replays_in_a_cuda_graph(torch, cols, block):
     x, signs = torch.randn(33, cols, device="cuda", dtype=torch.bfloat16), torch.ones(cols, device="cuda").bfloat16()
     replayed_as_called(torch, x, lambda: torch.ops.lrq.rotate_quantize(x, signs, block, 8))
 

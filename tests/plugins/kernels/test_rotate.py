@@ -190,13 +190,14 @@ def test_a_thread_has_16_channels_of_a_narrow_token_and_up_to_60_of_a_wide_one(e
     assert emulated.launched()[1] == threads
 
 
-# One layout of every kind of vector: 16 to 2 bytes of a column.
-@pytest.mark.parametrize(
-    ("channels", "block"), [(1600, 64), (1152, 128), (2048, 256), (512, 512), (1536, 1536), (1152, 1152)]
-)
+# Runs, then one layout of every kind of vector: 16 to 2 bytes of a column.
+PROLOGUE_SIZES = [(1152, 16), (1600, 64), (1152, 128), (2048, 256), (512, 512), (1536, 1536), (1152, 1152)]
+
+
+@pytest.mark.parametrize(("channels", "block"), PROLOGUE_SIZES)
 @pytest.mark.parametrize("kind", [Type.HALF, Type.BFLOAT16], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("op", ["LayerNormRotate", "GegluRotate"])
-def test_columns_take_every_prologue(machine, op, kind, channels, block):
+def test_tokens_are_rotated_and_quantized_behind_a_prologue(machine, op, kind, channels, block):
     rng = np.random.default_rng(channels)
     normal = lambda *shape: rng.standard_normal(shape, np.float32).astype(TYPES[kind])  # noqa: E731
     signs, is_norm = rng.choice(np.float32([-1, 1]), channels).astype(TYPES[kind]), op == "LayerNormRotate"
@@ -206,8 +207,11 @@ def test_columns_take_every_prologue(machine, op, kind, channels, block):
     factors = factorize(block)
     attributes = {"block": block, "base": factors.base, "order": factors.order, **epsilon}
     needed = OPS[op].reference(x, *rows, signs, **attributes)
-    y, _ = Call(PROLOGUES[op], x, signs, block, *(rows or (None, None)), **epsilon).run(machine, kind)
+    call = Call(PROLOGUES[op], x, signs, block, *(rows or (None, None)), **epsilon)
+    y, _ = call.run(machine, kind)
     assert nmse(y, needed) <= TOLERANCE[kind]
+    for got, codes in zip(call.run(machine, kind, 8), quantize_tokens(y, 8), strict=True):
+        np.testing.assert_array_equal(got, codes)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -223,22 +227,30 @@ def test_random_sizes_are_rotated_and_quantized(machine, seed):
         np.testing.assert_array_equal(got, needed)
 
 
-def test_rows_of_a_modulation_may_begin_anywhere(machine):
-    """Rows 33 elements apart are no whole vectors: another kernel, the same numbers."""
+@pytest.mark.parametrize(
+    ("offset", "outer", "inner"), [(1, 36, 0), (0, 33, 0), (0, 100, 33)], ids=["row", "outer", "inner"]
+)
+@pytest.mark.parametrize("odd", ["scale", "shift"])
+def test_rows_of_a_modulation_may_begin_anywhere(machine, odd, offset, outer, inner):
+    """What begins between two vectors is for another kernel, with the same numbers."""
     rng = np.random.default_rng(3)
-    x = rng.standard_normal((2, 3, 32), np.float32)
-    wide = rng.standard_normal((2, 33), np.float32)
-    source, target = machine.put(wide), machine.empty(x.shape, np.float32)
-    tensor, zeros = machine.put(x), machine.put(np.zeros(32, np.float32))
-    rows = Modulation(source.address + 4, 33, 0)
+    x, values = rng.standard_normal((2, 3, 32), np.float32), rng.standard_normal(240, np.float32)
+    source, tensor, target = machine.put(values), machine.put(x), machine.empty(x.shape, np.float32)
+    odd_rows, even_rows = Modulation(source.address + 4 * offset, outer, inner), Modulation(source.address, 32, 0)
+    scale, shift = (odd_rows, even_rows) if odd == "scale" else (even_rows, odd_rows)
     machine.kernels.rotate(
         Rotation(
-            x=tensor.address, scale=rows, shift=Modulation(zeros.address, 0, 0), y=target.address, tokens=Tokens(2, 3),
-            channels=32, block=1, prologue=Prologue.RMS_NORM, epsilon=1e-6,
+            x=tensor.address, scale=scale, shift=shift, y=target.address, tokens=Tokens(2, 3), channels=32, block=1,
+            prologue=Prologue.RMS_NORM, epsilon=1e-6,
         )
     )  # fmt: skip
+    if machine.name == "emulated":
+        assert machine.launched()[0] == KERNELS["shared"]
     unit = x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(1e-6))
-    assert nmse(machine.read(target), unit * wide[:, None, 1:]) <= 1e-12
+    starts = offset + outer * np.arange(2)[:, None] + inner * np.arange(3)
+    rows = {odd: values[starts[..., None] + np.arange(32)], "even": values[:64].reshape(2, 1, 32)}
+    factor, term = (rows[odd], rows["even"]) if odd == "scale" else (rows["even"], rows[odd])
+    assert nmse(machine.read(target), unit * factor + term) <= 1e-12
 
 
 def test_no_token_is_no_work(machine):
