@@ -3,10 +3,10 @@
     python tools/kernel_report.py BUILD_FOLDER [--arch sm_90a] [--summary | --rotations]
 
 BUILD_FOLDER is where CMake built `plugins`. Prints a table of every kernel in the objects found there and exits 1 if
-one breaks a rule: a loop that loads or stores spilled registers, a Hopper product without IGMMA, another without IMMA,
-a decode without PRMT, vectors that are not 16 bytes wide. --rotations counts the instructions of the rotations'
-longest way for each channel. Needs cuobjdump and nvdisasm: of the CUDA toolkit, or
-`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`.
+one breaks a rule: a loop that loads or stores spilled registers, a rotation, which is no loop, that does so often, a
+Hopper product without IGMMA, another without IMMA, a decode without PRMT, vectors that are not 16 bytes wide.
+--rotations counts the instructions of the rotations' longest way for each channel. Needs cuobjdump and nvdisasm: of the
+CUDA toolkit, or `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ RULES = {
 }
 # Of a division for each element: the way of tokens whose scale is beyond 2^60, which no count is to be of.
 RARE = ("F2I", "FRND")
+MOST_SPILLS = 40  # of a rotation's thousands of instructions, which run once each
 RUN = 16  # channels, in plugins/kernels/token_runs.h
 
 
@@ -78,6 +79,10 @@ class Kernel:
         )
 
     @property
+    def is_rotation(self) -> bool:
+        return self.name.startswith(("rotateRuns", "rotateColumns"))
+
+    @property
     def spills(self) -> int:
         return sum(one.opcode.startswith(SPILLS) for one in self.instructions)
 
@@ -117,6 +122,8 @@ class Kernel:
         found = [f"has no {opcode}" for opcode in needed if not self.count(opcode)]
         if self.spills_in_loops:
             found.append(f"spills {self.spills_in_loops} times in loops")
+        if self.is_rotation and self.spills > MOST_SPILLS:
+            found.append(f"spills {self.spills} times, more than {MOST_SPILLS}")
         return [f"{self.name} for {self.arch} {fault}" for fault in found]
 
 
@@ -125,7 +132,7 @@ def _matches(opcode: list[str], wanted: list[str]) -> bool:
 
 
 def readable(demangled: str) -> str:
-    """rotateInRegisters<__half, 1, 1, 512> from `void lrq::(anonymous namespace)::rotateInRegisters<...>(...)`."""
+    """rotateRuns<half, 1, 1, 96> from `void lrq::(anonymous namespace)::rotateRuns<__half, ...>(...)`."""
     plain = re.sub(
         r"\(anonymous namespace\)::|\blrq::|^void |\(PrologueKind\)|\(lrq::PrologueKind\)|\(int\)", "", demangled
     )
@@ -213,7 +220,7 @@ def print_rotations(kernels: list[Kernel]) -> None:
     print("| rotation | arch | registers | channels a thread | instructions, longest way | a channel |")
     print("|---" * 6 + "|")
     for k in kernels:
-        if k.name.startswith(("rotateRuns", "rotateColumns")):
+        if k.is_rotation:
             channels, way = k.channels_of_a_thread, k.longest_way
             print(f"| `{k.name}` | {k.arch} | {k.registers} | {channels} | {way} | {way / channels:.1f} |")
 

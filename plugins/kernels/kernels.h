@@ -65,7 +65,7 @@ typedef struct LrqModulation {
 
 // y = prologue(x) diag(signs) H on blocks of channels, as T, or quantized per token.
 typedef struct LrqRotation {
-    void const* x;        // T (tokens, channels), twice the channels for LRQ_GEGLU
+    void const* x;        // T (tokens, channels), finite; twice the channels for LRQ_GEGLU
     LrqModulation scale;  // of a norm; else data is null
     LrqModulation shift;
     void const* signs;    // T (channels,), or null: all 1

@@ -5,7 +5,7 @@
 // q1 = q0 + (x - q0 s) r, its remainder exact in a fused multiply-add, is x / s correctly rounded
 // (Markstein, IA-64 and Elementary Functions, 2000, section 8). Adding 1.5 * 2^23 then rounds half
 // to even and leaves the integer in the low bits. Nothing here can exceed the limit: s >= |x| /
-// limit up to a rounding that no integer notices. That holds while neither s, r nor the remainder
+// limit up to a rounding that no integer notices. That holds for finite x while neither s, r nor the remainder
 // leaves the normal range; other tokens take the division.
 #pragma once
 

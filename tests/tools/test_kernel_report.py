@@ -90,6 +90,18 @@ def test_the_longest_way_takes_loops_once_and_nothing_rare():
     )  # LDG, BRA, SHFL, BRA, BRA, EXIT, EXIT
 
 
+def test_a_rotation_that_spills_often_is_a_fault():
+    line = "        /*0080*/                   STG.E.128 [R2.64], R4 ;                 /* 0x0 */\n"
+    assert line in ROTATION
+
+    def faults(spills):
+        more = "".join(line.replace("0080", f"{0x1000 + at:04x}").replace("STG.E.128", "STL") for at in range(spills))
+        return [fault for fault in rotation(ROTATION + more).faults() if "spills" in fault]
+
+    assert faults(40) == []
+    assert "spills 41 times, more than 40" in faults(41)[0]
+
+
 def test_instructions_are_shared_by_the_channels_of_a_thread(capsys):
     assert rotation().channels_of_a_thread == 48
     runs = kernel(
