@@ -123,9 +123,8 @@ __device__ inline void exchange(Layout const& columns, RunLayout<Layout::kRuns> 
     });
 }
 
-// One block is all that is asked of a processor: for more of them ptxas would spill.
 template <class T, PrologueKind kKind, class Layout>
-__global__ void __launch_bounds__(Layout::kMaxThreads, 1)
+__global__ void __launch_bounds__(Layout::kMaxThreads)
     rotateColumns(RotateArguments const arguments, int32_t const partLog) {
     __shared__ float partials[3][kMaxWarps];
     Layout const columns(partLog, arguments.channels);
