@@ -123,7 +123,7 @@ typedef enum LrqTactic {
 // y = ((q w^T) tokenScale rowScale + bias) gate + residual, q the codes of x per token. Gate and
 // residual come together or not at all: both data are null then.
 typedef struct LrqLinear {
-    void const* x;               // T (tokens, cols); null if it comes quantized
+    void const* x;               // T (tokens, cols), finite; null if it comes quantized
     int8_t const* quantized;     // (tokens, cols) as lrqRotate writes them; null if x is given
     float const* tokenScales;    // (tokens,), with `quantized`
     LrqWeight weight;

@@ -66,14 +66,7 @@ struct TokenInput {
     __device__ void activateAll(T const* gates) {
         Prologue const prologue = static_cast<Prologue>(arguments.prologue);
         if (prologue == Prologue::kGeglu) {
-            layout.forEachLive([&](int32_t vector) {
-                float gate[kWidth];
-                loadVector(layout.at(gates, vector), gate);
-#pragma unroll
-                for (int32_t index = 0; index < kWidth; ++index) {
-                    values[vector][index] = geglu(values[vector][index], gate[index]);
-                }
-            });
+            combine(gates, [](float value, float gate) { return geglu(value, gate); });
             return;
         }
         replaceLive([prologue](float value) { return activate(prologue, value); });
@@ -89,29 +82,25 @@ struct TokenInput {
         float const factor = inverseNorm(meanSquare, arguments.epsilon);
         replaceLive([factor](float value) { return value * factor; });
         multiply(arguments.scale.rowOf<T>(token));
-        add(arguments.shift.rowOf<T>(token));
+        combine(arguments.shift.rowOf<T>(token),
+                [](float value, float term) { return value + term; });
+    }
+
+    // Each value joined with the one of its channel in a row.
+    template <class Function>
+    __device__ void combine(T const* row, Function join) {
+        layout.forEachLive([&](int32_t vector) {
+            float others[kWidth];
+            loadVector(layout.at(row, vector), others);
+#pragma unroll
+            for (int32_t index = 0; index < kWidth; ++index) {
+                values[vector][index] = join(values[vector][index], others[index]);
+            }
+        });
     }
 
     __device__ void multiply(T const* row) {
-        layout.forEachLive([&](int32_t vector) {
-            float factors[kWidth];
-            loadVector(layout.at(row, vector), factors);
-#pragma unroll
-            for (int32_t index = 0; index < kWidth; ++index) {
-                values[vector][index] *= factors[index];
-            }
-        });
-    }
-
-    __device__ void add(T const* row) {
-        layout.forEachLive([&](int32_t vector) {
-            float terms[kWidth];
-            loadVector(layout.at(row, vector), terms);
-#pragma unroll
-            for (int32_t index = 0; index < kWidth; ++index) {
-                values[vector][index] += terms[index];
-            }
-        });
+        combine(row, [](float value, float factor) { return value * factor; });
     }
 
     template <class Function>
