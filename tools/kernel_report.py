@@ -108,6 +108,8 @@ class Kernel:
     @property
     def channels_of_a_thread(self) -> int:
         """Of a rotation in registers, by its template arguments."""
+        if split := re.search(r"SplitColumns<(\d+), (\d+)", self.name):
+            return int(split[1]) // int(split[2])
         if columns := re.search(r"Columns<(\d+), (\d+), (\d+)", self.name):
             return math.prod(map(int, columns.groups()))
         return RUN * int(re.search(r"(\d+), \d+>$", self.name)[1])

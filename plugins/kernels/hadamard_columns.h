@@ -52,10 +52,10 @@ __device__ inline void addSigned(float const (&sums)[8], float& y) {
     }
 }
 
-template <int32_t kBase, int32_t kFrom, int32_t... kTo>
-__device__ inline void addFour(float const (&x)[kBase], float (&y)[kBase],
+// y[0], y[1], ... += what outputs kTo... of H_K have of inputs kFrom .. kFrom + 3, which `four` holds.
+template <int32_t kBase, int32_t kFrom, int32_t kOutputs, int32_t... kTo>
+__device__ inline void addFour(float const (&four)[4], float (&y)[kOutputs],
                                std::integer_sequence<int32_t, kTo...>) {
-    float const four[4] = {x[kFrom], x[kFrom + 1], x[kFrom + 2], x[kFrom + 3]};
     float sums[8];
     sumFour(four, sums);
     (addSigned<signsOfFour(kHadamardBase<kBase>, kFrom, kTo), kFrom == 0>(sums, y[kTo]), ...);
@@ -65,7 +65,42 @@ __device__ inline void addFour(float const (&x)[kBase], float (&y)[kBase],
 template <int32_t kBase, int32_t... kFours>
 __device__ inline void multiplyBase(float const (&x)[kBase], float (&y)[kBase],
                                     std::integer_sequence<int32_t, kFours...>) {
-    (addFour<kBase, 4 * kFours>(x, y, std::make_integer_sequence<int32_t, kBase>{}), ...);
+    (addFour<kBase, 4 * kFours>(
+         {x[4 * kFours], x[4 * kFours + 1], x[4 * kFours + 2], x[4 * kFours + 3]}, y,
+         std::make_integer_sequence<int32_t, kBase>{}),
+     ...);
+}
+
+// Rows and columns of H_K around its cycle: it is C + I of Paley's first construction, whose cycle
+// is of single entries, or C (x) A + I (x) B of the second, where it is of pairs.
+template <int32_t kBase>
+constexpr int32_t kHadamardBorder = kBase - (kBase / (kHadamardBase<kBase>.order + 1)) *
+                                                kHadamardBase<kBase>.order;
+
+// Outputs of x (K,) H_K: those of the border, then `shift` behind them those that follow in the
+// cycle. What they have of inputs as far behind is the same for every shift that is a multiple of 4,
+// so inputs are read from there on, around the cycle's end.
+template <int32_t kBase, int32_t kOutputs, int32_t... kFours>
+__device__ inline void multiplyCycle(float const* x, int32_t shift, float (&y)[kOutputs],
+                                     std::integer_sequence<int32_t, kFours...>) {
+    constexpr int32_t kBorder = kHadamardBorder<kBase>;
+    auto const addFrom = [&](auto constant) {
+        constexpr int32_t kFrom = decltype(constant)::value;
+        int32_t const behind = shift + kFrom < kBase ? shift : shift - (kBase - kBorder);
+        float four[4];
+#pragma unroll
+        for (int32_t index = 0; index < 4; ++index) {
+            bool const isBorder = kFrom + index < kBorder;
+            four[index] = x[kFrom + index + (isBorder ? 0 : behind)];
+        }
+        addFour<kBase, kFrom>(four, y, std::make_integer_sequence<int32_t, kOutputs>{});
+    };
+    (addFrom(std::integral_constant<int32_t, 4 * kFours>{}), ...);
+}
+
+template <int32_t kBase, int32_t kOutputs>
+__device__ inline void multiplyCycle(float const* x, int32_t shift, float (&y)[kOutputs]) {
+    multiplyCycle<kBase>(x, shift, y, std::make_integer_sequence<int32_t, kBase / 4>{});
 }
 
 // values (kBase kJoin, kWidth) times H_kBase (x) H_kJoin along the first axis, not yet divided by

@@ -25,7 +25,8 @@ using ColumnLayouts = List<
     Columns<1, 16, 1, 4, kSingleThreads>, Columns<1, 4, 8, 4, 640>, Columns<1, 8, 4, 4, 640>,
     Columns<1, 16, 2, 4, 640>, Columns<1, 32, 1, 0, 640>, Columns<12, 4, 1, 0, 512>,
     Columns<20, 2, 1, 0, 512>, Columns<28, 2, 1, 0, 512>, Columns<36, 1, 1, 0, 512>,
-    Columns<60, 1, 1, 0, 384>>;
+    Columns<60, 1, 1, 0, 384>, Columns<44, 1, 1, 0, 512>, SplitColumns<76, 2, 384>,
+    SplitColumns<108, 4, 640>, SplitColumns<140, 5, 640>>;
 
 // Whether every row begins at a whole vector; one that is absent does.
 bool rowsAreAligned(TokenRows const& rows) {
@@ -67,25 +68,30 @@ using Launcher = bool (*)(RotateArguments const&, cudaStream_t);
 template <class Layout>
 int32_t partLogOf(int32_t block) {
     int32_t log = 0;
-    while (block % (Layout::kVectors << (log + 1)) == 0) {
+    while (block % (Layout::kParts << (log + 1)) == 0) {
         ++log;
     }
     return log;
 }
 
 template <class Layout>
+int32_t threadsOf(RotateArguments const& arguments) {
+    return arguments.channels / (Layout::kVectors * Layout::kWidth);
+}
+
+template <class Layout>
 bool fitsColumns(RotateArguments const& arguments) {
     int32_t const log = partLogOf<Layout>(arguments.block);
-    return Layout::kVectors << log == arguments.block && Layout::takesPart(log) &&
-           arguments.channels <= Layout::kValues * Layout::kMaxThreads &&
-           exchangeBytes<Layout>(log, arguments.channels) <= kMostExchangeBytes;
+    return Layout::kParts << log == arguments.block && Layout::takesPart(log) &&
+           threadsOf<Layout>(arguments) <= Layout::kMaxThreads &&
+           Layout::sharedBytes(log, arguments.channels) <= kMostExchangeBytes;
 }
 
 template <PrologueKind kKind, class Layout>
 bool launchColumns(RotateArguments const& arguments, cudaStream_t stream) {
     int32_t const log = partLogOf<Layout>(arguments.block);
-    Grid const grid{arguments.tokens, wholeWarps(arguments.channels / Layout::kValues),
-                    exchangeBytes<Layout>(log, arguments.channels)};
+    Grid const grid{arguments.tokens, wholeWarps(threadsOf<Layout>(arguments)),
+                    Layout::sharedBytes(log, arguments.channels)};
     return launch(rotateColumns<LRQ_ELEMENT, kKind, Layout>, grid, stream, arguments, log);
 }
 
