@@ -35,7 +35,16 @@ FLUX = {"ffn-up": (12288, 3072), "ffn-down": (3072, 12288), "out": (3072, 3072),
 FLUX_TOKENS = 4608
 PIXART, PIXART_TOKENS = (4608, 1152), 8192
 ROTATIONS = ((3072, 128), (3072, 256), (12288, 256), (1152, 128))
-WHOLE_ROTATIONS = (1152, 3072, 4608, 12288, 15360, 8960)  # H_36, H_12, H_36, H_12, H_60; H_140 in shared memory
+WHOLE_ROTATIONS = (
+    1152,
+    3072,
+    4608,
+    12288,
+    15360,
+    2432,
+    13824,
+    8960,
+)  # H_36, H_12, H_36, H_12, H_60, H_76, H_108, H_140
 FEW, FEW_TOKENS = (18432, 3072), (1, 4, 16, 64)
 LRQ = torch.ops.lrq
 

@@ -8,7 +8,8 @@
 namespace lrq {
 
 // kWidth places in each of kBase kJoin parts. A kPartLog of 0 is one that only the launch knows.
-template <int32_t kBase_, int32_t kJoin_, int32_t kWidth_, int32_t kPartLog, int32_t kMaxThreads_>
+template <int32_t kBase_, int32_t kJoin_, int32_t kWidth_, int32_t kPartLog, int32_t kMaxThreads_,
+          int32_t kTokens_ = 1>
 struct Columns {
     static constexpr int32_t kBase = kBase_;
     static constexpr int32_t kJoin = kJoin_;
@@ -16,12 +17,16 @@ struct Columns {
     static constexpr int32_t kVectors = kParts;       // of a thread, before mixing
     static constexpr int32_t kMixed = kParts;         // and after it
     static constexpr int32_t kWidth = kWidth_;
-    static constexpr int32_t kMaxThreads = kMaxThreads_;
+    static constexpr int32_t kMaxThreads = kMaxThreads_;  // of a block
+    static constexpr int32_t kTokens = kTokens_;          // of a block
 
     // Every place of a part has a thread of its own where its size is not fixed, so one that many
     // threads hold is at most as wide as lanes of one warp can shuffle.
     static_assert(kPartLog > 0 || (kWidth == 1 && kMaxThreads < 2 * kWidestShuffled),
                   "a part is not shuffled across warps");
+
+    static_assert(kTokens == 1 || kMaxThreads <= 4 * kMaxGroups * kTokens,
+                  "every 4 lanes have a partial");
 
     // Powers of two with smaller parts are better off as runs.
     static constexpr bool takesPart(int32_t log) {
@@ -37,9 +42,9 @@ struct Columns {
     int32_t block;  // of the token
     bool isLive;    // the token has it
 
-    __device__ Columns(int32_t partLog, int32_t channels)
+    __device__ Columns(int32_t thread, int32_t partLog, int32_t channels)
         : plan(kParts, kPartLog > 0 ? kPartLog : partLog) {
-        int32_t const column = kWidth * static_cast<int32_t>(threadIdx.x);
+        int32_t const column = kWidth * thread;
         block = column >> plan.partLog;
         place = column - (block << plan.partLog);
         isLive = ((block * kParts) << plan.partLog) < channels;
@@ -64,8 +69,8 @@ struct Columns {
         }
     }
 
-    __device__ void mix(float const (&values)[kVectors][kWidth],
-                        float (&mixed)[kMixed][kWidth]) const {
+    __device__ void mix(float const (&values)[kVectors][kWidth], float (&mixed)[kMixed][kWidth],
+                        float*) const {
 #pragma unroll
         for (int32_t part = 0; part < kParts; ++part) {
 #pragma unroll
@@ -76,8 +81,7 @@ struct Columns {
         mixColumns<kBase, kJoin>(mixed);
     }
 
-    __device__ void handOver(float const (&mixed)[kMixed][kWidth]) const {
-        float* const shared = sharedMemory<float>();
+    __device__ void handOver(float const (&mixed)[kMixed][kWidth], float* shared) const {
         forEachLive([&](int32_t part) {
             storeVector(shared + plan.offsetOf(block, part, place), mixed[part]);
         });

@@ -9,10 +9,11 @@
 // A layout of columns has, beside what TokenInput asks for:
 //
 //     kParts, kMixed             parts of a block; vectors a thread holds once they are mixed
+//     kTokens                    tokens of a block
 //     kMaxThreads, takesPart     what it is compiled for
 //     sharedBytes, plan          what a token takes of shared memory; how values change hands in it
-//     mix(values, mixed)         H_K (x) H_J along the parts, not yet divided by its root
-//     handOver(mixed)            puts them where the plan says
+//     mix(values, mixed, ..)     H_K (x) H_J along the parts, not yet divided by its root
+//     handOver(mixed, ..)        puts them where the plan says
 #pragma once
 
 #include "columns.h"
@@ -25,23 +26,28 @@ namespace lrq {
 template <class T, PrologueKind kKind, class Layout>
 __global__ void __launch_bounds__(Layout::kMaxThreads)
     rotateColumns(RotateArguments const arguments, int32_t const partLog) {
+    constexpr int32_t kTokens = Layout::kTokens;
     constexpr int32_t kRuns = (Layout::kVectors * Layout::kWidth + kRun - 1) / kRun;
-    __shared__ float partials[3][kMaxWarps];
-    Layout const columns(partLog, arguments.channels);
-    RunLayout<kRuns> const runs{arguments.channels};
-    int64_t const token = static_cast<int64_t>(blockIdx.x);
+    __shared__ typename TokenThreads<kTokens>::Partials partials[3];
+    TokenThreads<kTokens> const threads;
+    bool const isThere = kTokens == 1 || threads.token < arguments.tokens;
+    int32_t const channels = isThere ? arguments.channels : 0;
+    Layout const columns(threads.thread, partLog, channels);
+    RunLayout<kRuns> const runs(threads, channels);
+    int32_t const pitch =
+        static_cast<int32_t>(Layout::sharedBytes(partLog, arguments.channels) / sizeof(float));
+    float* const shared = sharedMemory<float>() + threads.index * pitch;
     float values[Layout::kVectors][Layout::kWidth];
-    TokenInput<T, kKind, Layout>{arguments, columns, token, partials, values}.load();
+    TokenInput<T, kKind, Layout, kTokens>{arguments, columns, threads, partials, values}.load();
     float mixed[Layout::kMixed][Layout::kWidth];
-    columns.mix(values, mixed);
-    columns.handOver(mixed);
+    columns.mix(values, mixed, shared);
+    columns.handOver(mixed, shared);
     synchronizeBlock();
     float exchanged[kRuns][kRun];
     runs.forEachLive([&](int32_t run) {
-        int32_t const offset = columns.plan.offsetOfRun(runs.channelOf(run));
-        loadVector(sharedMemory<float>() + offset, exchanged[run]);
+        loadVector(shared + columns.plan.offsetOfRun(runs.channelOf(run)), exchanged[run]);
     });
-    TokenRuns<T, kRuns>{arguments, runs, token, partials[2]}.finish(
+    TokenRuns<T, kRuns, kTokens>{arguments, runs, threads, partials[2]}.finish(
         exchanged, 1 << columns.plan.partLog);
 }
 

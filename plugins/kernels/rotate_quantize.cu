@@ -12,21 +12,28 @@ namespace {
 constexpr int32_t kSingleThreads = 96;
 constexpr int32_t kDoubleThreads = 1024;
 
+// Tokens of up to 1536 channels in one block, 32 channels a thread: alone, a token of 1152 would leave
+// a quarter of three warps idle.
+constexpr int32_t kTogether = 8;
+constexpr int32_t kTogetherThreads = 384;
+
 // What every device has for a block, less what kernels have besides.
 constexpr int64_t kMostExchangeBytes = 96 * 1024;
+
 // The closed list of columns, the first that fits is taken. Blocks of 64 to 256 have parts of 16, so
-// nothing is shuffled: 16 values a thread for few channels, else 32. More parts of a block in one
-// thread are fewer shuffles; registers bound them.
+// nothing is shuffled. More parts of a block in one thread are fewer shuffles; registers bound them.
 template <class... Layouts>
 struct List {};
 
-using ColumnLayouts = List<
-    Columns<1, 4, 4, 4, kSingleThreads>, Columns<1, 8, 2, 4, kSingleThreads>,
-    Columns<1, 16, 1, 4, kSingleThreads>, Columns<1, 4, 8, 4, 640>, Columns<1, 8, 4, 4, 640>,
-    Columns<1, 16, 2, 4, 640>, Columns<1, 32, 1, 0, 640>, Columns<12, 4, 1, 0, 512>,
-    Columns<20, 2, 1, 0, 512>, Columns<28, 2, 1, 0, 512>, Columns<36, 1, 1, 0, 512>,
-    Columns<60, 1, 1, 0, 384>, Columns<44, 1, 1, 0, 512>, SplitColumns<76, 2, 384>,
-    SplitColumns<108, 4, 640>, SplitColumns<140, 5, 640>>;
+using ColumnLayouts =
+    List<Columns<1, 4, 8, 4, kTogetherThreads, kTogether>,
+         Columns<1, 8, 4, 4, kTogetherThreads, kTogether>,
+         Columns<1, 16, 2, 4, kTogetherThreads, kTogether>, Columns<1, 4, 4, 4, kSingleThreads>,
+         Columns<1, 4, 8, 4, 640>, Columns<1, 8, 4, 4, 640>, Columns<1, 16, 2, 4, 640>,
+         Columns<1, 32, 1, 0, 640>, Columns<12, 4, 1, 0, 512>, Columns<20, 2, 1, 0, 512>,
+         Columns<28, 2, 1, 0, 512>, Columns<36, 1, 1, 0, 512>, Columns<44, 1, 1, 0, 512>,
+         Columns<60, 1, 1, 0, 384>, SplitColumns<76, 2, 384>, SplitColumns<108, 4, 640>,
+         SplitColumns<140, 5, 640>>;
 
 // Whether every row begins at a whole vector; one that is absent does.
 bool rowsAreAligned(TokenRows const& rows) {
@@ -74,25 +81,34 @@ int32_t partLogOf(int32_t block) {
     return log;
 }
 
+// What a block of tokens takes, threads not yet in whole warps.
 template <class Layout>
-int32_t threadsOf(RotateArguments const& arguments) {
-    return arguments.channels / (Layout::kVectors * Layout::kWidth);
+Grid gridOf(RotateArguments const& arguments) {
+    constexpr int32_t kTokens = Layout::kTokens;
+    int32_t const threads = arguments.channels / (Layout::kVectors * Layout::kWidth);
+    int64_t const bytes =
+        Layout::sharedBytes(partLogOf<Layout>(arguments.block), arguments.channels);
+    return {(arguments.tokens + kTokens - 1) / kTokens, kTokens * threads, kTokens * bytes};
 }
 
 template <class Layout>
 bool fitsColumns(RotateArguments const& arguments) {
     int32_t const log = partLogOf<Layout>(arguments.block);
-    return Layout::kParts << log == arguments.block && Layout::takesPart(log) &&
-           threadsOf<Layout>(arguments) <= Layout::kMaxThreads &&
-           Layout::sharedBytes(log, arguments.channels) <= kMostExchangeBytes;
+    if (Layout::kParts << log != arguments.block || !Layout::takesPart(log)) {
+        return false;
+    }
+    Grid const grid = gridOf<Layout>(arguments);
+    bool const isFull = grid.threads % kWarp == 0;
+    return (isFull || Layout::kTokens == 1) && grid.threads <= Layout::kMaxThreads &&
+           grid.sharedBytes <= kMostExchangeBytes;
 }
 
 template <PrologueKind kKind, class Layout>
 bool launchColumns(RotateArguments const& arguments, cudaStream_t stream) {
-    int32_t const log = partLogOf<Layout>(arguments.block);
-    Grid const grid{arguments.tokens, wholeWarps(threadsOf<Layout>(arguments)),
-                    Layout::sharedBytes(log, arguments.channels)};
-    return launch(rotateColumns<LRQ_ELEMENT, kKind, Layout>, grid, stream, arguments, log);
+    Grid grid = gridOf<Layout>(arguments);
+    grid.threads = wholeWarps(grid.threads);
+    return launch(rotateColumns<LRQ_ELEMENT, kKind, Layout>, grid, stream, arguments,
+                  partLogOf<Layout>(arguments.block));
 }
 
 // Null if no layout fits.

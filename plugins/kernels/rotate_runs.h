@@ -10,12 +10,12 @@ namespace lrq {
 
 template <class T, PrologueKind kKind, int32_t kRuns, int32_t kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) rotateRuns(RotateArguments const arguments) {
-    __shared__ float partials[3][kMaxWarps];
-    RunLayout<kRuns> const layout{arguments.channels};
-    int64_t const token = static_cast<int64_t>(blockIdx.x);
+    __shared__ TokenThreads<1>::Partials partials[3];
+    TokenThreads<1> const threads;
+    RunLayout<kRuns> const layout(threads, arguments.channels);
     float values[kRuns][kRun];
-    TokenInput<T, kKind, RunLayout<kRuns>>{arguments, layout, token, partials, values}.load();
-    TokenRuns<T, kRuns>{arguments, layout, token, partials[2]}.finish(values, arguments.block);
+    TokenInput<T, kKind, RunLayout<kRuns>, 1>{arguments, layout, threads, partials, values}.load();
+    TokenRuns<T, kRuns, 1>{arguments, layout, threads, partials[2]}.finish(values, arguments.block);
 }
 
 }  // namespace lrq

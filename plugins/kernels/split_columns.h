@@ -20,6 +20,7 @@ struct SplitColumns {
     static constexpr int32_t kVectors = kBase / kShares;
     static constexpr int32_t kWidth = 1;
     static constexpr int32_t kMaxThreads = kMaxThreads_;
+    static constexpr int32_t kTokens = 1;
     static constexpr int32_t kBorder = kHadamardBorder<kBase>;
     // Of the cycle; the last share's may go on behind its end, as far as others have them already.
     static constexpr int32_t kOutputs = (kVectors + 3) / 4 * 4;
@@ -51,8 +52,8 @@ struct SplitColumns {
     bool isLive;    // the token has it
 
     // Lanes of a warp are neighbouring places of one share, as far as a part is wide.
-    __device__ SplitColumns(int32_t partLog, int32_t channels) : plan(kParts, partLog) {
-        int32_t const thread = static_cast<int32_t>(threadIdx.x);
+    __device__ SplitColumns(int32_t thread, int32_t partLog, int32_t channels)
+        : plan(kParts, partLog) {
         int32_t const part = thread >> partLog;
         place = thread - (part << partLog);
         block = part / kShares;
@@ -78,17 +79,18 @@ struct SplitColumns {
     }
 
     // The border, then the cycle.
-    __device__ float* column() const {
-        return sharedMemory<float>() + ((block << plan.partLog) + place) * kColumnPitch;
+    __device__ float* column(float* shared) const {
+        return shared + ((block << plan.partLog) + place) * kColumnPitch;
     }
 
-    __device__ void mix(float const (&values)[kVectors][1], float (&mixed)[kMixed][1]) const {
-        float* const own = column() + share * kVectors;
+    __device__ void mix(float const (&values)[kVectors][1], float (&mixed)[kMixed][1],
+                        float* shared) const {
+        float* const own = column(shared) + share * kVectors;
         forEachLive([&](int32_t vector) { own[vector] = values[vector][0]; });
         synchronizeBlock();
         if (isLive) {
             float outputs[kMixed];
-            multiplyCycle<kBase>(column(), kOutputs * share, outputs);
+            multiplyCycle<kBase>(column(shared), kOutputs * share, outputs);
 #pragma unroll
             for (int32_t output = 0; output < kMixed; ++output) {
                 mixed[output][0] = outputs[output];
@@ -97,14 +99,14 @@ struct SplitColumns {
         synchronizeBlock();
     }
 
-    __device__ void handOver(float const (&mixed)[kMixed][1]) const {
+    __device__ void handOver(float const (&mixed)[kMixed][1], float* shared) const {
         if (!isLive) {
             return;
         }
-        float* const shared = sharedMemory<float>() + plan.offsetOf(block, 0, place);
-        float* const behind = shared + kOutputs * share * plan.partPitch;
+        float* const border = shared + plan.offsetOf(block, 0, place);
+        float* const behind = border + kOutputs * share * plan.partPitch;
         if (share == 0) {
-            store<0, kBorder>(shared, mixed);
+            store<0, kBorder>(border, mixed);
         }
         store<kBorder, kBorder + kOfLast>(behind, mixed);
         if (share + 1 < kShares) {

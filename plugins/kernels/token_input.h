@@ -8,8 +8,8 @@
 
 #include "../core/activations.h"
 #include "element.h"
-#include "reduce_block.h"
 #include "rotate_quantize.h"
+#include "token_threads.h"
 
 namespace lrq {
 
@@ -34,22 +34,22 @@ __device__ inline float activate(Prologue prologue, float x) {
     }
 }
 
-template <class T, PrologueKind kKind, class Layout>
+template <class T, PrologueKind kKind, class Layout, int32_t kTokens>
 struct TokenInput {
     static constexpr int32_t kVectors = Layout::kVectors;
     static constexpr int32_t kWidth = Layout::kWidth;
 
     RotateArguments const& arguments;
     Layout const& layout;
-    int64_t token;
-    float (*partials)[kMaxWarps];  // two rows
+    TokenThreads<kTokens> const& threads;
+    typename TokenThreads<kTokens>::Partials (&partials)[3];  // the last is not used
     float (&values)[kVectors][kWidth];
 
     __device__ void load() {
         int64_t const width =
             arguments.prologue == static_cast<int32_t>(Prologue::kGeglu) ? 2 : 1;
         T const* const row =
-            static_cast<T const*>(arguments.x) + token * width * arguments.channels;
+            static_cast<T const*>(arguments.x) + threads.token * width * arguments.channels;
         layout.forEachLive(
             [&](int32_t vector) { loadVector(layout.at(row, vector), values[vector]); });
         if constexpr (kKind == PrologueKind::kActivation) {
@@ -81,8 +81,8 @@ struct TokenInput {
         float const meanSquare = sumOver([](float value) { return value * value; }, 1) / count;
         float const factor = inverseNorm(meanSquare, arguments.epsilon);
         replaceLive([factor](float value) { return value * factor; });
-        multiply(arguments.scale.rowOf<T>(token));
-        combine(arguments.shift.rowOf<T>(token),
+        multiply(arguments.scale.rowOf<T>(threads.token));
+        combine(arguments.shift.rowOf<T>(threads.token),
                 [](float value, float term) { return value + term; });
     }
 
@@ -112,7 +112,7 @@ struct TokenInput {
                 sum += function(values[vector][index]);
             }
         });
-        return sumOfBlock(sum, partials[slot]);
+        return threads.sum(sum, partials[slot]);
     }
 
     template <class Function>

@@ -7,8 +7,8 @@
 #include "../core/table_decode.h"
 #include "element.h"
 #include "quantize.h"
-#include "reduce_block.h"
 #include "rotate_quantize.h"
+#include "token_threads.h"
 
 namespace lrq {
 
@@ -21,10 +21,16 @@ struct RunLayout {
     static constexpr int32_t kVectors = kRuns;
     static constexpr int32_t kWidth = kRun;
 
-    int32_t channels;
+    int32_t channels;  // none of a token that is not there
+    int32_t threads;
+    int32_t thread;
+
+    template <int32_t kTokens>
+    __device__ RunLayout(TokenThreads<kTokens> const& token, int32_t channels)
+        : channels(channels), threads(token.count), thread(token.thread) {}
 
     __device__ int32_t channelOf(int32_t run) const {
-        return kRun * static_cast<int32_t>(run * blockDim.x + threadIdx.x);
+        return kRun * (run * threads + thread);
     }
 
     template <class T>
@@ -100,12 +106,12 @@ __device__ inline void storeCodes(
 }
 
 // The runs of a token, rotated up to H of 2^m = `size` channels.
-template <class T, int32_t kRuns>
+template <class T, int32_t kRuns, int32_t kTokens>
 struct TokenRuns {
     RotateArguments const& arguments;
     RunLayout<kRuns> layout;
-    int64_t token;
-    float* partials;
+    TokenThreads<kTokens> const& threads;
+    typename TokenThreads<kTokens>::Partials& partials;
 
     // Rounded to T, as a tensor between two nodes would be: so a rotation that quantizes and one
     // that a quantizing node follows give the same codes.
@@ -128,7 +134,7 @@ struct TokenRuns {
     }
 
     __device__ void store(float const (&values)[kRuns][kRun]) const {
-        T* const row = static_cast<T*>(arguments.y) + token * arguments.channels;
+        T* const row = static_cast<T*>(arguments.y) + threads.token * arguments.channels;
         layout.forEachLive(
             [&](int32_t run) { storeVector(layout.at(row, run), values[run]); });
     }
@@ -141,9 +147,9 @@ struct TokenRuns {
                 peak = fmaxf(peak, fabsf(values[run][index]));
             }
         });
-        peak = peakOfBlock(peak, partials);
+        peak = threads.peak(peak, partials);
         TokenQuantizer const quantizer = makeQuantizer(peak, arguments.limit);
-        int8_t* const row = static_cast<int8_t*>(arguments.y) + token * arguments.channels;
+        int8_t* const row = static_cast<int8_t*>(arguments.y) + threads.token * arguments.channels;
         layout.forEachLive([&](int32_t run) {
             if (quantizer.isFast) {
                 storeCodes<true>(layout.at(row, run), values[run], quantizer);
@@ -151,8 +157,8 @@ struct TokenRuns {
                 storeCodes<false>(layout.at(row, run), values[run], quantizer);
             }
         });
-        if (threadIdx.x == 0) {
-            arguments.tokenScales[token] = quantizer.scale;
+        if (threads.thread == 0 && layout.channels > 0) {
+            arguments.tokenScales[threads.token] = quantizer.scale;
         }
     }
 };

@@ -104,6 +104,7 @@ def test_a_rotation_that_spills_often_is_a_fault():
 
 def test_instructions_are_shared_by_the_channels_of_a_thread(capsys):
     assert rotation().channels_of_a_thread == 48
+    assert rotation(arguments="SplitColumns<108, 4, 640> >").channels_of_a_thread == 27
     runs = kernel(
         ROTATION, "void lrq::rotateRuns<float, (lrq::PrologueKind)0, (int)2, (int)1024>(lrq::RotateArguments)"
     )

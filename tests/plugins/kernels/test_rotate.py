@@ -137,34 +137,17 @@ def test_tokens_of_any_size_are_quantized(machine, size):
 
 # (channels, block) by the kernel that takes them.
 # Runs: several a thread, a token's last warp partly idle, the widest block that is shuffled.
-# Columns: 16 and 32 values a thread, columns that end within a warp, every base with narrow and wide parts.
+# Columns: 16 and 32 values a thread, columns that end within a warp, every base with narrow and wide parts, parts
+# smaller than a run; several tokens a block; columns that threads split, of one token and of several blocks.
 # Shared memory: odd widths, H_K alone, a base that no list has, tokens too wide.
 RUNS = [(16400, 16), (32768, 16), (80, 16), (96, 32), (20480, 512)]
-COLUMNS = [
-    (64, 64),
-    (1088, 64),
-    (1600, 64),
-    (1152, 128),
-    (3072, 128),
-    (768, 256),
-    (9216, 256),
-    (512, 512),
-    (1024, 1024),
-]
+TOGETHER = [(128, 64), (1152, 128), (1536, 256), (768, 256)]
+SPLIT = [(2240, 2240), (8960, 8960), (13824, 13824), (2432, 2432), (9728, 9728), (4864, 1216), (1216, 304), (560, 140)]
+COLUMNS = [(64, 64), (1088, 64), (1600, 64), (3072, 128), (9216, 256), (512, 512), (1024, 1024)]
 COLUMNS += [(4096, 2048), (768, 768), (1536, 1536), (3072, 3072), (6144, 3072), (640, 640), (5120, 5120), (896, 896)]
-COLUMNS += [(3584, 1792), (576, 576), (1152, 1152), (4608, 4608), (960, 960), (3840, 3840), (1920, 960), (192, 192)]
-COLUMNS += [
-    (16384, 16384),
-    (48, 48),
-    (384, 384),
-    (80, 40),
-    (112, 56),
-    (144, 36),
-    (240, 60),
-    (288, 72),
-]  # parts smaller than a run
-SPLIT = [(2240, 2240), (8960, 8960), (13824, 13824), (2432, 2432), (1408, 1408), (4864, 1216), (2816, 352), (1216, 304), (560, 140), (432, 216)]
-COLUMNS += SPLIT
+COLUMNS += [(3584, 1792), (576, 576), (1152, 1152), (4608, 4608), (1408, 1408), (2816, 352), (960, 960), (3840, 3840)]
+COLUMNS += [(1920, 960), (192, 192), (16384, 16384), (48, 48), (384, 384), (80, 40), (112, 56), (144, 36), (240, 60)]
+COLUMNS += [(288, 72), (432, 216), *TOGETHER, *SPLIT]
 SHARED = [(24, 8), (1152, 24), (20, 20), (140, 140), (30720, 3072), (32784, 16), (1664, 1664), (27648, 13824)]
 
 
@@ -193,16 +176,44 @@ def test_every_size_goes_to_the_kernel_that_is_made_for_it(emulated, kernel, siz
         assert emulated.launched()[0] == KERNELS[kernel], (channels, block)
 
 
-@pytest.mark.parametrize(
-    ("channels", "block", "threads"), [(1152, 128, 96), (3072, 128, 96), (3072, 3072, 64), (1152, 1152, 32)]
-)
-def test_a_thread_has_16_channels_of_a_narrow_token_and_up_to_60_of_a_wide_one(emulated, channels, block, threads):
+# 16 channels a thread of a token of few, 32 of 8 tokens of few, 32 of one of many, 48, 36, 38, 27 and 28 of whole rows.
+THREADS = [(1088, 64, 96), (1152, 128, 288), (3072, 128, 96), (3072, 3072, 64), (1152, 1152, 32), (2432, 2432, 64)]
+THREADS += [(13824, 13824, 512), (8960, 8960, 320)]
+
+
+@pytest.mark.parametrize(("channels", "block", "threads"), THREADS)
+def test_threads_of_a_block_are_as_many_as_its_channels_ask_for(emulated, channels, block, threads):
     Call(Prologue.NONE, np.zeros((1, channels), np.float32), None, block).run(emulated, Type.FLOAT)
     assert emulated.launched()[1] == threads
 
 
+@pytest.mark.parametrize("tokens", [7, 8, 17])
+@pytest.mark.parametrize(("channels", "block"), TOGETHER)
+def test_tokens_of_one_block_keep_to_themselves(machine, channels, block, tokens):
+    """Tokens of very different sizes: one that took part in another's norm or scale would be seen."""
+    rng = np.random.default_rng(tokens)
+    size = np.float32(10) ** rng.permutation(tokens)[:, None].astype(np.float32)
+    x = rng.standard_normal((tokens, channels), np.float32) * size
+    y, _ = Call(Prologue.NONE, x, None, block).run(machine, Type.FLOAT)
+    rotated, needed = np.concatenate([y / size]), transform(x / size, block)
+    assert max(nmse(got, row) for got, row in zip(rotated, needed, strict=True)) <= 1e-12
+    for got, codes in zip(
+        Call(Prologue.NONE, x, None, block).run(machine, Type.FLOAT, 8), quantize_tokens(y, 8), strict=True
+    ):
+        np.testing.assert_array_equal(got, codes)
+
+
 # Runs, then one layout of every kind of vector: 16 to 2 bytes of a column.
-PROLOGUE_SIZES = [(1152, 16), (1600, 64), (1152, 128), (2048, 256), (512, 512), (1536, 1536), (1152, 1152)]
+PROLOGUE_SIZES = [
+    (1152, 16),
+    (1600, 64),
+    (1152, 128),
+    (2048, 256),
+    (512, 512),
+    (1536, 1536),
+    (1152, 1152),
+    (2240, 2240),
+]
 
 
 @pytest.mark.parametrize(("channels", "block"), PROLOGUE_SIZES)
