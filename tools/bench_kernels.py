@@ -35,16 +35,8 @@ FLUX = {"ffn-up": (12288, 3072), "ffn-down": (3072, 12288), "out": (3072, 3072),
 FLUX_TOKENS = 4608
 PIXART, PIXART_TOKENS = (4608, 1152), 8192
 ROTATIONS = ((3072, 128), (3072, 256), (12288, 256), (1152, 128))
-WHOLE_ROTATIONS = (
-    1152,
-    3072,
-    4608,
-    12288,
-    15360,
-    2432,
-    13824,
-    8960,
-)  # H_36, H_12, H_36, H_12, H_60, H_76, H_108, H_140
+# K = 36, 12, 36, 12, 60 of H_K (x) H_2^m in columns, then 76, 108, 140 in columns that threads split.
+WHOLE_ROTATIONS = (1152, 3072, 4608, 12288, 15360, 2432, 13824, 8960)
 FEW, FEW_TOKENS = (18432, 3072), (1, 4, 16, 64)
 LRQ = torch.ops.lrq
 

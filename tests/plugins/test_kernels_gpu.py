@@ -141,7 +141,10 @@ def test_calls_replay_in_a_cuda_graph(torch, tokens):
     assert not torch.equal(captured, eager)
 
 
-ALONE = {"runs": (1024, 1), "columns": (1024, 128), "a whole row": (16384, 16384), "shared memory": (1152, 24)}
+ALONE = {
+    "runs": (1024, 1), "columns of several tokens": (1024, 128), "columns": (3072, 3072), "a whole row": (16384, 16384),
+    "columns that are split": (13824, 13824), "shared memory": (1152, 24),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("cols", "block"), ALONE.values(), ids=ALONE)

@@ -141,7 +141,7 @@ def test_tokens_of_any_size_are_quantized(machine, size):
 # smaller than a run; several tokens a block; columns that threads split, of one token and of several blocks.
 # Shared memory: odd widths, H_K alone, a base that no list has, tokens too wide.
 RUNS = [(16400, 16), (32768, 16), (80, 16), (96, 32), (20480, 512)]
-TOGETHER = [(128, 64), (1152, 128), (1536, 256), (768, 256)]
+TOGETHER = [(128, 64), (1024, 128), (1152, 128), (1536, 256)]
 SPLIT = [(2240, 2240), (8960, 8960), (13824, 13824), (2432, 2432), (9728, 9728), (4864, 1216), (1216, 304), (560, 140)]
 COLUMNS = [(64, 64), (1088, 64), (1600, 64), (3072, 128), (9216, 256), (512, 512), (1024, 1024)]
 COLUMNS += [(4096, 2048), (768, 768), (1536, 1536), (3072, 3072), (6144, 3072), (640, 640), (5120, 5120), (896, 896)]
