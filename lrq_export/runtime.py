@@ -1,7 +1,9 @@
 """Run a package: `load(OUT)` is a drop-in for `pipe.transformer` of a diffusers pipeline."""
 
 import inspect
+import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +22,7 @@ from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily, Sizes, flatt
 from lrq_export.package import MANIFEST, ONNXRUNTIME_ENGINE
 from lrq_export.untrusted_json import read_json_object
 
-MOST_ADMITTED = 64
+MOST_PLANS = 64
 AUTO, ONNXRUNTIME = "auto", "onnxruntime"
 CPU_DEVICE = torch.device("cpu")
 TARGETS = (*tensorrt.FOLDERS, ONNXRUNTIME)  # the first that can run here is the one that is wanted
@@ -111,7 +113,8 @@ class PackagedTransformer:
         # diffusers, too, ignores size conditions that the model has no use for.
         self._known = nest(self.specs).keys() | {"added_cond_kwargs"}
         self._runner, self._gate = runner, Gate("the transformer")
-        self._admitted: set[tuple] = set()  # shapes of all inputs
+        self._names, self._names_set = tuple(self.__signature__.parameters), frozenset(self.__signature__.parameters)
+        self._plans: dict[Shapes, InputPlan] = {}
 
     @property
     def session(self):
@@ -155,24 +158,22 @@ class PackagedTransformer:
     forward = __call__
 
     def _inputs(self, given: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """`tensors`, whose look at sizes is spared where it admitted them before: they stay the same over a loop."""
-        shapes = tuple(getattr(given.get(name), "shape", None) for name in self.specs)
-        if shapes in self._admitted:
-            return {name: as_input(name, spec, given[name], self.device) for name, spec in self.specs.items()}
-        made = tensors(self.specs, given, self.device)
-        if shapes == tuple(tensor.shape for tensor in made.values()):
-            if len(self._admitted) == MOST_ADMITTED:
-                self._admitted.clear()
-            self._admitted.add(shapes)
-        return made
+        """`tensors`, by the plan of the last call with arguments of these shapes: they stay the same over a loop."""
+        shapes = shapes_of(self.specs, given)
+        plan = self._plans.get(shapes)
+        if plan is None:
+            plan = InputPlan.of(self.specs, shapes)
+            if len(self._plans) == MOST_PLANS:
+                self._plans.clear()
+            self._plans[shapes] = plan
+        return plan.inputs(given, self.device)
 
     def _arguments(self, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
         """By name. `Signature.bind` takes its time, and is asked only to raise what Python does for wrong arguments."""
-        names = self.__signature__.parameters
-        arguments = dict(zip(names, positional, strict=False))
-        fits = len(positional) <= len(names) and named.keys() <= names.keys() and not named.keys() & arguments.keys()
-        if fits and (positional or next(iter(names)) in named):
-            return arguments | named
+        arguments = dict(zip(self._names, positional, strict=False)) | named
+        one_of_each = len(arguments) == len(positional) + len(named)
+        if one_of_each and self._names[0] in arguments and self._names_set.issuperset(named):
+            return arguments
         return self.__signature__.bind(*positional, **named).arguments
 
     def cache_context(self, name: str, **_: Any) -> AbstractContextManager[None]:
@@ -208,26 +209,63 @@ def tensors(
 
     Raises InputError for one that is missing or of another rank or size, or holds labels of no class.
     """
-    sizes, made = Sizes(), {}
-    for name, spec in specs.items():
-        tensor = given.get(name)
-        if tensor is None and not spec.optional:
-            raise InputError(f"{name}: got None, needed a tensor of shape {spec}")
-        if tensor is None:
-            tensor = torch.ones([sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape])
-        else:
-            if spec.shape == (SAMPLES,) and tensor.numel() == 1:  # one timestep or label for all samples
-                tensor = tensor.reshape(1).expand(sizes[SAMPLES])
-            elif spec.shared and tensor.ndim == len(spec.shape) - 1:
-                tensor = tensor.expand(sizes[SAMPLES], *tensor.shape)
-            sizes.admit(name, tuple(tensor.shape), spec)
-        made[name] = as_input(name, spec, tensor, device)
-    return made
+    return InputPlan.of(specs, shapes_of(specs, given)).inputs(given, device)
 
 
-def as_input(name: str, spec: InputSpec, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the right sizes as the graph takes it. Raises InputError for labels of no class."""
-    spec.check_labels(name, tensor)
+Shapes = tuple[tuple[int, ...] | None, ...]  # of every input as it is given; None: it is absent
+
+
+def shapes_of(specs: dict[str, InputSpec], given: dict[str, torch.Tensor | None]) -> Shapes:
+    return tuple([None if (tensor := given.get(name)) is None else tensor.shape for name in specs])
+
+
+@dataclass(frozen=True)
+class InputPlan:
+    """What arguments of certain shapes become, be their values, dtypes and devices what they may."""
+
+    present: dict[str, InputSpec]
+    expanded: dict[str, tuple[int, ...]]  # sizes of those that are given once for all samples
+    absent: dict[str, torch.Tensor]  # all ones, on the CPU; every call reads them, none may write there or give them away
+
+    @classmethod
+    def of(cls, specs: dict[str, InputSpec], shapes: Shapes) -> "InputPlan":
+        """Raises InputError for an input that is missing or of another rank or size."""
+        sizes, plan = Sizes(), cls({}, {}, {})
+        for (name, spec), shape in zip(specs.items(), shapes, strict=True):
+            if shape is None and not spec.optional:
+                raise InputError(f"{name}: got None, needed a tensor of shape {spec}")
+            if shape is None:
+                extents = [sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape]
+                plan.absent[name] = torch.ones(extents, dtype=torch.float32, device=CPU_DEVICE)
+                continue
+            if spec.shape == (SAMPLES,) and math.prod(shape) == 1:  # one timestep or label for all samples
+                needed = (sizes[SAMPLES],)
+            elif spec.shared and len(shape) == len(spec.shape) - 1:
+                needed = (sizes[SAMPLES], *shape)
+            else:
+                needed = tuple(shape)
+            sizes.admit(name, needed, spec)
+            plan.present[name] = spec
+            if needed != shape:
+                plan.expanded[name] = needed
+        return plan
+
+    def inputs(self, given: dict[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor]:
+        """The graph's, of what is given in these shapes. Raises InputError for labels of no class."""
+        made = {}
+        for name, spec in self.present.items():
+            tensor, needed = given[name], self.expanded.get(name)
+            if needed is not None:
+                tensor = (tensor.flatten() if len(needed) == 1 else tensor).expand(needed)
+            spec.check_labels(name, tensor)
+            made[name] = as_input(tensor, device)
+        for name, ones in self.absent.items():
+            made[name] = as_input(ones, device)
+        return made
+
+
+def as_input(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the right sizes as the graph takes it."""
     # Behind a run, whose weights fill the caches, every call of torch that can be spared counts.
     ready = tensor.dtype == torch.float32 and tensor.device == device and not tensor.requires_grad
     tensor = tensor if ready else tensor.detach().to(device, torch.float32)

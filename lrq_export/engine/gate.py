@@ -13,16 +13,17 @@ class Gate:
 
     def __init__(self, name: str):
         self._name, self._inside, self._closed = name, 0, False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # taken at every pass: by itself it costs less than through its condition
+        self._changed = threading.Condition(self._lock)
 
     def __enter__(self) -> None:
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise UsageError(f"{self._name} is closed", hint="load the package again")
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
+        with self._lock:
             self._inside -= 1
             if self._closed:  # someone may wait
                 self._changed.notify_all()
