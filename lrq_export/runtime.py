@@ -113,7 +113,7 @@ class PackagedTransformer:
         # diffusers, too, ignores size conditions that the model has no use for.
         self._known = nest(self.specs).keys() | {"added_cond_kwargs"}
         self._runner, self._gate = runner, Gate("the transformer")
-        self._names, self._names_set = tuple(self.__signature__.parameters), frozenset(self.__signature__.parameters)
+        self._names = dict.fromkeys(self.__signature__.parameters)
         self._plans: dict[Shapes, InputPlan] = {}
 
     @property
@@ -141,14 +141,13 @@ class PackagedTransformer:
     def __call__(self, *positional: Any, **named: Any):
         """Denoise once; arguments as in diffusers. Raises UsageError for arguments the package was not built with."""
         arguments = self._arguments(positional, named)
-        return_dict, given = arguments.pop("return_dict", True), dict(flatten(arguments))
-        for name, value in given.items():
-            if value is not None and name.partition(".")[0] not in self._known:
-                raise UsageError(f"the package has no input for {name}", hint="pass None")
-        latents = given["hidden_states"]
-        sample = self.run(self._inputs(given))
-        same = sample.device == latents.device and sample.dtype == latents.dtype
-        output = sample if same else sample.to(latents.device, latents.dtype)
+        return_dict, given = arguments.pop("return_dict", True), flatten(arguments)
+        if not self._known.issuperset(arguments):
+            self._refuse_unknown(given)
+        inputs, latents = self._inputs(given), given["hidden_states"]
+        alike = latents.device == self.device and latents.dtype == self.dtype  # behind the run it costs more to ask
+        sample = self.run(inputs)
+        output = sample if alike else sample.to(latents.device, latents.dtype)
         if not return_dict:
             return (output,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -157,8 +156,13 @@ class PackagedTransformer:
 
     forward = __call__
 
+    def _refuse_unknown(self, given: dict[str, Any]) -> None:
+        for name, value in given.items():
+            if value is not None and name.partition(".")[0] not in self._known:
+                raise UsageError(f"the package has no input for {name}", hint="pass None")
+
     def _inputs(self, given: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """`tensors`, by the plan of the last call with arguments of these shapes: they stay the same over a loop."""
+        """`tensors`, by the plan of an earlier call with these shapes: they stay the same over a loop."""
         shapes = shapes_of(self.specs, given)
         plan = self._plans.get(shapes)
         if plan is None:
@@ -170,9 +174,9 @@ class PackagedTransformer:
 
     def _arguments(self, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
         """By name. `Signature.bind` takes its time, and is asked only to raise what Python does for wrong arguments."""
-        arguments = dict(zip(self._names, positional, strict=False)) | named
-        one_of_each = len(arguments) == len(positional) + len(named)
-        if one_of_each and self._names[0] in arguments and self._names_set.issuperset(named):
+        names, arguments = self._names, dict(zip(self._names, positional, strict=False)) | named
+        once = len(arguments) == len(positional) + len(named)
+        if once and arguments.keys() <= names.keys() and next(iter(names)) in arguments:
             return arguments
         return self.__signature__.bind(*positional, **named).arguments
 
@@ -221,37 +225,32 @@ def shapes_of(specs: dict[str, InputSpec], given: dict[str, torch.Tensor | None]
 
 @dataclass(frozen=True)
 class InputPlan:
-    """What arguments of certain shapes become, be their values, dtypes and devices what they may."""
+    """What arguments of certain shapes become, whatever their values, dtypes and devices. Threads may share one."""
 
     present: dict[str, InputSpec]
     expanded: dict[str, tuple[int, ...]]  # sizes of those that are given once for all samples
-    absent: dict[str, torch.Tensor]  # all ones, on the CPU; every call reads them, none may write there or give them away
+    absent: dict[str, torch.Tensor]  # all ones, on the CPU; engines only read them, and no caller gets them
 
     @classmethod
     def of(cls, specs: dict[str, InputSpec], shapes: Shapes) -> "InputPlan":
         """Raises InputError for an input that is missing or of another rank or size."""
         sizes, plan = Sizes(), cls({}, {}, {})
         for (name, spec), shape in zip(specs.items(), shapes, strict=True):
-            if shape is None and not spec.optional:
-                raise InputError(f"{name}: got None, needed a tensor of shape {spec}")
-            if shape is None:
+            if shape is not None:
+                needed = _expanded(spec, tuple(shape), sizes)
+                sizes.admit(name, needed, spec)
+                plan.present[name] = spec
+                if needed != shape:
+                    plan.expanded[name] = needed
+            elif spec.optional:
                 extents = [sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape]
                 plan.absent[name] = torch.ones(extents, dtype=torch.float32, device=CPU_DEVICE)
-                continue
-            if spec.shape == (SAMPLES,) and math.prod(shape) == 1:  # one timestep or label for all samples
-                needed = (sizes[SAMPLES],)
-            elif spec.shared and len(shape) == len(spec.shape) - 1:
-                needed = (sizes[SAMPLES], *shape)
             else:
-                needed = tuple(shape)
-            sizes.admit(name, needed, spec)
-            plan.present[name] = spec
-            if needed != shape:
-                plan.expanded[name] = needed
+                raise InputError(f"{name}: got None, needed a tensor of shape {spec}")
         return plan
 
     def inputs(self, given: dict[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor]:
-        """The graph's, of what is given in these shapes. Raises InputError for labels of no class."""
+        """What is given in these shapes, as the graph takes it. Raises InputError for labels of no class."""
         made = {}
         for name, spec in self.present.items():
             tensor, needed = given[name], self.expanded.get(name)
@@ -262,6 +261,15 @@ class InputPlan:
         for name, ones in self.absent.items():
             made[name] = as_input(ones, device)
         return made
+
+
+def _expanded(spec: InputSpec, shape: tuple[int, ...], sizes: Sizes) -> tuple[int, ...]:
+    """The shape of what is given once for all samples, as for all of them; another shape as it is."""
+    if spec.shape == (SAMPLES,) and math.prod(shape) == 1:  # one timestep or label
+        return (sizes[SAMPLES],)
+    if spec.shared and len(shape) == len(spec.shape) - 1:
+        return (sizes[SAMPLES], *shape)
+    return shape
 
 
 def as_input(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -13,17 +13,16 @@ class Gate:
 
     def __init__(self, name: str):
         self._name, self._inside, self._closed = name, 0, False
-        self._lock = threading.Lock()  # taken at every pass: by itself it costs less than through its condition
-        self._changed = threading.Condition(self._lock)
+        self._changed = threading.Condition()
 
     def __enter__(self) -> None:
-        with self._lock:
+        with self._changed:
             if self._closed:
                 raise UsageError(f"{self._name} is closed", hint="load the package again")
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
+        with self._changed:
             self._inside -= 1
             if self._closed:  # someone may wait
                 self._changed.notify_all()
