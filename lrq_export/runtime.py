@@ -1,7 +1,9 @@
 """Run a package: `load(OUT)` is a drop-in for `pipe.transformer` of a diffusers pipeline."""
 
 import inspect
+import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +22,7 @@ from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily, Sizes, flatt
 from lrq_export.package import MANIFEST, ONNXRUNTIME_ENGINE
 from lrq_export.untrusted_json import read_json_object
 
-MOST_ADMITTED = 64
+MOST_PLANS = 64
 AUTO, ONNXRUNTIME = "auto", "onnxruntime"
 CPU_DEVICE = torch.device("cpu")
 TARGETS = (*tensorrt.FOLDERS, ONNXRUNTIME)  # the first that can run here is the one that is wanted
@@ -111,7 +113,8 @@ class PackagedTransformer:
         # diffusers, too, ignores size conditions that the model has no use for.
         self._known = nest(self.specs).keys() | {"added_cond_kwargs"}
         self._runner, self._gate = runner, Gate("the transformer")
-        self._admitted: set[tuple] = set()  # shapes of all inputs
+        self._names = dict.fromkeys(self.__signature__.parameters)
+        self._plans: dict[Shapes, InputPlan] = {}
 
     @property
     def session(self):
@@ -138,14 +141,13 @@ class PackagedTransformer:
     def __call__(self, *positional: Any, **named: Any):
         """Denoise once; arguments as in diffusers. Raises UsageError for arguments the package was not built with."""
         arguments = self._arguments(positional, named)
-        return_dict, given = arguments.pop("return_dict", True), dict(flatten(arguments))
-        for name, value in given.items():
-            if value is not None and name.partition(".")[0] not in self._known:
-                raise UsageError(f"the package has no input for {name}", hint="pass None")
-        latents = given["hidden_states"]
-        sample = self.run(self._inputs(given))
-        same = sample.device == latents.device and sample.dtype == latents.dtype
-        output = sample if same else sample.to(latents.device, latents.dtype)
+        return_dict, given = arguments.pop("return_dict", True), flatten(arguments)
+        if not self._known.issuperset(arguments):
+            self._refuse_unknown(given)
+        inputs, latents = self._inputs(given), given["hidden_states"]
+        alike = latents.device == self.device and latents.dtype == self.dtype  # behind the run it costs more to ask
+        sample = self.run(inputs)
+        output = sample if alike else sample.to(latents.device, latents.dtype)
         if not return_dict:
             return (output,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -154,25 +156,28 @@ class PackagedTransformer:
 
     forward = __call__
 
+    def _refuse_unknown(self, given: dict[str, Any]) -> None:
+        for name, value in given.items():
+            if value is not None and name.partition(".")[0] not in self._known:
+                raise UsageError(f"the package has no input for {name}", hint="pass None")
+
     def _inputs(self, given: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """`tensors`, whose look at sizes is spared where it admitted them before: they stay the same over a loop."""
-        shapes = tuple(getattr(given.get(name), "shape", None) for name in self.specs)
-        if shapes in self._admitted:
-            return {name: as_input(name, spec, given[name], self.device) for name, spec in self.specs.items()}
-        made = tensors(self.specs, given, self.device)
-        if shapes == tuple(tensor.shape for tensor in made.values()):
-            if len(self._admitted) == MOST_ADMITTED:
-                self._admitted.clear()
-            self._admitted.add(shapes)
-        return made
+        """`tensors`, by the plan of an earlier call with these shapes: they stay the same over a loop."""
+        shapes = shapes_of(self.specs, given)
+        plan = self._plans.get(shapes)
+        if plan is None:
+            plan = InputPlan.of(self.specs, shapes)
+            if len(self._plans) == MOST_PLANS:
+                self._plans.clear()
+            self._plans[shapes] = plan
+        return plan.inputs(given, self.device)
 
     def _arguments(self, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
         """By name. `Signature.bind` takes its time, and is asked only to raise what Python does for wrong arguments."""
-        names = self.__signature__.parameters
-        arguments = dict(zip(names, positional, strict=False))
-        fits = len(positional) <= len(names) and named.keys() <= names.keys() and not named.keys() & arguments.keys()
-        if fits and (positional or next(iter(names)) in named):
-            return arguments | named
+        names, arguments = self._names, dict(zip(self._names, positional, strict=False)) | named
+        once = len(arguments) == len(positional) + len(named)
+        if once and arguments.keys() <= names.keys() and next(iter(names)) in arguments:
+            return arguments
         return self.__signature__.bind(*positional, **named).arguments
 
     def cache_context(self, name: str, **_: Any) -> AbstractContextManager[None]:
@@ -208,26 +213,67 @@ def tensors(
 
     Raises InputError for one that is missing or of another rank or size, or holds labels of no class.
     """
-    sizes, made = Sizes(), {}
-    for name, spec in specs.items():
-        tensor = given.get(name)
-        if tensor is None and not spec.optional:
-            raise InputError(f"{name}: got None, needed a tensor of shape {spec}")
-        if tensor is None:
-            tensor = torch.ones([sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape])
-        else:
-            if spec.shape == (SAMPLES,) and tensor.numel() == 1:  # one timestep or label for all samples
-                tensor = tensor.reshape(1).expand(sizes[SAMPLES])
-            elif spec.shared and tensor.ndim == len(spec.shape) - 1:
-                tensor = tensor.expand(sizes[SAMPLES], *tensor.shape)
-            sizes.admit(name, tuple(tensor.shape), spec)
-        made[name] = as_input(name, spec, tensor, device)
-    return made
+    return InputPlan.of(specs, shapes_of(specs, given)).inputs(given, device)
 
 
-def as_input(name: str, spec: InputSpec, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the right sizes as the graph takes it. Raises InputError for labels of no class."""
-    spec.check_labels(name, tensor)
+Shapes = tuple[tuple[int, ...] | None, ...]  # of every input as it is given; None: it is absent
+
+
+def shapes_of(specs: dict[str, InputSpec], given: dict[str, torch.Tensor | None]) -> Shapes:
+    return tuple([None if (tensor := given.get(name)) is None else tensor.shape for name in specs])
+
+
+@dataclass(frozen=True)
+class InputPlan:
+    """What arguments of certain shapes become, whatever their values, dtypes and devices. Threads may share one."""
+
+    present: dict[str, InputSpec]
+    expanded: dict[str, tuple[int, ...]]  # sizes of those that are given once for all samples
+    absent: dict[str, torch.Tensor]  # all ones, on the CPU; engines only read them, and no caller gets them
+
+    @classmethod
+    def of(cls, specs: dict[str, InputSpec], shapes: Shapes) -> "InputPlan":
+        """Raises InputError for an input that is missing or of another rank or size."""
+        sizes, plan = Sizes(), cls({}, {}, {})
+        for (name, spec), shape in zip(specs.items(), shapes, strict=True):
+            if shape is not None:
+                needed = _expanded(spec, tuple(shape), sizes)
+                sizes.admit(name, needed, spec)
+                plan.present[name] = spec
+                if needed != shape:
+                    plan.expanded[name] = needed
+            elif spec.optional:
+                extents = [sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape]
+                plan.absent[name] = torch.ones(extents, dtype=torch.float32, device=CPU_DEVICE)
+            else:
+                raise InputError(f"{name}: got None, needed a tensor of shape {spec}")
+        return plan
+
+    def inputs(self, given: dict[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor]:
+        """What is given in these shapes, as the graph takes it. Raises InputError for labels of no class."""
+        made = {}
+        for name, spec in self.present.items():
+            tensor, needed = given[name], self.expanded.get(name)
+            if needed is not None:
+                tensor = (tensor.flatten() if len(needed) == 1 else tensor).expand(needed)
+            spec.check_labels(name, tensor)
+            made[name] = as_input(tensor, device)
+        for name, ones in self.absent.items():
+            made[name] = as_input(ones, device)
+        return made
+
+
+def _expanded(spec: InputSpec, shape: tuple[int, ...], sizes: Sizes) -> tuple[int, ...]:
+    """The shape of what is given once for all samples, as for all of them; another shape as it is."""
+    if spec.shape == (SAMPLES,) and math.prod(shape) == 1:  # one timestep or label
+        return (sizes[SAMPLES],)
+    if spec.shared and len(shape) == len(spec.shape) - 1:
+        return (sizes[SAMPLES], *shape)
+    return shape
+
+
+def as_input(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the right sizes as the graph takes it."""
     # Behind a run, whose weights fill the caches, every call of torch that can be spared counts.
     ready = tensor.dtype == torch.float32 and tensor.device == device and not tensor.requires_grad
     tensor = tensor if ready else tensor.detach().to(device, torch.float32)

@@ -106,7 +106,11 @@ def call_tensors(arguments: Mapping[str, Any], shared: Collection[str] = ()) -> 
     The first tensor that has axes decides how many samples there are. Numbers and tensors of one value are repeated, as
     are the `shared` ones, which the model takes once for all samples; None, flags and anything else are left out.
     """
-    flat = {name: value for name, value in flatten(arguments) if _is_number(value) or isinstance(value, torch.Tensor)}
+    flat = {
+        name: value
+        for name, value in flatten(arguments).items()
+        if _is_number(value) or isinstance(value, torch.Tensor)
+    }
     count = next((value.shape[0] for value in flat.values() if isinstance(value, torch.Tensor) and value.ndim > 1), 1)
     tensors = {}
     for name, value in flat.items():

@@ -17,7 +17,7 @@ class OnnxRuntimeRunner:
 
     def __init__(self, session: Any, *, bind: bool | None = None):
         self.session = session
-        on_cuda = session.get_providers()[0] == CUDA
+        self._on_cuda = on_cuda = session.get_providers()[0] == CUDA
         # ONNX Runtime's CUDA provider takes the first GPU unless it is told another.
         self.device = torch.device("cuda", 0) if on_cuda else torch.device("cpu")
         self._bind = on_cuda if bind is None else bind
@@ -28,13 +28,13 @@ class OnnxRuntimeRunner:
         if shape is None:
             (sample,) = self.session.run(None, {name: tensor.numpy(force=True) for name, tensor in inputs.items()})
             output = torch.from_numpy(sample)
-            return output if self.device.type == "cpu" else output.to(self.device)
+            return output.to(self.device) if self._on_cuda else output
         kind, index = self.device.type, self.device.index or 0
         binding, sample = self.session.io_binding(), torch.empty(shape, device=self.device)
         for name, tensor in inputs.items():
             binding.bind_input(name, kind, index, np.float32, tuple(tensor.shape), tensor.data_ptr())
         binding.bind_output(self._output.name, kind, index, np.float32, shape, sample.data_ptr())
-        if self.device.type == "cuda":  # the session computes on a stream of its own, and waits for its end itself
+        if self._on_cuda:  # the session computes on a stream of its own, and waits for its end itself
             torch.cuda.current_stream(self.device).synchronize()
         self.session.run_with_iobinding(binding)
         return sample

@@ -147,13 +147,15 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def flatten(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Forward arguments by dotted name: {"a": {"b": t}} becomes ("a.b", t)."""
+def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Forward arguments by dotted name: {"a": {"b": t}} becomes {"a.b": t}."""
+    flat: dict[str, Any] = {}
     for name, value in arguments.items():
         if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", value
+            flat[prefix + name] = value
+    return flat
 
 
 def nest(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def test_arguments_that_the_package_cannot_honour_are_refused(drop_in):
 def test_sizes_that_were_admitted_once_are_and_others_are_still_refused(drop_in):
     given = arguments() | {"encoder_attention_mask": torch.ones(2, 6)}
     first = drop_in(**given).sample
-    assert len(drop_in._admitted) >= 1
+    assert len(drop_in._plans) >= 1
     assert torch.equal(drop_in(**given).sample, first)
     strided = given | {"hidden_states": given["hidden_states"].transpose(2, 3).contiguous().transpose(2, 3)}
     assert not strided["hidden_states"].is_contiguous()
