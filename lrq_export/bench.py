@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lrq_export.errors import CheckFailed, UsageError
+from lrq_export.layer_times import layer_times
 from lrq_export.machine import describe_machine
 from lrq_export.models import family_of
 from lrq_export.package import load_manifest, verify_hashes
@@ -40,11 +41,13 @@ def bench(
     batches: tuple[int, ...] = (1,),
     runs: int = 30,
     threads: int | None = None,
+    layers: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Rows of latency, throughput and memory, one for each batch and target that can run here; baselines with `source`.
 
-    Inputs are those that the package keeps to be judged by. `speedup` is against the fastest baseline of the batch.
+    With `layers`, also what each layer of each target takes, the slowest first. Inputs are those that the package keeps
+    to be judged by. `speedup` is against the fastest baseline of the batch.
     Raises InputError for a bad package or source.
     """
     progress = progress or Silent()
@@ -53,13 +56,16 @@ def bench(
     names += list(BASELINES) if source is not None else []
     if threads is not None:
         torch.set_num_threads(threads)
-    rows, timings = [], {}
+    rows, timed_layers, timings = [], [], {}
     for batch in batches:
         inputs = inputs_of(package, batch)
         with stage(progress, f"batch {batch}", timings, runs + 1):
             opened = {name: open_run(package, name, inputs, threads, source) for name in names}
             milliseconds = timed(opened, runs, progress)
             del opened
+        for target in (name for name in names if layers and name in TARGETS):
+            found = layer_times(package, target, inputs, runs, threads)
+            timed_layers += [{"batch": batch, "target": target} | each.row() for each in found]
         for name in names:
             rows.append({"batch": batch, "target": name} | figures(milliseconds[name], batch))
             rows[-1]["peak_mib"] = round(peak_bytes(package, name, batch, threads, source) / 2**20, 1)
@@ -67,7 +73,9 @@ def bench(
         baselines = [other for other in rows if other["batch"] == row["batch"] and other["target"] in BASELINES]
         fastest = min((other["p50_ms"] for other in baselines), default=None)
         row["speedup"] = None if fastest is None else round(fastest / row["p50_ms"], 3)
-    return {"machine": describe_machine(), "threads": threads, "runs": runs, "rows": rows}
+    return {
+        "machine": describe_machine(), "threads": threads, "runs": runs, "rows": rows, "layers": timed_layers,
+    }  # fmt: skip
 
 
 def require_speedup(report: dict[str, Any], needed: float) -> None:

@@ -9,6 +9,7 @@ import typer
 from lrq_export.admit import admit
 from lrq_export.errors import UsageError
 
+_SHOWN_LAYERS = 20
 Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines.")]
 Name = Annotated[str | None, typer.Option(help="Name of the model; default: the package's folder.")]
@@ -107,6 +108,7 @@ def bench(
     require_speedup: Annotated[
         float | None, typer.Option(help="Exit with 1 unless a target is so many times as fast as the fastest baseline.")
     ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Also time the layers of each target, one by one.")] = False,
     as_json: Json = False,
 ) -> None:
     """Time each target of a package beside the floating-point model, turn by turn in one process."""
@@ -116,13 +118,15 @@ def bench(
     from lrq_export.bench import bench as run
     from lrq_export.bench import require_speedup as check
 
-    report = run(package, source=source, batches=tuple(batch or [1]), runs=runs, threads=threads)
+    report = run(package, source=source, batches=tuple(batch or [1]), runs=runs, threads=threads, layers=layers)
     if as_json:
-        for row in report["rows"]:
-            print(json.dumps({"event": "row"} | row))
+        for event, rows in (("row", report["rows"]), ("layer", report["layers"])):
+            for row in rows:
+                print(json.dumps({"event": event} | row))
         print(json.dumps({"event": "machine"} | report["machine"]))
     else:
         _show_bench(report["rows"])
+        _show_layers(report["layers"])
     if require_speedup is not None:
         check(report, require_speedup)
 
@@ -148,3 +152,17 @@ def _limits(pairs: list[str]) -> dict[str, int]:
             raise UsageError(f"--limit: got {pair!r}, needed DIMENSION=SIZE", hint="e.g. --limit samples=8")
         limits[dimension] = int(size)
     return limits
+
+
+def _show_layers(layers: list[dict[str, Any]]) -> None:
+    """The slowest of each target and batch; --json has all of them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for batch, target in dict.fromkeys((row["batch"], row["target"]) for row in layers):
+        rows = [row for row in layers if (row["batch"], row["target"]) == (batch, target)]
+        title = f"{target}, batch {batch}: {min(_SHOWN_LAYERS, len(rows))} of {len(rows)} layers"
+        table = Table("layer", "p50 ms", "share", title=title, title_justify="left")
+        for row in rows[:_SHOWN_LAYERS]:
+            table.add_row(row["layer"], f"{row['p50_ms']:.3f}", f"{100 * row['share']:.1f} %")
+        Console().print(table)

@@ -9,9 +9,12 @@ where a product of known sum comes out wrong.
 """
 
 import functools
+import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,6 +32,7 @@ from lrq_export.quantized import QuantizedFile
 
 MODEL = "model.onnx"
 ZERO_POINT = 128
+_KERNEL = "_kernel_time"  # ends the names of nodes in ONNX Runtime's profiles
 SMALLEST = np.finfo(np.float32).tiny  # stands in for the scale of an all-zero token, whose codes are then all zero
 
 
@@ -57,12 +61,17 @@ def build_engine(
     return total
 
 
-def open_session(folder: Path, threads: int | None = None):
-    """An `onnxruntime.InferenceSession` of the engine as its session.json says, but for the `threads` of one run."""
+def open_session(folder: Path, threads: int | None = None, *, profile: Path | None = None):
+    """An `onnxruntime.InferenceSession` of the engine as its session.json says, but for the `threads` of one run.
+
+    `profile`: begin of the name of a file of ONNX Runtime's own, to which `end_profiling` writes what each node took.
+    """
     import onnxruntime
 
     settings = SessionSettings.read(folder)
     options = settings.session_options(products_saturate(), threads)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     providers = [name for name in settings.providers if name in onnxruntime.get_available_providers()]
     try:
         # Of the CPU there is nothing to fall back from; ONNX Runtime would print that it does.
@@ -72,6 +81,21 @@ def open_session(folder: Path, threads: int | None = None):
         raise InputError(
             f"{folder / MODEL}: ONNX Runtime {onnxruntime.__version__} refuses it: {error}", hint="build it again"
         ) from error
+
+
+def layer_times(folder: Path, feeds: dict[str, Any], runs: int, threads: int | None = None) -> dict[str, list[float]]:
+    """Milliseconds of each node of the engine's optimized graph, one for each of `runs`; named `name (op)`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        session = open_session(folder, threads, profile=Path(scratch) / "profile")
+        for _ in range(runs + 1):  # the first warms up
+            session.run(None, feeds)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    times: dict[str, list[float]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+            name = f"{event['name'].removesuffix(_KERNEL)} ({event['args']['op_name']})"
+            times.setdefault(name, []).append(event["dur"] / 1000)
+    return {name: each[1:] for name, each in times.items()}
 
 
 def session_config(folder: Path) -> dict[str, str]:

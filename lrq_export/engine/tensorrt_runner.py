@@ -98,6 +98,26 @@ class TensorRtRunner:
                 sample.record_stream(caller)
         return sample
 
+    def layer_times(self, inputs: Mapping[str, torch.Tensor], runs: int) -> dict[str, list[float]]:
+        """Milliseconds of each layer of the plan, one for each of `runs`.
+
+        In a context of its own, without a CUDA graph: the profiler is told of what is enqueued, not of replays.
+        """
+        shapes = tuple((name, tuple(inputs[name].shape)) for name in self._inputs)
+        profiler = _profiler(self._trt)
+        with self._lock, torch.cuda.device(self.device):
+            bucket = self._bucket(shapes, captures=False)
+            context = bucket.context
+            context.profiler = profiler
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                for name, buffer in bucket.inputs.items():
+                    buffer.copy_(inputs[name], non_blocking=True)
+                for _ in range(runs):
+                    self._enqueue(context)
+                    self._stream.synchronize()
+        return profiler.milliseconds
+
     def close(self) -> None:
         """Free the engine, its contexts and all memory."""
         with self._lock:
@@ -112,10 +132,10 @@ class TensorRtRunner:
             if len(self._buckets) == BUCKETS:
                 self._stream.synchronize()  # it may run still
                 self._buckets.popitem(last=False)
-            self._buckets[shapes] = self._bucket(shapes)
+            self._buckets[shapes] = self._bucket(shapes, self._captures)
         return self._buckets[shapes]
 
-    def _bucket(self, shapes: Shapes) -> Bucket:
+    def _bucket(self, shapes: Shapes, captures: bool) -> Bucket:
         trt, engine, stream = self._trt, self._engine, self._stream
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
@@ -135,7 +155,7 @@ class TensorRtRunner:
         stream.wait_stream(torch.cuda.current_stream(self.device))  # of the zeros
         with torch.cuda.stream(stream):
             self._enqueue(context)  # the first run allocates, which a capture must not
-        return Bucket(context, buffers, output, self._captured(context) if self._captures else None)
+        return Bucket(context, buffers, output, self._captured(context) if captures else None)
 
     def _captured(self, context: Any) -> Any:
         graph = torch.cuda.CUDAGraph()
@@ -173,6 +193,20 @@ class TensorRtRunner:
 def _within(shape: tuple[int, ...], ranges: Any) -> bool:
     least, _, most = ranges
     return all(low <= size <= high for low, size, high in zip(tuple(least), shape, tuple(most), strict=True))
+
+
+def _profiler(trt: Any) -> Any:
+    """What TensorRT tells the time of every layer, of a class in a library that is found at run time."""
+
+    class LayerTimes(trt.IProfiler):
+        def __init__(self):
+            trt.IProfiler.__init__(self)  # pybind11 takes no instance whose base was not made
+            self.milliseconds: dict[str, list[float]] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.milliseconds.setdefault(layer_name, []).append(ms)
+
+    return LayerTimes()
 
 
 def _load_plugins(trt: Any, target: str) -> None:

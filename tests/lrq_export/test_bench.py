@@ -2,6 +2,7 @@
 
 import json
 
+import onnx
 import pytest
 
 from lrq_export import bench
@@ -61,3 +62,22 @@ def test_inputs_are_repeated_to_fill_a_batch(package):
     many = bench.inputs_of(package, 50)
     assert all(len(tensor) == 50 for tensor in many.values())
     assert all(bool((many[name][:2] == tensor).all()) for name, tensor in few.items())
+
+
+def test_layers_of_a_target_are_timed_one_by_one(package, cli, without_memory):
+    done = cli("bench", package, "--runs", 3, "--threads", 1, "--layers", "--json")
+    layers = [row for row in map(json.loads, done.out.splitlines()) if row["event"] == "layer"]
+    times = [row["p50_ms"] for row in layers]
+    assert times == sorted(times, reverse=True)
+    assert times[0] > 0
+    assert sum(row["share"] for row in layers) == pytest.approx(1, abs=0.01)
+    assert {(row["batch"], row["target"]) for row in layers} == {(1, "onnxruntime")}
+    graph = onnx.load(package / "engine" / "onnxruntime" / "model.onnx", load_external_data=False).graph
+    products = sum(node.op_type == "MatMulIntegerToFloat" for node in graph.node)
+    assert 0 < products == sum(row["layer"].endswith("(MatMulIntegerToFloat)") for row in layers)
+
+
+def test_the_slowest_layers_are_shown(package, cli, without_memory):
+    shown = cli("bench", package, "--runs", 1, "--threads", 1, "--layers").out
+    assert "onnxruntime, batch 1: 20 of" in shown
+    assert "layers" not in cli("bench", package, "--runs", 1, "--threads", 1).out

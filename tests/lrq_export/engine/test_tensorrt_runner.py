@@ -67,6 +67,7 @@ def test_an_attribute_that_does_not_exist_is_seen():
 class Context:
     def __init__(self, engine):
         self.engine, self.shapes, self.addresses, self.runs, self.profile = engine, {}, {}, 0, None
+        self.profiler = None
 
     def set_device_memory(self, address, size):
         assert size >= self.engine.device_memory_size_v2
@@ -95,6 +96,9 @@ class Context:
 
         self.runs += 1
         at("sample")[:] = 2 * at("x") + at("t")[:, None]
+        if self.profiler is not None:
+            self.profiler.report_layer_time("blocks.0", 0.5)
+            self.profiler.report_layer_time("blocks.1", 0.25)
         return self.engine.runs_well
 
 
@@ -142,6 +146,7 @@ def engine(monkeypatch, tmp_path):
         Runtime=lambda logger: SimpleNamespace(
             deserialize_cuda_engine=lambda plan: made if plan == b"ftrt good" else None
         ),
+        IProfiler=type("IProfiler", (), {}),
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
         TensorIOMode=SimpleNamespace(INPUT="input"),
         DataType=SimpleNamespace(FLOAT="float", HALF="half", BF16="bf16", INT32="i", INT64="l", BOOL="b"),
@@ -199,6 +204,17 @@ def test_buckets_that_were_not_used_for_longest_go(engine, tmp_path):
     assert len(engine.contexts) == BUCKETS + 1
     assert right(runner, given(2))
     assert len(engine.contexts) == BUCKETS + 2
+
+
+def test_layers_are_timed_outside_of_a_graph(engine, tmp_path):
+    runner = opened(tmp_path)
+    assert right(runner, given(2))
+    times = runner.layer_times(given(2), 3)
+    assert times == {"blocks.0": [0.5] * 3, "blocks.1": [0.25] * 3}
+    assert engine.contexts[0].profiler is None, "a context that answers is not slowed down"
+    assert len(runner._buckets) == 1
+    with pytest.raises(UsageError, match="no optimization profile"):
+        runner.layer_times(given(21), 1)
 
 
 def test_what_cannot_be_run_is_told(engine, tmp_path, monkeypatch):
