@@ -28,7 +28,10 @@ class LayerTime:
 def layer_times(
     package: Path, target: str, inputs: dict[str, torch.Tensor], runs: int, threads: int | None = None
 ) -> list[LayerTime]:
-    """All layers of a target, the slowest first. They are timed one by one, so their sum is more than a run takes."""
+    """All layers of a target, the slowest first.
+
+    Their sum is not what a run takes: ONNX Runtime spends time between nodes, TensorRT's profiler lets no two overlap.
+    """
     config = load_manifest(package)["source"]["config"]
     specs = family_of(config["_class_name"]).inputs(config)
     if target == ONNXRUNTIME:

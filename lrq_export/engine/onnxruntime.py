@@ -84,7 +84,10 @@ def open_session(folder: Path, threads: int | None = None, *, profile: Path | No
 
 
 def layer_times(folder: Path, feeds: dict[str, Any], runs: int, threads: int | None = None) -> dict[str, list[float]]:
-    """Milliseconds of each node of the engine's optimized graph, one for each of `runs`; named `name (op)`."""
+    """Milliseconds of each node of the engine's optimized graph, one for each of `runs`; named `name (op)`.
+
+    What the session does between two nodes is in none of them. Of a node on a GPU it is what handing it over takes.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         session = open_session(folder, threads, profile=Path(scratch) / "profile")
         for _ in range(runs + 1):  # the first warms up

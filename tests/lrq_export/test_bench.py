@@ -6,6 +6,7 @@ import onnx
 import pytest
 
 from lrq_export import bench
+from lrq_export.engine.onnxruntime import layer_times, open_session
 from lrq_export.errors import CheckFailed, UsageError
 
 
@@ -75,6 +76,15 @@ def test_layers_of_a_target_are_timed_one_by_one(package, cli, without_memory):
     graph = onnx.load(package / "engine" / "onnxruntime" / "model.onnx", load_external_data=False).graph
     products = sum(node.op_type == "MatMulIntegerToFloat" for node in graph.node)
     assert 0 < products == sum(row["layer"].endswith("(MatMulIntegerToFloat)") for row in layers)
+
+
+def test_every_run_but_the_first_is_in_every_layer_of_onnx_runtime(package):
+    session = open_session(package / "engine/onnxruntime")
+    inputs = bench.inputs_of(package, 1)
+    fed = {each.name: inputs[each.name].numpy() for each in session.get_inputs()}
+    times = layer_times(package / "engine/onnxruntime", fed, 3, 1)
+    assert len(times) > 50
+    assert {len(each) for each in times.values()} == {3}
 
 
 def test_the_slowest_layers_are_shown(package, cli, without_memory):

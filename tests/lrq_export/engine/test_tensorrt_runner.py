@@ -20,14 +20,21 @@ from lrq_export.errors import InputError, MissingError, UsageError
 # The NVIDIA class behind each name of a variable; "" is the module itself.
 CLASSES = {
     "trt": "", "runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext",
-    "registry": "IPluginRegistry", "network": "INetworkDefinition", "config": "IBuilderConfig",
+    "registry": "IPluginRegistry", "network": "INetworkDefinition", "config": "IBuilderConfig", "layer": "ILayer",
+    "inspector": "EngineInspector",
 }  # fmt: skip
 
 
 def uses(source):
-    """(class, attribute) for whatever the source reads of NVIDIA's module and objects; enums as (enum, member)."""
+    """(class, attribute) for whatever the source reads of NVIDIA's module and objects; enums as (enum, member).
+
+    So are the methods of its own classes that are derived from NVIDIA's: it calls those by name.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            bases = [base.attr for base in node.bases if isinstance(base, ast.Attribute) and base.value.id == "trt"]
+            found |= {(base, each.name) for base in bases for each in node.body if isinstance(each, ast.FunctionDef)}
         if not isinstance(node, ast.Attribute):
             continue
         owner = node.value
@@ -57,8 +64,11 @@ def test_every_attribute_that_is_used_of_nvidia_s_classes_exists(module):
 
 def test_an_attribute_that_does_not_exist_is_seen():
     rtx = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install lrq-export[rtx]")
-    source = "context.execute_async_v2(1)\ntrt.DataType.UINT4\nengine.get_tensor_name(0)\ntrt.Parser"
-    assert absent(rtx, source) == [".Parser", "DataType.UINT4", "IExecutionContext.execute_async_v2"]
+    source = "context.execute_async_v2(1)\ntrt.DataType.UINT4\nengine.get_tensor_name(0)\ntrt.Parser\n"
+    source += "class Times(trt.IProfiler):\n    def report_layer_times(self): ..."
+    assert absent(rtx, source) == [
+        ".Parser", "DataType.UINT4", "IExecutionContext.execute_async_v2", "IProfiler.report_layer_times"
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------- a stand-in for TensorRT and CUDA: sample = 2 x + t
