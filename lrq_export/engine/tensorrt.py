@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_graphsurgeon as gs
 
 from graphs import names
 from graphs.checks import check
@@ -33,6 +34,7 @@ from lrq_export.bind import write_for_plugins, write_standard
 from lrq_export.doctor.gpu import provider_needs
 from lrq_export.doctor.system import System, version_of
 from lrq_export.engine.ep_context import CONTEXT, write_context
+from lrq_export.engine.plan_layers import NodeTypes, float_type
 from lrq_export.engine.profiles import Range, shapes_of
 from lrq_export.engine.tensorrt_worker import RTX
 from lrq_export.errors import CheckFailed, MissingError
@@ -91,14 +93,18 @@ def obstacle(target: str, *, run: bool = False) -> MissingError | None:
 
 def write_network(
     traced: TracedGraph, quantized: QuantizedFile, folder: Path, plugins: bool, activations: str = FLOAT32, **options
-) -> list[str]:
-    """Write model.onnx as TensorRT's parser takes it; returns the names of its lrq nodes, none without plugins."""
+) -> dict[str, NodeTypes]:
+    """Write model.onnx as TensorRT's parser takes it; returns its lrq nodes by name, none without plugins."""
     lowered = lower(traced, plugins, activations)
     if not plugins:
         write_standard(lowered, quantized, folder / MODEL, **options)
-        return []
+        return {}
     write_for_plugins(lowered, quantized, folder / MODEL, **options)
-    return [node.name for node in lowered.graph.nodes if node.domain == names.DOMAIN]
+    return {node.name: _types_of(node) for node in lowered.graph.nodes if node.domain == names.DOMAIN}
+
+
+def _types_of(node: gs.Node) -> NodeTypes:
+    return NodeTypes(*(float_type(str(tensor.dtype)) for tensor in (node.inputs[0], node.outputs[0])))
 
 
 def write_for_provider(

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from lrq_export.engine.plan_layers import NodeTypes, float_type, judged_types, layer_faults, type_faults
+
 RTX = "tensorrt-rtx"
 
 
@@ -29,7 +31,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
 
     builder, network, parser = network_from_onnx_path(job["model"], strongly_typed=True)
-    _check_plugins(trt, network, job["plugin_nodes"])
+    nodes = {name: NodeTypes(*types) for name, types in job["plugin_nodes"].items()}
+    _check_plugins(trt, network, nodes)
     config = _config(trt, builder, network, job)
     plan = engine_bytes_from_network((builder, network, parser), config, save_timing_cache=job["timing_cache"])
     file = Path(job["engine"])
@@ -39,7 +42,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "engine_bytes": file.stat().st_size,
         "layers": network.num_layers,
         "plugin_layers": len(_plugin_layers(trt, network)),
-        "inspected": None if job["target"] == RTX else _inspect(trt, file, job),
+        "inspected": None if job["target"] == RTX else _inspect(trt, file, nodes, Path(job["layers"])),
     }
 
 
@@ -104,20 +107,29 @@ def _load_plugins(trt, library: str | None) -> None:
         raise CannotBuild(f"{library}: TensorRT {trt.__version__} does not load it")
 
 
-def _plugin_layers(trt, network) -> list[str]:
+def _plugin_layers(trt, network) -> list[Any]:
     layers = map(network.get_layer, range(network.num_layers))
-    return [layer.name for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
+    return [layer for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
 
 
-def _check_plugins(trt, network, wanted: list[str]) -> None:
-    """Every lrq node must have become one plugin layer, and nothing else a plugin."""
-    found = _plugin_layers(trt, network)
+def _check_plugins(trt, network, wanted: dict[str, NodeTypes]) -> None:
+    """Every lrq node must have become one plugin layer in its types, and nothing else a plugin."""
+    layers = _plugin_layers(trt, network)
+    found = [layer.name for layer in layers]
     missing, others = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or others or len(found) != len(wanted):
         what = (
             f"no plugin runs {missing[0]}" if missing else f"a plugin runs {others[0]}" if others else "some run twice"
         )
         raise CannotBuild(f"{len(found)} plugin layers, needed the {len(wanted)} lrq nodes of the graph: {what}")
+    for layer in layers:
+        got = (float_type(layer.get_input(0).dtype.name), float_type(layer.get_output(0).dtype.name))
+        _refuse(type_faults(layer.name, got, wanted[layer.name]))
+
+
+def _refuse(faults: list[str]) -> None:
+    if faults:
+        raise CannotBuild(faults[0] if len(faults) == 1 else f"{faults[0]}; and {len(faults) - 1} more like it")
 
 
 def _config(trt, builder, network, job: dict[str, Any]):
@@ -154,19 +166,17 @@ def _config(trt, builder, network, job: dict[str, Any]):
     return config
 
 
-def _inspect(trt, file: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """What the built engine says of its layers: one plugin layer for each lrq node, or CannotBuild."""
+def _inspect(trt, file: Path, nodes: dict[str, NodeTypes], listed: Path) -> dict[str, int]:
+    """Write down what the built engine says of its layers: one plugin layer for each lrq node, or CannotBuild."""
     from polygraphy.backend.trt import engine_from_bytes
 
     engine = engine_from_bytes(file.read_bytes())
-    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    inspector = engine.create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     layers = json.loads(text)["Layers"]
-    names = [layer["Name"] if isinstance(layer, dict) else layer for layer in layers]
-    lost = [node for node in job["plugin_nodes"] if not any(node in name for name in names)]
-    if lost:
-        raise CannotBuild(f"{len(lost)} lrq nodes have no layer in the engine, {lost[0]} among them")
-    Path(job["layers"]).write_text(text)
-    return {"layers": len(layers)}
+    _refuse(layer_faults(layers, nodes))
+    listed.write_text(text)
+    return {"layers": len(layers), "plugin_layers_of_told_type": judged_types(layers, nodes)}
 
 
 def main() -> None:

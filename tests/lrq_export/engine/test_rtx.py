@@ -9,6 +9,7 @@ import pytest
 import trt_build
 
 from lrq_export.engine import tensorrt
+from lrq_export.engine.plan_layers import NodeTypes
 from lrq_export.engine.targets import add_engines, engines
 from lrq_export.errors import CheckFailed
 from lrq_export.package import load_manifest, verify_hashes
@@ -74,10 +75,22 @@ def test_a_node_without_a_plugin_is_named(package, copy_of, monkeypatch, library
     """The twin that must fail: as if the graph had one lrq node more than the parser found plugins for."""
     monkeypatch.setattr(tensorrt, "find_library", lambda: library)
     write = tensorrt.write_network
-    monkeypatch.setattr(
-        tensorrt, "write_network", lambda *arguments, **options: [*write(*arguments, **options), "lost"]
-    )
+    lost = {"lost": NodeTypes("float32", "float32")}
+    monkeypatch.setattr(tensorrt, "write_network", lambda *arguments, **options: write(*arguments, **options) | lost)
     with pytest.raises(CheckFailed, match="no plugin runs lost"):
+        add_engines(copy_of(package), ["tensorrt-rtx"], changes=SIZES)
+
+
+def test_a_plugin_of_another_type_than_its_node_is_named(package, copy_of, monkeypatch, library):
+    """As if the graph that the parser reads were still in float32 where the recipe asks for float16."""
+    monkeypatch.setattr(tensorrt, "find_library", lambda: library)
+    write = tensorrt.write_network
+
+    def in_float16(*arguments, **options):
+        return dict.fromkeys(write(*arguments, **options), NodeTypes("float16", "float16"))
+
+    monkeypatch.setattr(tensorrt, "write_network", in_float16)
+    with pytest.raises(CheckFailed, match=r"its plugin reads float32, needed float16 as in the graph"):
         add_engines(copy_of(package), ["tensorrt-rtx"], changes=SIZES)
 
 

@@ -165,7 +165,7 @@ def test_the_builder_is_told_sizes_and_options(package, copy_of, builder):
     assert job["profiles"][0]["timestep"] == [(2,), (2,), (6,)]
     assert [shape[2] for shape in job["profiles"][0]["hidden_states"]] == [8, 8, 16]
     assert job["options"]["compute_capabilities"] == ["86", "120"]
-    assert (job["plugins"], job["plugin_nodes"]) == (None, [])
+    assert (job["plugins"], job["plugin_nodes"]) == (None, {})
 
 
 def test_without_plugins_the_network_has_standard_ops_alone(package, copy_of, builder):
@@ -185,7 +185,8 @@ def test_with_plugins_it_has_lrq_nodes_whose_codes_lie_in_words(package, copy_of
     assert layouts == {names.WORDS.encode()}
     (job,) = builder
     assert job["plugins"] == str(library)
-    assert job["plugin_nodes"] == [node.name for node in nodes]
+    assert list(job["plugin_nodes"]) == [node.name for node in nodes]
+    assert set(job["plugin_nodes"].values()) == {("float32", "float32")}
     assert json.loads((folder / FOLDER / "build.json").read_text())["nodes"] == len(nodes) > 10
 
 
