@@ -20,7 +20,6 @@ from lrq_export.errors import InputError, MissingError, UsageError
 from lrq_export.models import family_of
 from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily, Sizes, flatten, nest
 from lrq_export.package import MANIFEST, ONNXRUNTIME_ENGINE
-from lrq_export.untrusted_json import read_json_object
 
 MOST_PLANS = 64
 AUTO, ONNXRUNTIME = "auto", "onnxruntime"
@@ -79,12 +78,7 @@ def obstacle(package: Path, target: str) -> MissingError | None:
         return MissingError(
             f"{folder}: the package holds no {target} engine", hint=f"run lrq-export build {package} --target {target}"
         )
-    if read_json_object(folder / tensorrt.BUILD).get("options", {}).get("strip"):
-        again = f"lrq-export build {package} --target {target} --set engine.strip=false"
-        return MissingError(
-            f"{folder}: the engine has no weights (engine.strip)", hint=f"refit it yourself, or run {again}"
-        )
-    return tensorrt.obstacle(target, run=True)
+    return tensorrt.without_weights(package, target) or tensorrt.obstacle(target, run=True)
 
 
 def open_runner(package: Path, target: str, threads: int | None = None) -> Runner:

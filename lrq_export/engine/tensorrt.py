@@ -44,6 +44,7 @@ from lrq_export.package import write_json_atomic
 from lrq_export.plugins import LIBRARY, find_library
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Engine
+from lrq_export.untrusted_json import read_json_object
 
 TENSORRT, FLOAT32 = "tensorrt", "float32"
 MODEL, PLAN, TIMING_CACHE, LAYERS, BUILD = "model.onnx", "model.plan", "timing.cache", "layers.json", "build.json"
@@ -89,6 +90,19 @@ def obstacle(target: str, *, run: bool = False) -> MissingError | None:
         fix = "find one that has" if run else "build the engine where it will run"
         return MissingError(f"{target}: this machine has no CUDA GPU", hint=fix)
     return None
+
+
+def without_weights(package: Path, target: str) -> MissingError | None:
+    """Why a target's engine computes nothing as it lies in a package: it was stripped. None if it has its weights."""
+    folder = package / FOLDERS[target]
+    built = read_json_object(folder / BUILD) if (folder / BUILD).is_file() else {}
+    if not built.get("options", {}).get("strip"):
+        return None
+    again = f"lrq-export build {package} --target {target} --set engine.strip=false"
+    return MissingError(
+        f"{folder}: the engine has no weights (engine.strip)",
+        hint=f"run {again}, or refit it from {MODEL} beside it in a program of your own",
+    )
 
 
 def write_network(

@@ -161,7 +161,7 @@ def _config(trt, builder, network, job: dict[str, Any]):
     config = CreateConfig(
         **shared, hardware_compatibility_level=hardware[options["hardware"]], load_timing_cache=job["timing_cache"]
     )(builder, network)
-    if options["refit"]:
+    if options["refit"] or options["strip"]:  # what is stripped is what a refit brings
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
     return config
 

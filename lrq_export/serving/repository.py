@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lrq_export.engine.session_settings import SessionSettings
+from lrq_export.engine.tensorrt import FOLDERS, PLAN, TENSORRT, without_weights
 from lrq_export.errors import MissingError, UsageError
 from lrq_export.models import family_of
 from lrq_export.package import (
@@ -29,7 +30,7 @@ from lrq_export.package import (
 from lrq_export.serving.signature import inputs_of, outputs_of
 from lrq_export.serving.triton import config_text, model_config, tensorrt_config
 
-TENSORRT_PLAN = "engine/tensorrt/model.plan"
+TENSORRT_PLAN = f"{FOLDERS[TENSORRT]}/{PLAN}"
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,13 @@ class Layout:
 def write_repository(package: Path, folder: Path, layout: Layout) -> list[Path]:
     """Write `folder`, or add a version to it. Returns the model folders. Raises UsageError for a version that is there.
 
-    The package is checked first. A TensorRT plan in it becomes a model of its own, NAME-tensorrt.
+    The package is checked first. A TensorRT plan in it becomes a model of its own, NAME-tensorrt; MissingError for one
+    without its weights, which Triton does not bring.
     """
     manifest = verify_hashes(package)
+    stripped = without_weights(package, TENSORRT)
+    if stripped is not None:
+        raise stripped
     config = manifest["source"]["config"]
     specs = family_of(config["_class_name"]).inputs(config)
     # A shared input is the first sample's for all: requests that differ in it must not meet in one batch.
@@ -67,7 +72,7 @@ def write_repository(package: Path, folder: Path, layout: Layout) -> list[Path]:
     if plan.is_file():
         name = f"{layout.name}-tensorrt"
         text = config_text(tensorrt_config(name, layout.instances))
-        models.append(_write_model(folder / name, {"model.plan": plan}, layout, text))
+        models.append(_write_model(folder / name, {PLAN: plan}, layout, text))
         for library in layout.plugins:
             write_bytes_atomic(models[-1] / "plugins" / library.name, library.read_bytes())
     elif layout.plugins:

@@ -97,6 +97,7 @@ class Target:
                 f"{self.name}: the engine is not built",
                 hint=f"run lrq-export build {self.package} --target {self.name}",
             )
+        found = found or tensorrt.without_weights(self.package, self.name)
         if found is None:
             return None
         again = f"lrq-export verify {self.package} --against {self.name}"

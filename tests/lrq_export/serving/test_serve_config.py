@@ -125,6 +125,22 @@ def test_a_plan_becomes_a_model_of_its_own(package, parsed, copy_of, reseal, tmp
         write_repository(package, tmp_path / "s", Layout("tiny", plugins=(library,)))
 
 
+def test_a_plan_without_weights_is_refused_before_anything_is_written(package, copy_of, reseal, cli, tmp_path):
+    stripped, folder = copy_of(package, "stripped"), tmp_path / "r"
+    engine = stripped / "engine/tensorrt"
+    engine.mkdir()
+    (engine / "model.plan").write_bytes(b"ftrt a plan")
+    (engine / "build.json").write_text(json.dumps({"target": "tensorrt", "options": {"strip": True}}))
+    reseal(stripped)
+    cli("serve-config", stripped, "--triton", folder).refused(
+        4, f"{engine}: the engine has no weights (engine.strip)", "--set engine.strip=false"
+    )
+    assert not folder.exists()
+    (engine / "build.json").write_text(json.dumps({"target": "tensorrt", "options": {"strip": False}}))
+    reseal(stripped)
+    assert len(write_repository(stripped, folder, Layout("tiny"))) == 2
+
+
 @pytest.mark.parametrize(("name", "wanted"), [("Tiny_W4.a8", "tiny-w4-a8"), ("4bit", "m-4bit"), ("a" * 90, "a" * 63)])
 def test_the_kserve_service_has_a_name_that_kubernetes_takes(name, wanted, tmp_path):
     write_kserve(tmp_path / "k.yaml", Layout(name), "s3://bucket/models: #1")
