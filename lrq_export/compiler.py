@@ -22,7 +22,7 @@ from lrq_export.calibrate.observed import Observed
 from lrq_export.calibrate.run import observe
 from lrq_export.calibrate.statistics import Moments
 from lrq_export.engine.onnxruntime import build_engine
-from lrq_export.engine.targets import add_engines, build_targets, engine_warnings, lacking
+from lrq_export.engine.targets import INPUTS, add_engines, build_targets, engine_warnings, keep_engines, lacking
 from lrq_export.errors import CheckFailed, InputError, MissingError, UsageError
 from lrq_export.machine import libraries, versions
 from lrq_export.package import (
@@ -79,6 +79,7 @@ class Job:
     recipe: Recipe
     plans: list[LayerPlan]
     inputs: Inputs
+    inputs_fingerprint: str
     workspace: Workspace
     progress: Progress
     timings: dict[str, float] = field(default_factory=dict)
@@ -140,6 +141,8 @@ def build(
         check_steps(scheduler, recipe.sampling.steps, opened.family.latents(inputs.evaluation, inputs.conditions))
         files = [calibration_path(opened, calibration), conditions_path(opened, conditions)]
         key = fingerprint(opened, to_toml(_without_engines(recipe)), files, versions())
+        without_any = recipe.model_copy(update={"engine": Engine()})
+        inputs_fingerprint = fingerprint(opened, to_toml(without_any), files, {})
     if until == "load":
         return BuildResult(out, True, None, "load")
     report = _finished_report(out, key)
@@ -150,7 +153,7 @@ def build(
         require_free_disk(
             workspace.partial, _estimated_bytes(opened, plans, len(inputs.calibration["timestep"].unique()))
         )
-        job = Job(opened, recipe, plans, inputs, workspace, progress, timings)
+        job = Job(opened, recipe, plans, inputs, inputs_fingerprint, workspace, progress, timings)
         return _run(job, until, key)
 
 
@@ -308,6 +311,7 @@ def _engine(job: Job) -> None:
     """ONNX Runtime's engine, which the checks are made with, then those of other targets."""
     folder, settings = job.path / ONNXRUNTIME_ENGINE, job.recipe.engine
     whole = (folder / "session.json").exists()  # written last
+    keep_engines(job.workspace.out, job.path, job.workspace.layers, job.inputs_fingerprint)
     if whole and not lacking(job.path, settings):
         return
     with stage(job.progress, "engine", job.timings, 1 + len(lacking(job.path, settings))):
@@ -334,6 +338,7 @@ def _facts(job: Job, key: str, warnings: list[str]) -> dict[str, Any]:
     return {
         "tool": {"name": "lrq-export", "version": __version__, "libraries": libraries()},
         "fingerprint": key,
+        INPUTS: job.inputs_fingerprint,
         "source": {"fingerprint": job.source.checkpoint.fingerprint(), "config": _plain(job.source.config)},
         "scheduler": job.source.scheduler_config(),
         "recipe": job.recipe.model_dump(mode="json", by_alias=True),

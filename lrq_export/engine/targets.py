@@ -13,19 +13,33 @@ from lrq_export.doctor.gpu import installed_tensorrt
 from lrq_export.doctor.system import System
 from lrq_export.engine import tensorrt
 from lrq_export.engine.profiles import parse_profile, recorded_sizes
-from lrq_export.errors import MissingError
+from lrq_export.errors import InputError, MissingError
 from lrq_export.models import family_of
-from lrq_export.package import MANIFEST, QUANTIZED, RECIPE, json_bytes, list_files, write_bytes_atomic
+from lrq_export.package import (
+    MANIFEST,
+    QUANTIZED,
+    RECIPE,
+    is_package,
+    json_bytes,
+    list_files,
+    sha256_file,
+    write_bytes_atomic,
+    write_json_atomic,
+)
 from lrq_export.package import write_manifest as seal
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Engine, Recipe, to_toml
-from lrq_export.saved_graphs import rewritten_graph
+from lrq_export.saved_graphs import pass_files, rewritten_graph
 from lrq_export.untrusted_json import read_json_object
 from lrq_export.verify.reference import Reference
 from lrq_export.workspace import open_workspace
 
 ONNXRUNTIME = "onnxruntime"
+INPUTS = (
+    "inputs_fingerprint"  # of a manifest: source, recipe without engines, and files, whatever versions made of them
+)
+EARLIER = "earlier_weights"  # of a build.json: those of the package that this one was built in the place of
 _SILENT = frozenset({"targets", "intra_op_threads", "inter_op_threads"})  # settings that change no engine built here
 _OF_OTHERS = {tensorrt.TENSORRT: {"compute_capabilities"}, tensorrt.RTX: {"hardware", "refit"}}
 _OWN = frozenset({"format", "schema", "files", "content_sha256", "manifest_sha256"})  # of a manifest, not facts
@@ -78,6 +92,35 @@ def _replace(place: Path, fresh: Path) -> None:
     os.rename(fresh, place)
 
 
+def keep_engines(package: Path, folder: Path, scratch: Path, inputs_fingerprint: str) -> None:
+    """Give `folder`, which is becoming the package in the place of `package`, the engines of that one.
+
+    They took a GPU that this machine may lack. They must have been made of the same inputs, by their fingerprint; a
+    package that was edited gives none. Another version of a library, or another number of threads, may round some
+    weights otherwise: then build.json says so of an engine, and it stays until it can be built anew.
+    """
+    if not is_package(package):
+        return
+    try:
+        manifest = admit(package)
+    except InputError:
+        return
+    if manifest.get(INPUTS) != inputs_fingerprint:
+        return
+    decisive = (QUANTIZED, pass_files(folder)[-1].relative_to(folder).as_posix())
+    files = manifest["files"]
+    same = all(files.get(name, {}).get("sha256") == sha256_file(folder / name) for name in decisive)
+    for target, engine in engines(package):
+        place, fresh = folder / tensorrt.FOLDERS[target], scratch / target
+        if place.exists():
+            continue
+        shutil.rmtree(fresh, ignore_errors=True)
+        _link_files(engine, fresh, list_files(engine))
+        if not same:
+            write_json_atomic(fresh / tensorrt.BUILD, read_json_object(engine / tensorrt.BUILD) | {EARLIER: True})
+        _replace(place, fresh)
+
+
 def lacking(folder: Path, settings: Engine) -> list[str]:
     """The targets of `settings`, but for ONNX Runtime's, whose engine `folder` lacks or has with other settings.
 
@@ -92,13 +135,22 @@ def lacking(folder: Path, settings: Engine) -> list[str]:
 
 def _is_wanted(built: dict[str, Any] | None, target: str, settings: Engine) -> bool:
     """Whether an engine, by its build.json, is the one that `settings` ask for on this machine."""
-    if built is None or not _fits_here(built, target, settings):
+    if built is None or built.get(EARLIER) or not _fits_here(built, target, settings):
         return False
     if settings.plugins == "auto" and not built["plugins"] and tensorrt.find_library() is not None:
         return False  # they have been compiled since
+    return not other_settings(built, target, settings)
+
+
+def other_settings(built: dict[str, Any], target: str, settings: Engine) -> dict[str, tuple[Any, Any]]:
+    """What an engine, by its build.json, has and what `settings` ask for, where the two differ; by setting.
+
+    Settings that change no engine of this target are left out.
+    """
+    asked = settings.model_dump(mode="json", exclude=set(_SILENT | _OF_OTHERS[target]))
     # An engine from before a setting was there has its default.
-    options = Engine().model_dump(mode="json") | built.get("options", {})
-    return _decisive(options, target) == _decisive(settings.model_dump(mode="json"), target)
+    has = Engine().model_dump(mode="json") | built.get("options", {})
+    return {name: (has[name], value) for name, value in asked.items() if has[name] != value}
 
 
 def _fits_here(built: dict[str, Any], target: str, settings: Engine) -> bool:
@@ -113,11 +165,6 @@ def _facts(folder: Path, target: str) -> dict[str, Any] | None:
     """build.json of the engine of a target that `folder` holds; None if it holds none."""
     facts = folder / tensorrt.FOLDERS[target] / tensorrt.BUILD
     return read_json_object(facts) if facts.is_file() else None
-
-
-def _decisive(options: dict[str, Any], target: str) -> dict[str, Any]:
-    """Those of the recipe's engine settings that change what is built for a target."""
-    return {name: value for name, value in options.items() if name not in _SILENT | _OF_OTHERS[target]}
 
 
 def engines(package: Path) -> Iterator[tuple[str, Path]]:
@@ -155,12 +202,13 @@ def add_engines(
     key = hashlib.sha256(json_bytes([manifest["manifest_sha256"], settings.model_dump(mode="json")])).hexdigest()
     with open_workspace(package, key) as workspace:
         built = set(lacking(package, asked)) - set(lacking(workspace.path, asked))  # by a run that was killed later
-        _link_files(package, workspace.path, tuple(f"{tensorrt.FOLDERS[target]}/" for target in built))
+        others = (MANIFEST, *(f"{tensorrt.FOLDERS[target]}/" for target in built))
+        _link_files(package, workspace.path, [name for name in list_files(package) if not name.startswith(others)])
         with stage(progress, "engine", {}, len(lacking(package, asked))):
             missing = build_targets(workspace.path, manifest["source"]["config"], asked, progress, workspace.layers)
         recipe = recipe.model_copy(update={"engine": settings})
         write_bytes_atomic(workspace.path / RECIPE, to_toml(recipe).encode())
-        show_added_engines(workspace.path)
+        show_added_engines(workspace.path, recipe)
         facts = {name: value for name, value in manifest.items() if name not in _OWN}
         seal(workspace.path, facts | {"recipe": recipe.model_dump(mode="json", by_alias=True)})
         workspace.commit()
@@ -184,14 +232,11 @@ def _request(target: str, folder: Path, config: dict[str, Any], settings: Engine
     return tensorrt.Request(target, profiles, specs, settings)
 
 
-def _link_files(package: Path, folder: Path, without: tuple[str, ...]) -> None:
-    """The files of a package under a second name, but for those whose name begins with one of `without`.
-
-    None is copied where the disk can do without, and none is changed.
-    """
-    for name in list_files(package):
+def _link_files(package: Path, folder: Path, files: Sequence[str]) -> None:
+    """Files of a package under a second name. None is copied where the disk can do without, and none is changed."""
+    for name in files:
         place = folder / name
-        if name == MANIFEST or name.startswith(without) or place.exists():
+        if place.exists():
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         try:

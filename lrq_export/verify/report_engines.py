@@ -6,15 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from lrq_export.engine import tensorrt
+from lrq_export.engine.targets import EARLIER, other_settings
 from lrq_export.package import ONNXRUNTIME_ENGINE, REPORT, REPORT_PAGE, write_bytes_atomic, write_json_atomic
+from lrq_export.recipe import Engine, Recipe
 from lrq_export.untrusted_json import read_json_object
 from lrq_export.verify.markup import DASH, Html, byte_size, digits, table
 
+_END = "</section>"
 HEADS = ("Target", "State", "Size", "Bits per weight", "Plugins", "Layers", "Sizes it takes", "Version")
 
 
-def engine_rows(package: Path, parameters: int) -> list[dict[str, Any]]:
-    """What each folder of `engine/` holds; `bits_per_weight` counts all bytes of an engine over all parameters."""
+def engine_rows(package: Path, parameters: int, settings: Engine) -> list[dict[str, Any]]:
+    """What each folder of `engine/` holds; `bits_per_weight` counts all bytes of an engine over all parameters.
+
+    `other_settings` of a row are those of the recipe that the engine was built without: it is from before, and waits
+    for a machine that can build the other.
+    """
     folder = package / ONNXRUNTIME_ENGINE
     rows = [_row("onnxruntime", True, sum(file.stat().st_size for file in folder.iterdir()), parameters)]
     for target, place in tensorrt.FOLDERS.items():
@@ -22,6 +29,8 @@ def engine_rows(package: Path, parameters: int) -> list[dict[str, Any]]:
         if build.is_file():
             facts = read_json_object(build)
             rows.append(_row(target, True, facts["engine_bytes"], parameters) | _built(facts))
+            differing = other_settings(facts, target, settings).items()
+            rows[-1]["other_settings"] = {name: {"engine": has, "recipe": asks} for name, (has, asks) in differing}
         elif (package / place / tensorrt.MODEL).is_file():
             rows.append(_row(target, False, None, parameters))
     return rows
@@ -34,7 +43,8 @@ def _row(target: str, built: bool, size: int | None, parameters: int) -> dict[st
 
 def _built(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What build.json says of an engine that the report shows."""
-    return {name: facts.get(name) for name in ("plugins", "plugin_layers", "layers", "profiles", "version")}
+    told = ("plugins", "plugin_layers", "layers", "profiles", "version")
+    return {name: facts.get(name) for name in told} | {EARLIER: bool(facts.get(EARLIER))}
 
 
 def show_engines(report: Mapping[str, Any], _: Any) -> Html | None:
@@ -46,10 +56,28 @@ def _cells(row: Mapping[str, Any]) -> list[Any]:
     plugins = {None: DASH, False: "none: standard ops"}.get(row.get("plugins"), f"{row.get('plugin_layers')} layers")
     sizes = "; ".join(map(_sizes, row.get("profiles") or []))
     return [
-        row.get("target"), "built" if row.get("built") else "network only: finish where its GPU is",
+        row.get("target"), _state(row),
         byte_size(row.get("bytes")), digits(row.get("bits_per_weight"), ".2f"), plugins,
         digits(row.get("layers")), sizes or DASH, row.get("version") or DASH,
     ]  # fmt: skip
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    if not row.get("built"):
+        return "network only: finish where its GPU is"
+    differing = (row.get("other_settings") or {}).items()
+    reasons = [
+        f"the recipe asks for {name} {_told(of['recipe'])}, this engine has {_told(of['engine'])}"
+        for name, of in differing
+    ]
+    if row.get(EARLIER):
+        reasons.append("an earlier build of the same inputs made its weights")
+    return f"built before: {'; '.join(reasons)}" if reasons else "built"
+
+
+def _told(setting: Any) -> str:
+    """A setting as JSON has it, but for the quotes of words."""
+    return setting if isinstance(setting, str) else json.dumps(setting)
 
 
 def _sizes(profile: Mapping[str, Any]) -> str:
@@ -58,16 +86,21 @@ def _sizes(profile: Mapping[str, Any]) -> str:
     return " ".join(f"{axis} {'–'.join(map(str, sizes))}" for axis, sizes in least_and_most.items())
 
 
-def show_added_engines(package: Path) -> None:
+def show_added_engines(package: Path, recipe: Recipe) -> None:
     """Write report.json and report.html of a finished package anew where engines are told, and nowhere else.
 
-    The page's pictures are kept nowhere else, so its section is replaced as text: equal reports give equal text.
+    That is what the package holds and what the recipe now asks for. The page's pictures are kept nowhere else, so its
+    sections are replaced as text.
     """
     from lrq_export.verify.report_page import render_section
 
     report = json.loads((package / REPORT).read_text(encoding="utf-8"))
-    before = render_section("engines", report)
-    report["engines"] = engine_rows(package, report["source"]["parameters"])
+    report["recipe"] = recipe.model_dump(mode="json", by_alias=True)
+    report["engines"] = engine_rows(package, report["source"]["parameters"], recipe.engine)
     page = (package / REPORT_PAGE).read_text(encoding="utf-8")
+    for anchor in ("engines", "origin"):
+        start = page.index(f'<section id="{anchor}">')
+        end = page.index(_END, start) + len(_END)
+        page = page[:start] + render_section(anchor, report) + page[end:]
     write_json_atomic(package / REPORT, report)
-    write_bytes_atomic(package / REPORT_PAGE, page.replace(before, render_section("engines", report)).encode("utf-8"))
+    write_bytes_atomic(package / REPORT_PAGE, page.encode("utf-8"))

@@ -94,7 +94,7 @@ def climb(
         "trajectory": trajectory,
         "images": images,
         "sizes": _sizes(package, quantized),
-        "engines": engine_rows(package, _parameters(quantized)),
+        "engines": engine_rows(package, _parameters(quantized), recipe.engine),
         "timings": [],
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

@@ -1,6 +1,7 @@
 """Engines added to a finished package: only what is missing is done, and the package is whole before and after."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -11,47 +12,18 @@ import torch
 
 from graphs import names
 from graphs.passes.half_precision import BFLOAT16
-from lrq_export.admit import ENGINE_STARTS, admit
+from lrq_export.admit import admit
 from lrq_export.bind import write_for_plugins
 from lrq_export.compiler import build
 from lrq_export.engine import targets, tensorrt
 from lrq_export.engine.targets import add_engines, engines
-from lrq_export.errors import CheckFailed, MissingError
+from lrq_export.errors import CheckFailed
 from lrq_export.package import load_manifest, verify_hashes
 from lrq_export.quantized import onnx_float
 from lrq_export.recipe import Engine
 from lrq_export.runtime import obstacle
 
 FOLDER = Path("engine/tensorrt-rtx")
-
-
-@pytest.fixture
-def builder(monkeypatch):
-    """Stands for NVIDIA's library, which not every machine has: writes an engine, and keeps what it was asked for."""
-    jobs = []
-
-    def answer(job):
-        jobs.append(job)
-        start, _ = ENGINE_STARTS[job["target"]]
-        Path(job["engine"]).write_bytes(start + b"...")
-        return {"version": "1", "engine_bytes": 7, "layers": 3, "plugin_layers": len(job["plugin_nodes"])}
-
-    monkeypatch.setattr(tensorrt, "obstacle", lambda target, run=False: None)
-    monkeypatch.setattr(tensorrt, "find_library", lambda: None)
-    monkeypatch.setattr(tensorrt, "run_worker", answer)
-    monkeypatch.setattr(targets, "installed_tensorrt", lambda system, target: "1")
-    return jobs
-
-
-@pytest.fixture
-def cannot_build(monkeypatch):
-    """From here on this machine has no GPU."""
-
-    def lose():
-        lack = MissingError("tensorrt: this machine has no CUDA GPU", hint="build the engine where it will run")
-        monkeypatch.setattr(tensorrt, "obstacle", lambda target: lack)
-
-    return lose
 
 
 def test_an_engine_is_added_and_nothing_else_changes(package, copy_of, builder, digests):
@@ -76,6 +48,7 @@ def test_the_report_tells_of_the_added_engine_and_keeps_the_rest(package, copy_o
     add_engines(folder, ["tensorrt-rtx"])
     before, after = (json.loads((each / "report.json").read_text()) for each in (package, folder))
     engines_before, engines_after = before.pop("engines"), after.pop("engines")
+    before["recipe"]["engine"]["targets"].append("tensorrt-rtx")
     assert before == after
     assert [row["target"] for row in engines_before] == ["onnxruntime"]
     assert engines_before[0]["bits_per_weight"] > 8  # decoded codes, scales and what is kept in floating point
@@ -84,11 +57,20 @@ def test_the_report_tells_of_the_added_engine_and_keeps_the_rest(package, copy_o
     assert added["bytes"] == 7
     assert added["profiles"][0]["samples"] == [1, 1, 4]
     was, now = ((each / "report.html").read_text() for each in (package, folder))
-    start, end = was.index('<section id="engines">'), was.index("</section>", was.index('<section id="engines">'))
-    assert now.startswith(was[:start])
-    assert now.endswith(was[end:])
-    assert "tensorrt-rtx" not in was[start:end]
-    assert "none: standard ops" in now[start : len(now) - len(was) + end]
+    (was, told_before, asked_before), (now, told, asked) = (parted(page, "engines", "origin") for page in (was, now))
+    assert was == now
+    assert "tensorrt-rtx" not in told_before + asked_before
+    assert "none: standard ops" in told
+    assert "before" not in told
+    assert "tensorrt-rtx" in asked
+
+
+def parted(page, *anchors):
+    """A page without the sections of these names, and each of those."""
+    sections = [re.search(rf'<section id="{anchor}">.*?</section>', page, re.DOTALL)[0] for anchor in anchors]
+    for section in sections:
+        page = page.replace(section, "")
+    return page, *sections
 
 
 def test_what_is_there_is_not_built_again(package, copy_of, builder, digests):
@@ -317,10 +299,23 @@ def test_an_engine_stays_until_a_machine_can_build_the_other(
         )
         assert digests(folder / engine) == before
         assert list(engines(admit(folder) and folder)) == [("tensorrt", folder / engine)]
+        assert told_settings(folder) == {"activations": {"engine": "float32", "recipe": "float16"}}
+        told = "built before: the recipe asks for activations float16, this engine has float32"
+        assert told in (folder / "report.html").read_text()
     monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
     assert cli(*again).code == 0
+    assert told_settings(folder) == {}
+    assert "built before" not in (folder / "report.html").read_text()
     assert builder[-1]["options"]["activations"] == "float16"
     assert json.loads((folder / engine / "build.json").read_text())["options"]["activations"] == "float16"
+
+
+def told_settings(folder):
+    """What the report says that the engine has and the recipe does not ask for."""
+    report = json.loads((folder / "report.json").read_text())
+    assert report["recipe"] == load_manifest(folder)["recipe"]
+    (row,) = (row for row in report["engines"] if row["target"] == "tensorrt")
+    return row["other_settings"]
 
 
 @pytest.fixture
