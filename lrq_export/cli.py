@@ -475,11 +475,16 @@ def main() -> None:
         usage = getattr(error, "format_message", None)  # click's usage errors, whose class typer does not export
         if usage is None:
             raise
-        print(f"lrq-export: {' '.join(usage().split())}", file=sys.stderr)
-        sys.exit(2)
+        _fail(_usage_error(usage(), getattr(error, "ctx", None)))
     if code == CTRL_C:
         _fail(interrupted)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_error(text: str, context: typer.Context | None) -> UsageError:
+    """What click says of a command line, and where to read what it takes."""
+    command = "lrq-export" if context is None else context.command_path
+    return UsageError(text.rstrip(".?! \n"), hint=f"see {command} --help")
 
 
 def _fail(error: LrqError) -> None:

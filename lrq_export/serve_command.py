@@ -62,10 +62,21 @@ def serve(
     )  # fmt: skip
 
 
+def _place(option: typer.CallbackParam, value: Path | None) -> Path | None:
+    """Refuse a flag in the place of a path: the one after an option whose value was forgotten."""
+    if str(value).startswith("-"):
+        raise UsageError(f"--{option.name}: got {value}, needed a path", hint=f"pass --{option.name} PATH")
+    return value
+
+
 def serve_config(
     package: Package,
-    triton: Annotated[Path, typer.Option(help="Folder of the Triton model repository.")],
-    kserve: Annotated[Path | None, typer.Option(help="YAML file for a KServe InferenceService.")] = None,
+    triton: Annotated[
+        Path | None, typer.Option(callback=_place, help="Folder to write, or add to, as a Triton model repository.")
+    ] = None,
+    kserve: Annotated[
+        Path | None, typer.Option(callback=_place, help="YAML file to write for a KServe InferenceService.")
+    ] = None,
     storage_uri: Annotated[
         str, typer.Option(help="Where the cluster finds the repository.")
     ] = "pvc://models/lrq-export",
@@ -81,7 +92,13 @@ def serve_config(
     plugins: Annotated[list[Path] | None, typer.Option(help="Plugin library of the TensorRT plan, to copy.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write an NVIDIA Triton model repository for a package, and a KServe service over it."""
+    """Write an NVIDIA Triton model repository for a package, a KServe service over such a one, or both."""
+    places = [place for place in (triton, kserve) if place is not None]
+    if not places:
+        raise UsageError("serve-config: nothing to write", hint="pass --triton DIR, --kserve FILE, or both")
+    for place in places:
+        if place.resolve().is_relative_to(package.resolve()):
+            raise UsageError(f"{place}: lies in the package, which an added file makes invalid", hint="write beside it")
     admit(package)  # before what takes long to import
     from lrq_export.serving.repository import Layout, write_kserve, write_repository
     from lrq_export.serving.server import check_name
@@ -90,12 +107,10 @@ def serve_config(
         check_name(name or package.resolve().name), model_version, max_batch, instances, threads, portable, link,
         tuple(plugins or ()),
     )  # fmt: skip
-    if triton.resolve().is_relative_to(package.resolve()):
-        raise UsageError(f"{triton}: lies in the package, which an added file makes invalid", hint="write beside it")
-    models = write_repository(package, triton, layout)
+    written = [] if triton is None else [str(model) for model in write_repository(package, triton, layout)]
     if kserve is not None:
         write_kserve(kserve, layout, storage_uri)
-    written = [*map(str, models), *([] if kserve is None else [str(kserve)])]
+        written.append(str(kserve))
     print(json.dumps({"event": "written", "files": written}) if as_json else "\n".join(written))
 
 

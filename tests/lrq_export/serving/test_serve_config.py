@@ -159,4 +159,27 @@ def test_the_command_writes_both_and_refuses_the_package_itself(package, cli, tm
     assert json.loads(done.out)["files"] == [str(repository / "tiny"), str(service)]
     assert service.exists()
     cli("serve-config", package, "--triton", package / "triton").refused(2, "lies in the package")
+    cli("serve-config", package, "--kserve", package / "service.yaml").refused(2, "lies in the package")
     cli("serve-config", package / "graphs", "--triton", tmp_path / "x").refused(3, "not an lrq-export package")
+
+
+def test_a_service_is_written_without_a_repository(package, cli, tmp_path):
+    """One that is there already, or elsewhere."""
+    service = tmp_path / "service.yaml"
+    assert cli("serve-config", package, "--kserve", service, "--storage-uri", "s3://models").out == f"{service}\n"
+    assert yaml.safe_load(service.read_text())["spec"]["predictor"]["model"]["storageUri"] == "s3://models"
+    assert list(tmp_path.iterdir()) == [service]
+
+
+UNFINISHED = {
+    "nothing to write": ((), "nothing to write", "Fix: pass --triton DIR, --kserve FILE, or both"),
+    "no file": (("--kserve",), "'--kserve' requires an argument", "--help"),
+    "a flag for a file": (("--kserve", "--triton", "r"), "--kserve: got --triton, needed a path", "--kserve PATH"),
+    "a flag for a folder": (("--triton", "--link"), "--triton: got --link, needed a path", "--triton PATH"),
+    "an unknown flag": (("--kserv", "x"), "No such option: --kserv", "serve-config --help"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said", "fix"), UNFINISHED.values(), ids=UNFINISHED.keys())
+def test_an_unfinished_command_says_what_is_missing(package, cli, arguments, said, fix):
+    cli("serve-config", package, *arguments).refused(2, said, "Fix: ", fix)
