@@ -26,7 +26,7 @@ from lrq_export.models import family_of
 from lrq_export.package import load_manifest, verify_hashes
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.runtime import ONNXRUNTIME, TARGETS, feeds, load, obstacle, tensors
-from lrq_export.source import open_source
+from lrq_export.source import open_source, open_source_of
 from lrq_export.verify.reference import Reference
 
 BASELINES = {"torch fp32": torch.float32, "torch bf16": torch.bfloat16}
@@ -48,10 +48,12 @@ def bench(
 
     With `layers`, also what each layer of each target takes, the slowest first. Inputs are those that the package keeps
     to be judged by. `speedup` is against the fastest baseline of the batch.
-    Raises InputError for a bad package or source.
+    Raises InputError for a bad package, or a source that the package was not built from.
     """
     progress = progress or Silent()
-    verify_hashes(package)
+    manifest = verify_hashes(package)
+    if source is not None:
+        open_source_of(package, manifest, source)
     names = [target for target in TARGETS if obstacle(package, target) is None]
     names += list(BASELINES) if source is not None else []
     if threads is not None:

@@ -116,7 +116,9 @@ def serve_config(
 
 def bench(
     package: Package,
-    source: Annotated[Path | None, typer.Option(help="The source folder, for baselines in fp32 and bf16.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="The folder that the package was built from: without it, no baselines.")
+    ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Samples of a run; may be given again.")] = None,
     runs: Annotated[int, typer.Option(min=1, help="Turns that are timed.")] = 30,
     threads: Threads = None,
@@ -126,7 +128,7 @@ def bench(
     layers: Annotated[bool, typer.Option("--layers", help="Also time the layers of each target, one by one.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Time each target of a package beside the floating-point model, turn by turn in one process."""
+    """Time each target of a package and, with --source, the same model in fp32 and bf16, in turns."""
     if require_speedup is not None and source is None:
         raise UsageError("--require-speedup: nothing to compare with", hint="pass --source")
     admit(package)  # before what takes long to import
@@ -141,6 +143,8 @@ def bench(
         print(json.dumps({"event": "machine"} | report["machine"]))
     else:
         _show_bench(report["rows"])
+        if source is None:
+            print("no baselines in fp32 and bf16: pass --source, the folder that the package was built from")
         _show_layers(report["layers"])
     if require_speedup is not None:
         check(report, require_speedup)

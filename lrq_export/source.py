@@ -27,6 +27,7 @@ from lrq_export.checkpoint import (
     check_tensors,
     open_checkpoint,
 )
+from lrq_export.errors import InputError
 from lrq_export.models import current_config, family_of
 from lrq_export.models.base import SAMPLES, ModelFamily
 from lrq_export.package import sha256_file
@@ -78,6 +79,17 @@ class Source:
             if path.is_file():
                 return {key: value for key, value in read_json_object(path).items() if value not in (inf, -inf)}
         return None
+
+
+def open_source_of(package: Path, manifest: Mapping[str, Any], path: Path) -> Source:
+    """Open the source of a package. Raises InputError for another one than the package was built from."""
+    opened = open_source(path)
+    if opened.checkpoint.fingerprint() != manifest["source"]["fingerprint"]:
+        raise InputError(
+            f"{path}: is not the source that {package} was built from: its fingerprint differs",
+            hint="pass the folder that the package was built from, or leave out --source",
+        )
+    return opened
 
 
 def open_source(path: Path) -> Source:

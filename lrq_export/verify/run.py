@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from lrq_export.admit import admit
-from lrq_export.errors import InputError
 from lrq_export.machine import describe_machine
 from lrq_export.memory import give_back
 from lrq_export.models import family_of
@@ -15,7 +14,7 @@ from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe
 from lrq_export.runtime import ONNXRUNTIME, PackagedTransformer, open_runner
 from lrq_export.saved_graphs import left_out
-from lrq_export.source import Source, open_source
+from lrq_export.source import Source, open_source_of
 from lrq_export.verify import ladder, rungs
 from lrq_export.verify.layers import histograms, layer_table
 from lrq_export.verify.reference import Reference
@@ -35,12 +34,7 @@ def verify(
     manifest = admit(package)
     recipe = Recipe.model_validate(manifest["recipe"])
     config = manifest["source"]["config"]
-    opened = open_source(Path(source)) if source is not None else None
-    if opened is not None and opened.checkpoint.fingerprint() != manifest["source"]["fingerprint"]:
-        raise InputError(
-            f"{source}: is not the source that {package} was built from: its fingerprint differs",
-            hint="pass the folder that the package was built from, or leave out --source",
-        )
+    opened = open_source_of(package, manifest, Path(source)) if source is not None else None
     return climb(package, recipe, config, opened, scheduler=manifest["scheduler"], advance=advance)
 
 

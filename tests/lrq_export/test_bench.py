@@ -36,9 +36,16 @@ def test_without_a_source_there_is_no_baseline(package, cli, without_memory):
     assert done.code == 0
     assert "onnxruntime" in done.out
     assert "torch" not in done.out
+    assert "no baselines in fp32 and bf16: pass --source" in done.out
     cli("bench", package, "--require-speedup", 1).refused(2, "--require-speedup", "pass --source")
     with pytest.raises(UsageError, match="pass --source"):
         bench.open_run(package, "torch fp32", {}, None, None)
+
+
+def test_a_baseline_is_the_same_model(package, tiny, cli, copy_of, without_memory):
+    other = copy_of(tiny.source)
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    cli("bench", package, "--source", other).refused(3, "is not the source that", "its fingerprint differs")
 
 
 def test_a_speedup_that_is_not_reached_fails(package, tiny, cli, without_memory):
