@@ -22,6 +22,7 @@ from lrq_export.package import load_manifest, verify_hashes
 from lrq_export.quantized import onnx_float
 from lrq_export.recipe import Engine
 from lrq_export.runtime import obstacle
+from lrq_export.verify.target import Target
 
 FOLDER = Path("engine/tensorrt-rtx")
 
@@ -270,9 +271,11 @@ def test_a_provider_of_another_tensorrt_is_told_of_at_build_time(package, copy_o
 def test_an_engine_without_weights_is_not_opened(package, copy_of, builder):
     folder = copy_of(package)
     add_engines(folder, ["tensorrt-rtx"])
-    assert obstacle(folder, "tensorrt-rtx") is None
+    compared = Target("tensorrt-rtx", folder)  # by verify --against
+    assert obstacle(folder, "tensorrt-rtx") is compared.obstacle() is None
     add_engines(folder, ["tensorrt-rtx"], changes={"strip": True})
-    assert obstacle(folder, "tensorrt-rtx").message == f"{folder / FOLDER}: the engine has no weights (engine.strip)"
+    told = f"{folder / FOLDER}: the engine has no weights (engine.strip)"
+    assert obstacle(folder, "tensorrt-rtx").message == compared.obstacle().message == told
 
 
 def test_an_engine_that_is_refused_leaves_the_package_as_it_was(package, copy_of, builder, monkeypatch, digests, cli):
