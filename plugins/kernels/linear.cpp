@@ -39,8 +39,10 @@ bool launchRotation(RotateArguments const& arguments, int32_t type, cudaStream_t
 
 // The largest rotations lie in shared memory, of which devices have 99 to 227 KiB a block.
 int32_t checkSharedMemory(int32_t block, Device const& device) {
-    constexpr int64_t kMaskBytes = int64_t{kMaxHadamardBase} * kMaxHadamardBase / 8;
-    int64_t const needed = 4 * static_cast<int64_t>(block) + kMaskBytes + 1024;
+    constexpr int64_t kOfTheKernel = 1024;
+    HadamardFactors factors{};
+    factorizeHadamard(block, &factors);
+    int64_t const needed = rotateSharedBytes(block, factors.base.size) + kOfTheKernel;
     if (needed <= device.sharedBytes) {
         return 0;
     }

@@ -10,12 +10,6 @@
 namespace lrq {
 
 constexpr int32_t kSharedThreads = 256;
-constexpr int32_t kMaskWords = kMaxHadamardBase / 32;
-
-// One float a channel of the block, then H_K: bit `from` of mask `to` says that its entry is -1.
-inline int64_t rotateSharedBytes(int32_t block, int32_t base) {
-    return 4 * static_cast<int64_t>(block) + 4 * static_cast<int64_t>(base) * kMaskWords;
-}
 
 template <class T>
 struct SharedToken {

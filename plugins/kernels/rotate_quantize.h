@@ -2,6 +2,7 @@
 // checks and this launches.
 #pragma once
 
+#include "../core/hadamard.h"
 #include "product.h"
 
 namespace lrq {
@@ -21,6 +22,14 @@ struct RotateArguments {
     float epsilon;
     float root;  // 1 / sqrt(block)
 };
+
+// Shared memory of a rotation that is not in registers, but for what its kernel has of its own: one
+// float a channel of the block, then H_K: bit `from` of mask `to` says that its entry is -1.
+constexpr int32_t kMaskWords = kMaxHadamardBase / 32;
+
+inline int64_t rotateSharedBytes(int32_t block, int32_t base) {
+    return 4 * static_cast<int64_t>(block) + 4 * static_cast<int64_t>(base) * kMaskWords;
+}
 
 // Each false if CUDA refused the launch.
 bool rotateFloat(RotateArguments const& arguments, cudaStream_t stream);

@@ -1,10 +1,10 @@
 // A column whose values are too many for a thread: a few threads split it. Each holds a share of the
 // inputs, all see the whole column in shared memory, and each makes a share of the outputs.
 //
-// Of one code for all threads, although every output has signs of its own: H_K is a cycle with a
-// border of one row and column, a circulant of order K - 1, or of two, one of 2 x 2 blocks of order
-// K - 2. What outputs s, s + 1, ... of the cycle need of its inputs s, s + 1, ... is what outputs 0,
-// 1, ... need of inputs 0, 1, ..., for s that are multiples of 4.
+// Every output has signs of its own, and still all threads run one code: within a border of one row
+// and column H_K is a circulant of order K - 1, or within a border of two a circulant of 2 x 2 blocks.
+// What outputs s, s + 1, ... of that cycle need of its inputs s, s + 1, ... is what outputs 0, 1, ...
+// need of inputs 0, 1, ..., if s is a multiple of 4.
 #pragma once
 
 #include "exchange.h"

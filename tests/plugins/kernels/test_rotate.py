@@ -148,7 +148,17 @@ COLUMNS += [(4096, 2048), (768, 768), (1536, 1536), (3072, 3072), (6144, 3072), 
 COLUMNS += [(3584, 1792), (576, 576), (1152, 1152), (4608, 4608), (1408, 1408), (2816, 352), (960, 960), (3840, 3840)]
 COLUMNS += [(1920, 960), (192, 192), (16384, 16384), (48, 48), (384, 384), (80, 40), (112, 56), (144, 36), (240, 60)]
 COLUMNS += [(288, 72), (432, 216), *TOGETHER, *SPLIT]
-SHARED = [(24, 8), (1152, 24), (20, 20), (140, 140), (30720, 3072), (32784, 16), (1664, 1664), (27648, 13824)]
+SHARED = [
+    (24, 8),
+    (1152, 24),
+    (20, 20),
+    (140, 140),
+    (30720, 3072),
+    (32784, 16),
+    (1664, 1664),
+    (27648, 13824),
+    (24576, 24576),
+]
 
 
 @pytest.mark.parametrize(("channels", "block"), RUNS + COLUMNS + SHARED)
@@ -174,6 +184,12 @@ def test_every_size_goes_to_the_kernel_that_is_made_for_it(emulated, kernel, siz
     for channels, block in sizes:
         Call(Prologue.NONE, np.zeros((1, channels), np.float32), None, block).run(emulated, Type.FLOAT)
         assert emulated.launched()[0] == KERNELS[kernel], (channels, block)
+
+
+def test_a_block_that_no_shared_memory_holds_is_refused(emulated):
+    call = Call(Prologue.NONE, np.zeros((1, 27648), np.float32), None, 27648)
+    with pytest.raises(KernelError, match="block 27648 needs 115072 bytes of shared memory, this device has 101376"):
+        call.run(emulated, Type.FLOAT)
 
 
 # 16 channels a thread of a token of few, 32 of 8 tokens of few, 32 of one of many, 48, 36, 38, 27 and 28 of whole rows.
