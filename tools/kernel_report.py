@@ -197,11 +197,12 @@ def _run(*command: str) -> str:
 
 
 def print_table(kernels: list[Kernel]) -> None:
-    print(f"| kernel | arch | registers | stack | spills, in loops | {' | '.join(SHOWN)} |")
-    print("|---" * (5 + len(SHOWN)) + "|")
+    print(f"| kernel | arch | registers | shared memory | stack | spills, in loops | {' | '.join(SHOWN)} |")
+    print("|---" * (6 + len(SHOWN)) + "|")
     for k in kernels:
         counts = " | ".join(str(k.count(shown) or "") for shown in SHOWN)
-        print(f"| `{k.name}` | {k.arch} | {k.registers} | {k.stack} | {k.spills}, {k.spills_in_loops} | {counts} |")
+        spills = f"{k.spills}, {k.spills_in_loops}"
+        print(f"| `{k.name}` | {k.arch} | {k.registers} | {k.shared} | {k.stack} | {spills} | {counts} |")
 
 
 def print_summary(kernels: list[Kernel]) -> None:

@@ -19,6 +19,8 @@ struct Columns {
     static constexpr int32_t kWidth = kWidth_;
     static constexpr int32_t kMaxThreads = kMaxThreads_;  // of a block
     static constexpr int32_t kTokens = kTokens_;          // of a block
+    // Two blocks of eight tokens of 1152 channels fit the 100 KiB of the smaller processors without.
+    static constexpr bool kApart = kTokens == 1;
 
     // Every place of a part has a thread of its own where its size is not fixed, so one that many
     // threads hold is at most as wide as lanes of one warp can shuffle.
@@ -34,7 +36,7 @@ struct Columns {
     }
 
     static constexpr int64_t sharedBytes(int32_t partLog, int32_t channels) {
-        return ExchangePlan(kParts, partLog).bytes(channels);
+        return ExchangePlan(kParts, partLog, kApart).bytes(channels);
     }
 
     ExchangePlan plan;
@@ -43,7 +45,7 @@ struct Columns {
     bool isLive;    // the token has it
 
     __device__ Columns(int32_t thread, int32_t partLog, int32_t channels)
-        : plan(kParts, kPartLog > 0 ? kPartLog : partLog) {
+        : plan(kParts, kPartLog > 0 ? kPartLog : partLog, kApart) {
         int32_t const column = kWidth * thread;
         block = column >> plan.partLog;
         place = column - (block << plan.partLog);

@@ -153,7 +153,11 @@ struct Grid {
     int64_t sharedBytes = 0;
 };
 
-constexpr int64_t kSharedBytesOfAnyKernel = 48 * 1024;  // beyond it a kernel has to opt in
+// A kernel that takes more than 48 KiB of shared memory has to opt in, to the dynamic part of it. What
+// our kernels have of their own, up to 2 KiB, counts too, so they do a little earlier, and to no less
+// than what is surely beyond.
+constexpr int64_t kSharedBytesOfAnyKernel = 44 * 1024;
+constexpr int64_t kLeastOptIn = 52 * 1024;
 
 // Whether a kernel may have so much dynamic shared memory from now on. What it may have already is
 // never lowered: another thread may be about to launch it with more.
@@ -174,7 +178,8 @@ template <class... Parameters>
 bool launch(void (*kernel)(Parameters...), Grid grid, cudaStream_t stream,
             std::common_type_t<Parameters>... parameters) {
     void const* const function = reinterpret_cast<void const*>(kernel);
-    if (grid.sharedBytes > kSharedBytesOfAnyKernel && !allowShared(function, grid.sharedBytes)) {
+    int64_t const optIn = grid.sharedBytes > kLeastOptIn ? grid.sharedBytes : kLeastOptIn;
+    if (grid.sharedBytes > kSharedBytesOfAnyKernel && !allowShared(function, optIn)) {
         return false;
     }
     void* pointers[] = {&parameters...};

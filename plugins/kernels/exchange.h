@@ -13,21 +13,21 @@ LRQ_HOST_DEVICE constexpr int32_t padded(int32_t channel) {
 }
 
 // Where a channel lies, in floats. Four floats are left out after every 32, and after every part of
-// 16: eight lanes that read a vector of eight neighbouring runs then meet all banks. Blocks of which
-// half a warp writes a row each begin half the banks apart. Smaller parts, and columns 8 wide, meet
-// in banks.
+// 16: eight lanes that read a vector of eight neighbouring runs of a token then meet all banks. Blocks
+// of which half a warp writes a row each begin half the banks apart, if they are `apart`. Smaller
+// parts, columns 8 wide and lanes of two tokens may meet in banks, two by two mostly.
 struct ExchangePlan {
     int32_t parts;       // of a block
     int32_t partLog;     // log2 of the channels of a part
     int32_t partPitch;   // from one part to the next
     int32_t blockPitch;  // from one block to the next
 
-    LRQ_HOST_DEVICE constexpr ExchangePlan(int32_t parts, int32_t partLog)
+    LRQ_HOST_DEVICE constexpr ExchangePlan(int32_t parts, int32_t partLog, bool apart)
         : parts(parts),
           partLog(partLog),
           partPitch(partLog == 4 ? kRun + 4 : padded(1 << partLog)),
           blockPitch(parts * partPitch) {
-        if (partLog == 4 && blockPitch % kBanks == 0) {
+        if (apart && partLog == 4 && blockPitch % kBanks == 0) {
             blockPitch += kBanks / 2;
         }
     }

@@ -26,7 +26,8 @@ struct SplitColumns {
     static constexpr int32_t kOutputs = (kVectors + 3) / 4 * 4;
     static constexpr int32_t kOfLast = kBase - kBorder - kOutputs * (kShares - 1);
     static constexpr int32_t kMixed = kBorder + kOutputs;
-    // Odd, so that neighbouring columns begin in different banks.
+    // Odd, so that neighbouring columns begin in different banks. Two shares in a warp, of parts of 16,
+    // may meet.
     static constexpr int32_t kColumnPitch = kBase + 1;
 
     static_assert(kVectors * kShares == kBase && 0 < kOfLast && kOfLast <= kOutputs,
@@ -41,7 +42,7 @@ struct SplitColumns {
     // Of the columns, then of what was made of them.
     static constexpr int64_t sharedBytes(int32_t partLog, int32_t channels) {
         int64_t const columns = 4 * static_cast<int64_t>(channels / kBase) * kColumnPitch;
-        int64_t const exchanged = ExchangePlan(kParts, partLog).bytes(channels);
+        int64_t const exchanged = ExchangePlan(kParts, partLog, true).bytes(channels);
         return columns > exchanged ? columns : exchanged;
     }
 
@@ -53,7 +54,7 @@ struct SplitColumns {
 
     // Lanes of a warp are neighbouring places of one share, as far as a part is wide.
     __device__ SplitColumns(int32_t thread, int32_t partLog, int32_t channels)
-        : plan(kParts, partLog) {
+        : plan(kParts, partLog, true) {
         int32_t const part = thread >> partLog;
         place = thread - (part << partLog);
         block = part / kShares;

@@ -81,8 +81,8 @@ struct TokenInput {
         float const meanSquare = sumOver([](float value) { return value * value; }, 1) / count;
         float const factor = inverseNorm(meanSquare, arguments.epsilon);
         replaceLive([factor](float value) { return value * factor; });
-        multiply(arguments.scale.rowOf<T>(threads.token));
-        combine(arguments.shift.rowOf<T>(threads.token),
+        multiply(arguments.scale.rowOf<T>(static_cast<int32_t>(threads.token)));
+        combine(arguments.shift.rowOf<T>(static_cast<int32_t>(threads.token)),
                 [](float value, float term) { return value + term; });
     }
 

@@ -140,25 +140,16 @@ def test_tokens_of_any_size_are_quantized(machine, size):
 # Columns: 16 and 32 values a thread, columns that end within a warp, every base with narrow and wide parts, parts
 # smaller than a run; several tokens a block; columns that threads split, of one token and of several blocks.
 # Shared memory: odd widths, H_K alone, a base that no list has, tokens too wide.
-RUNS = [(16400, 16), (32768, 16), (80, 16), (96, 32), (20480, 512)]
+RUNS = [(16400, 16), (32768, 16), (80, 16), (96, 32), (20480, 512), (20480, 64)]
 TOGETHER = [(128, 64), (1024, 128), (1152, 128), (1536, 256)]
 SPLIT = [(2240, 2240), (8960, 8960), (13824, 13824), (2432, 2432), (9728, 9728), (4864, 1216), (1216, 304), (560, 140)]
 COLUMNS = [(64, 64), (1088, 64), (1600, 64), (3072, 128), (9216, 256), (512, 512), (1024, 1024)]
 COLUMNS += [(4096, 2048), (768, 768), (1536, 1536), (3072, 3072), (6144, 3072), (640, 640), (5120, 5120), (896, 896)]
 COLUMNS += [(3584, 1792), (576, 576), (1152, 1152), (4608, 4608), (1408, 1408), (2816, 352), (960, 960), (3840, 3840)]
 COLUMNS += [(1920, 960), (192, 192), (16384, 16384), (48, 48), (384, 384), (80, 40), (112, 56), (144, 36), (240, 60)]
-COLUMNS += [(288, 72), (432, 216), *TOGETHER, *SPLIT]
-SHARED = [
-    (24, 8),
-    (1152, 24),
-    (20, 20),
-    (140, 140),
-    (30720, 3072),
-    (32784, 16),
-    (1664, 1664),
-    (27648, 13824),
-    (24576, 24576),
-]
+COLUMNS += [(288, 72), (432, 216), (12288, 192), *TOGETHER, *SPLIT]  # 12288: 48 KiB of shared memory
+SHARED = [(24, 8), (1152, 24), (20, 20), (140, 140), (30720, 3072), (32784, 16), (1664, 1664), (27648, 13824)]
+SHARED += [(24576, 24576), (19584, 1152), (21504, 1024)]  # too many bytes for columns, then too many threads
 
 
 @pytest.mark.parametrize(("channels", "block"), RUNS + COLUMNS + SHARED)
