@@ -197,7 +197,7 @@ def _run(*command: str) -> str:
 
 
 def print_table(kernels: list[Kernel]) -> None:
-    print(f"| kernel | arch | registers | shared memory | stack | spills, in loops | {' | '.join(SHOWN)} |")
+    print(f"| kernel | arch | registers | static shared memory | stack | spills, in loops | {' | '.join(SHOWN)} |")
     print("|---" * (6 + len(SHOWN)) + "|")
     for k in kernels:
         counts = " | ".join(str(k.count(shown) or "") for shown in SHOWN)

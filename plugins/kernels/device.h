@@ -159,6 +159,17 @@ struct Grid {
 constexpr int64_t kSharedBytesOfAnyKernel = 44 * 1024;
 constexpr int64_t kLeastOptIn = 52 * 1024;
 
+// What a launch opts in to; 0: nothing.
+constexpr int64_t optInBytes(int64_t dynamic) {
+    if (dynamic <= kSharedBytesOfAnyKernel) {
+        return 0;
+    }
+    return dynamic > kLeastOptIn ? dynamic : kLeastOptIn;
+}
+static_assert(optInBytes(48 * 1024) > 48 * 1024 && optInBytes(46 * 1024 + 1) > 48 * 1024 &&
+                  optInBytes(96 * 1024) == 96 * 1024 && optInBytes(0) == 0,
+              "up to 2 KiB more than the dynamic part are less than 48 KiB, or it is opted in");
+
 // Whether a kernel may have so much dynamic shared memory from now on. What it may have already is
 // never lowered: another thread may be about to launch it with more.
 inline bool allowShared(void const* function, int64_t bytes) {
@@ -178,8 +189,8 @@ template <class... Parameters>
 bool launch(void (*kernel)(Parameters...), Grid grid, cudaStream_t stream,
             std::common_type_t<Parameters>... parameters) {
     void const* const function = reinterpret_cast<void const*>(kernel);
-    int64_t const optIn = grid.sharedBytes > kLeastOptIn ? grid.sharedBytes : kLeastOptIn;
-    if (grid.sharedBytes > kSharedBytesOfAnyKernel && !allowShared(function, optIn)) {
+    int64_t const optIn = optInBytes(grid.sharedBytes);
+    if (optIn > 0 && !allowShared(function, optIn)) {
         return false;
     }
     void* pointers[] = {&parameters...};

@@ -14,8 +14,8 @@ LRQ_HOST_DEVICE constexpr int32_t padded(int32_t channel) {
 
 // Where a channel lies, in floats. Four floats are left out after every 32, and after every part of
 // 16: eight lanes that read a vector of eight neighbouring runs of a token then meet all banks. Blocks
-// of which half a warp writes a row each begin half the banks apart, if they are `apart`. Smaller
-// parts, columns 8 wide and lanes of two tokens may meet in banks, two by two mostly.
+// of which half a warp writes a row each begin half the banks apart, if they are `apart`. Columns 8
+// wide and lanes of two tokens meet two by two, lanes of smaller parts more.
 struct ExchangePlan {
     int32_t parts;       // of a block
     int32_t partLog;     // log2 of the channels of a part

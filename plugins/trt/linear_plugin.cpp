@@ -2,6 +2,7 @@
 // graphs/ops/token_product.py and gated_residual.py.
 #include <cstdlib>
 
+#include "../core/hadamard.h"
 #include "plugins.h"
 #include "resident_weight.h"
 #include "weight.h"
@@ -26,12 +27,26 @@ public:
         : Plugin(op, std::move(given)),
           mWeight(attributes(), format),
           mResident(std::make_shared<ResidentWeight>()) {
-        mBlock = attributes().text("rotation") == "none" ? 0 : attributes().integer("block");
-        if (attributes().text("rotation") != "none" &&
-            (mBlock < 1 || mWeight.cols() % mBlock != 0)) {
+        if (mWeight.cols() > kMaxProductCols) {
+            throw PluginError("cols " + std::to_string(mWeight.cols()) + ", needed at most " +
+                              std::to_string(kMaxProductCols) + " in a product");
+        }
+        if (attributes().text("rotation") != "none") {
+            mBlock = attributes().integer("block");
+            checkBlock();
+        }
+    }
+
+    void checkBlock() const {
+        HadamardFactors factors{};
+        if (mBlock < 1 || mWeight.cols() % mBlock != 0) {
             throw PluginError("block " + std::to_string(mBlock) +
                               " of the fused rotation does not divide the " +
                               std::to_string(mWeight.cols()) + " columns");
+        }
+        if (!factorizeHadamard(mBlock, &factors)) {
+            throw PluginError("block " + std::to_string(mBlock) +
+                              " of the fused rotation has no Hadamard matrix here");
         }
     }
 

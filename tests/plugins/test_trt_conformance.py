@@ -90,7 +90,12 @@ def caught(library, host, cases):
     return dict(re.findall(r"^caught (\w+): (.+)$", found.stdout, re.MULTILINE))
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_wrapper_of_wrong_plugins_alone_is_right(caught):
+    assert "right" in MUTANTS
+    assert "right" not in caught
+
+
+@pytest.mark.parametrize("mutant", [each for each in MUTANTS if each != "right"])
 def test_a_wrong_plugin_is_caught(caught, mutant):
     assert mutant in caught
 

@@ -100,6 +100,14 @@ private:
     Plugin make(Fields& fields, TensorRTPhase phase) {
         return Plugin(mCreator.createPlugin("node", fields.collection(), phase));
     }
+    std::string textOf(std::string const& name) const {
+        for (Attribute const& attribute : mCase.attributes) {
+            if (attribute.name == name) {
+                return std::get<std::string>(attribute.value);
+            }
+        }
+        throw std::runtime_error("a case without " + name);
+    }
     Fields fields() { return Fields::ofNode(mCase.attributes, *mCreator.getFieldNames()); }
     Plugin made() {
         Fields given = fields();
@@ -193,7 +201,8 @@ void Walk::theCreatorIsFound() const {
 
 void Walk::badFieldsAreRefused() {
     TensorRTPhase const phase = TensorRTPhase::kBUILD;
-    bool const hasRotation = fields().has("rotation");
+    bool const isLinear = fields().has("rotation");
+    bool const isRotated = isLinear && textOf("rotation") != "none";
     for (Attribute const& attribute : mCase.attributes) {
         std::string const& name = attribute.name;
         bool const isInteger = std::holds_alternative<int32_t>(attribute.value);
@@ -206,7 +215,7 @@ void Walk::badFieldsAreRefused() {
             given.at(name).type = isInteger ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32;
         });
         fieldsRefused(name + " of a wrong value", phase, [&](Fields& given) {
-            bool const unread = hasRotation && name == "block";  // of a rotation that is not there
+            bool const unread = isLinear && !isRotated && name == "block";
             Attribute wrong{name, {}};
             if (isInteger) {
                 wrong.value = unread ? int32_t{1} : int32_t{-7};
@@ -220,6 +229,25 @@ void Walk::badFieldsAreRefused() {
             if (unread) {
                 given.remove("cols");
             }
+        });
+    }
+    auto const withColumns = [](int32_t cols) {
+        return [cols](Fields& given) {
+            given.remove("cols");
+            if (given.has("group_size")) {
+                given.remove("group_size");  // all of them
+            }
+            given.add(Attribute{"cols", cols});
+        };
+    };
+    if (isLinear) {
+        fieldsRefused("more columns than a product sums", phase, withColumns(1 << 17));
+    }
+    if (isRotated) {
+        fieldsRefused("a fused block that has no Hadamard matrix", phase, [&](Fields& given) {
+            withColumns(9)(given);
+            given.remove("block");
+            given.add(Attribute{"block", int32_t{9}});
         });
     }
     fieldsRefused("a field that the op does not have", phase,

@@ -11,6 +11,7 @@
 #include "memory.h"
 
 enum class Kind {
+    kRight,  // nothing: what the wrapper itself does is not wrong
     kWrongOutputType,
     kWrongOutputShape,
     kFixedOutputShape,
@@ -48,6 +49,7 @@ struct Mutant {
 };
 
 inline constexpr Mutant kMutants[] = {
+    {Kind::kRight, "right"},
     {Kind::kWrongOutputType, "wrong_output_type"},
     {Kind::kWrongOutputShape, "wrong_output_shape"},
     {Kind::kFixedOutputShape, "fixed_output_shape"},
