@@ -105,12 +105,12 @@ def test_an_engine_of_an_edited_package_is_not_kept(rebuilt):
     assert list(engines(fresh)) == []
 
 
-def test_the_fingerprint_of_inputs_is_that_of_no_version_and_no_engine(tiny, package, monkeypatch):
+def test_the_fingerprint_of_inputs_is_that_of_no_version_and_no_engine(tiny, package, monkeypatch, tmp_path):
     """It is in the manifest, and a build with other versions and engine settings would write the same."""
     seen = []
     monkeypatch.setattr(compiler, "versions", lambda: {"torch": "of another day"})
     monkeypatch.setattr(compiler, "_run", lambda job, until, key: seen.append((job.inputs_fingerprint, key)))
-    manifest, other = load_manifest(package), package.parent / "another"
+    manifest, other = load_manifest(package), tmp_path / "another"
     for changed in ({"engine": Engine(intra_op_threads=2)}, {"keep": ("*.to_q",)}):
         recipe = tiny.recipe().model_copy(update=changed)
         compiler.build(tiny.source, other, recipe=recipe, calibration=tiny.calibration)
