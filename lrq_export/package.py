@@ -184,7 +184,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     manifest = json_object(data, str(path))
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path}: got another format, needed an {FORMAT}", hint="build the package again")
-    if manifest.get("schema") != SCHEMA:
+    if manifest.get("schema") != SCHEMA or isinstance(manifest["schema"], bool):  # True is 1
         raise InputError(
             f"{path}: got schema {reprlib.repr(manifest.get('schema'))}, needed {SCHEMA}",
             hint="use the lrq-export that built it",

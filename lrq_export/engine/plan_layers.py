@@ -84,8 +84,9 @@ def _faults_of(name: str, layers: Sequence[Mapping[str, Any]], nodes: Mapping[st
     plugins = [layer for layer in layers if _is(layer, _PLUGINS)]
     if not layers:
         return [f"{name}: got no layer, needed a plugin layer"]
-    if not plugins:
-        layer = layers[0]
+    fallen_back = [layer for layer in layers if _profile_of(layer) not in set(map(_profile_of, plugins))]
+    if fallen_back:
+        layer = fallen_back[0]
         return [f"{name}: got {layer['Name']!r} of the type {layer['LayerType']}, needed a plugin layer"]
     others = {other for layer in plugins for other in _nodes_of(layer) & nodes.keys() if other != name}
     if others:
@@ -102,7 +103,7 @@ def _faults_of(name: str, layers: Sequence[Mapping[str, Any]], nodes: Mapping[st
 
 def _nodes_of(layer: Mapping[str, Any]) -> set[str]:
     """The nodes of the graph that a layer runs."""
-    noted = set(_NOTED.findall(layer.get("Metadata", "")))
+    noted = set(_NOTED.findall(layer.get("Metadata") or ""))
     return noted or set(_PROFILE.sub("", layer["Name"]).split(" + "))
 
 

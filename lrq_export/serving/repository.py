@@ -57,6 +57,10 @@ def write_repository(package: Path, folder: Path, layout: Layout) -> list[Path]:
     stripped = without_weights(package, TENSORRT)
     if stripped is not None:
         raise stripped
+    plan = package / TENSORRT_PLAN
+    if layout.plugins and not plan.is_file():
+        raise UsageError(f"--plugins: the package has no {TENSORRT_PLAN} that would use them", hint="leave it out")
+    libraries = {library.name: library.read_bytes() for library in layout.plugins}
     config = manifest["source"]["config"]
     specs = family_of(config["_class_name"]).inputs(config)
     # A shared input is the first sample's for all: requests that differ in it must not meet in one batch.
@@ -68,15 +72,12 @@ def write_repository(package: Path, folder: Path, layout: Layout) -> list[Path]:
         max_batch=layout.max_batch if batched else 0, instances=layout.instances, parameters=parameters,
     )  # fmt: skip
     models = [_write_model(folder / layout.name, files, layout, config_text(settings))]
-    plan = package / TENSORRT_PLAN
     if plan.is_file():
         name = f"{layout.name}-tensorrt"
         text = config_text(tensorrt_config(name, layout.instances))
         models.append(_write_model(folder / name, {PLAN: plan}, layout, text))
-        for library in layout.plugins:
-            write_bytes_atomic(models[-1] / "plugins" / library.name, library.read_bytes())
-    elif layout.plugins:
-        raise UsageError(f"--plugins: the package has no {TENSORRT_PLAN} that would use them", hint="leave it out")
+        for library, code in libraries.items():
+            write_bytes_atomic(models[-1] / "plugins" / library, code)
     write_bytes_atomic(folder / "README.md", _readme(layout, batched, parameters, plan.is_file()).encode())
     return models
 

@@ -99,7 +99,9 @@ def show_added_engines(package: Path, recipe: Recipe) -> None:
     report["engines"] = engine_rows(package, report["source"]["parameters"], recipe.engine)
     page = (package / REPORT_PAGE).read_text(encoding="utf-8")
     for anchor in ("engines", "origin"):
-        start = page.index(f'<section id="{anchor}">')
+        start = page.find(f'<section id="{anchor}">')
+        if start < 0:  # the page is from before it had this section
+            continue
         end = page.index(_END, start) + len(_END)
         page = page[:start] + render_section(anchor, report) + page[end:]
     write_json_atomic(package / REPORT, report)

@@ -220,6 +220,7 @@ HOSTILE = {
     "an enormous size": (sized(MODEL, 10**30), f"needed {10**30}"),
     "a size as text": (sized(MODEL, "3"), "needed sha256 and bytes"),
     "a manifest from the future": (manifest(schema=2), "got schema 2, needed 1"),
+    "a manifest whose version is a truth": (manifest(schema=True), "got schema True, needed 1"),
     "a manifest of no version": (manifest(schema="1"), "got schema '1', needed 1"),
     "another format": (manifest(format="zip"), "another format"),
     "another spelling": (

@@ -89,6 +89,12 @@ def test_a_node_whose_name_is_part_of_another_s_is_not_taken_for_it():
     assert faults == [f"{NORM}: got no layer, needed a plugin layer"]
 
 
+def test_a_node_that_falls_back_in_one_profile_is_named():
+    gemm = layer("__myl_Fc_myl3_9 [profile 1]", "gemm", nodes=[QKV])
+    (fault,) = layer_faults([*told_by_the_compiler().values(), gemm], NODES)
+    assert fault == f"{QKV}: got '__myl_Fc_myl3_9 [profile 1]' of the type gemm, needed a plugin layer"
+
+
 @STYLES
 def test_a_node_that_runs_twice_is_named(style, judged):
     layers = list(style().values())

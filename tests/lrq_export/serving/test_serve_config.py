@@ -123,6 +123,9 @@ def test_a_plan_becomes_a_model_of_its_own(package, parsed, copy_of, reseal, tmp
     assert "--backend-config=tensorrt,plugins=tiny-tensorrt/plugins/liblrq_plugins.so" in readme
     with pytest.raises(UsageError, match="--plugins"):
         write_repository(package, tmp_path / "s", Layout("tiny", plugins=(library,)))
+    with pytest.raises(FileNotFoundError):
+        write_repository(with_plan, tmp_path / "s", Layout("tiny", plugins=(tmp_path / "none.so",)))
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_plan_without_weights_is_refused_before_anything_is_written(package, copy_of, reseal, cli, tmp_path):
