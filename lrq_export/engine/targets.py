@@ -36,9 +36,8 @@ from lrq_export.verify.reference import Reference
 from lrq_export.workspace import open_workspace
 
 ONNXRUNTIME = "onnxruntime"
-INPUTS = (
-    "inputs_fingerprint"  # of a manifest: source, recipe without engines, and files, whatever versions made of them
-)
+# Of a manifest: source, recipe without engines, and files, whatever library versions made of them.
+INPUTS = "inputs_fingerprint"
 EARLIER = "earlier_weights"  # of a build.json: those of the package that this one was built in the place of
 _SILENT = frozenset({"targets", "intra_op_threads", "inter_op_threads"})  # settings that change no engine built here
 _OF_OTHERS = {tensorrt.TENSORRT: {"compute_capabilities"}, tensorrt.RTX: {"hardware", "refit"}}
