@@ -90,13 +90,14 @@ def test_inputs_that_samples_share_are_not_batched(package, parsed, tmp_path, mo
     assert not any(each.HasField("reshape") for each in config.input)
 
 
-def test_a_version_is_added_and_never_replaced(package, tmp_path):
-    write_repository(package, tmp_path, Layout("tiny"))
+def test_a_version_is_added_and_never_replaced(package, copy_of, tmp_path):
+    linked, models = copy_of(package), tmp_path / "models"  # a link changes a file's ctime, and others read the package
+    write_repository(linked, models, Layout("tiny"))
     with pytest.raises(UsageError, match="--model-version 2"):
-        write_repository(package, tmp_path, Layout("tiny"))
-    write_repository(package, tmp_path, Layout("tiny", version=2, link=True))
-    assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == ["1", "2", "config.pbtxt"]
-    assert (tmp_path / "tiny/2/model.onnx").samefile(package / "engine/onnxruntime/model.onnx")
+        write_repository(linked, models, Layout("tiny"))
+    write_repository(linked, models, Layout("tiny", version=2, link=True))
+    assert sorted(path.name for path in (models / "tiny").iterdir()) == ["1", "2", "config.pbtxt"]
+    assert (models / "tiny/2/model.onnx").samefile(linked / "engine/onnxruntime/model.onnx")
 
 
 def test_the_portable_model_needs_no_option(package, parsed, tmp_path):
