@@ -2,8 +2,9 @@
 
 import inspect
 import math
+import weakref
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -160,11 +161,11 @@ class PackagedTransformer:
         shapes = shapes_of(self.specs, given)
         plan = self._plans.get(shapes)
         if plan is None:
-            plan = InputPlan.of(self.specs, shapes)
+            plan = InputPlan.of(self.specs, shapes, self.device)
             if len(self._plans) == MOST_PLANS:
                 self._plans.clear()
             self._plans[shapes] = plan
-        return plan.inputs(given, self.device)
+        return plan.inputs(given)
 
     def _arguments(self, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
         """By name. `Signature.bind` takes its time, and is asked only to raise what Python does for wrong arguments."""
@@ -207,54 +208,84 @@ def tensors(
 
     Raises InputError for one that is missing or of another rank or size, or holds labels of no class.
     """
-    return InputPlan.of(specs, shapes_of(specs, given)).inputs(given, device)
+    return InputPlan.of(specs, shapes_of(specs, given), device).inputs(given)
 
 
 Shapes = tuple[tuple[int, ...] | None, ...]  # of every input as it is given; None: it is absent
 
 
 def shapes_of(specs: dict[str, InputSpec], given: dict[str, torch.Tensor | None]) -> Shapes:
-    return tuple([None if (tensor := given.get(name)) is None else tensor.shape for name in specs])
+    """Raises InputError for what is no tensor."""
+    return tuple([None if (tensor := given.get(name)) is None else _shape(name, tensor) for name in specs])
+
+
+def _shape(name: str, tensor: Any) -> tuple[int, ...]:
+    if isinstance(tensor, torch.Tensor):
+        return tensor.shape
+    got = f"{tensor!r}" if isinstance(tensor, int | float) else f"a {type(tensor).__name__}"
+    raise InputError(f"{name}: got {got}, needed a torch.Tensor", hint=f"pass torch.as_tensor({name})")
 
 
 @dataclass(frozen=True)
 class InputPlan:
     """What arguments of certain shapes become, whatever their values, dtypes and devices. Threads may share one."""
 
-    present: dict[str, InputSpec]
-    expanded: dict[str, tuple[int, ...]]  # sizes of those that are given once for all samples
-    absent: dict[str, torch.Tensor]  # all ones, on the CPU; engines only read them, and no caller gets them
+    device: torch.device
+    present: dict[str, InputSpec] = field(default_factory=dict)
+    expanded: dict[str, tuple[int, ...]] = field(default_factory=dict)  # sizes of what is given once for all samples
+    absent: dict[str, torch.Tensor] = field(default_factory=dict)  # all ones; engines read them, no caller gets them
+    labels: dict[str, "CheckedLabels"] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, specs: dict[str, InputSpec], shapes: Shapes) -> "InputPlan":
+    def of(cls, specs: dict[str, InputSpec], shapes: Shapes, device: torch.device) -> "InputPlan":
         """Raises InputError for an input that is missing or of another rank or size."""
-        sizes, plan = Sizes(), cls({}, {}, {})
+        sizes, plan = Sizes(), cls(device)
         for (name, spec), shape in zip(specs.items(), shapes, strict=True):
             if shape is not None:
                 needed = _expanded(spec, tuple(shape), sizes)
                 sizes.admit(name, needed, spec)
                 plan.present[name] = spec
+                if spec.classes is not None:
+                    plan.labels[name] = CheckedLabels(spec)
                 if needed != shape:
                     plan.expanded[name] = needed
             elif spec.optional:
                 extents = [sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape]
-                plan.absent[name] = torch.ones(extents, dtype=torch.float32, device=CPU_DEVICE)
+                plan.absent[name] = torch.ones(extents, dtype=torch.float32, device=device)
             else:
                 raise InputError(f"{name}: got None, needed a tensor of shape {spec}")
+        if plan.absent and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # later calls may come on other streams
         return plan
 
-    def inputs(self, given: dict[str, torch.Tensor | None], device: torch.device) -> dict[str, torch.Tensor]:
+    def inputs(self, given: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
         """What is given in these shapes, as the graph takes it. Raises InputError for labels of no class."""
-        made = {}
-        for name, spec in self.present.items():
+        for name, labels in self.labels.items():
+            labels.check(name, given[name])
+        made = dict(self.absent)
+        for name in self.present:
             tensor, needed = given[name], self.expanded.get(name)
             if needed is not None:
                 tensor = (tensor.flatten() if len(needed) == 1 else tensor).expand(needed)
-            spec.check_labels(name, tensor)
-            made[name] = as_input(tensor, device)
-        for name, ones in self.absent.items():
-            made[name] = as_input(ones, device)
+            made[name] = as_input(tensor, self.device)
         return made
+
+
+class CheckedLabels:
+    """Labels on a GPU that were found to be classes: a loop over timesteps that gives the same waits for them once."""
+
+    def __init__(self, spec: InputSpec):
+        self._spec, self._last = spec, (lambda: None, -1)
+
+    def check(self, name: str, labels: torch.Tensor) -> None:
+        """Raise InputError for a label of no class."""
+        if not labels.is_cuda or labels.is_inference():  # nothing to wait for; no count of writes
+            self._spec.check_labels(name, labels)
+            return
+        known, version = self._last
+        if known() is not labels or version != labels._version:
+            self._spec.check_labels(name, labels)
+            self._last = weakref.ref(labels), labels._version
 
 
 def _expanded(spec: InputSpec, shape: tuple[int, ...], sizes: Sizes) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ def verify_against(package: Path, target: str, inputs: str | None, bisect: bool,
     replay = package.resolve().with_name(package.resolve().name + REPLAY) if bisect else None
     with shown(as_json) as progress, stage(progress, f"against {target}", {}, len(RUNGS)):
         findings = compare(package, target, **chosen(inputs), replay=replay, advance=progress.advance)
-    _print_json(findings) if as_json else _print(findings, bisect)
+    _print_json(findings) if as_json else _print(findings)
     if findings.broken:
         return 1
     if findings.not_run is not None and not findings.ran:
@@ -53,17 +53,21 @@ def _print_json(findings: Any) -> None:
         print(json.dumps({"event": "rung"} | rung.to_json()))
     if findings.not_run is not None:
         print(json.dumps({"event": "not run", "missing": findings.not_run.message, "fix": findings.not_run.hint}))
-    if findings.divergence is not None:
-        found = findings.divergence
-        print(
-            json.dumps(
-                {"event": "first difference", "tensor": found.tensor, "node": found.node, "op": found.op,
-                 "nmse": found.nmse if found.nmse < float("inf") else None, "replay": findings.command}
-            )
-        )  # fmt: skip
+    if findings.bisection is not None:
+        print(json.dumps(_bisected(findings.bisection)))
 
 
-def _print(findings: Any, bisect: bool) -> None:
+def _bisected(bisection: Any) -> dict[str, Any]:
+    if bisection.divergence is None:
+        return {"event": "no first difference", "why": bisection.lacks}
+    found = bisection.divergence
+    return {
+        "event": "first difference", "tensor": found.tensor, "node": found.node, "op": found.op,
+        "nmse": found.nmse if found.nmse < float("inf") else None, "replay": bisection.command,
+    }  # fmt: skip
+
+
+def _print(findings: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -80,9 +84,14 @@ def _print(findings: Any, bisect: bool) -> None:
     if findings.broken:
         first = findings.broken[0]
         print(f"first diverging rung: {first.rung}, which blames {first.blames}")
-    if findings.divergence is not None:
-        print(f"{findings.divergence.line()}\nreplay by hand: {findings.command}")
-    elif findings.broken:
-        print("no tensor differs on these inputs: nothing to bisect" if bisect else "--bisect finds the first tensor")
+        print(_first_difference(findings.bisection))
     if findings.not_run is not None and findings.ran:
         print(f"not run here: {findings.not_run}")
+
+
+def _first_difference(bisection: Any) -> str:
+    if bisection is None:
+        return "--bisect finds the first tensor that differs"
+    if bisection.divergence is None:
+        return f"no first tensor to show: {bisection.lacks}"
+    return f"{bisection.divergence.line()}\nreplay by hand: {bisection.command}"

@@ -8,13 +8,15 @@ The inspector answers, of an engine built with detailed verbosity, `{"Layers": [
 - a plugin layer has the name of its node; what TensorRT fuses is named `a + b`, `PWN(a, b)`, or by its compiler alone,
   `__myl_FcAdd_myl3_5`. So which nodes a layer runs is also read from what NVIDIA's parser notes of each (the metadata);
 - an engine has its layers once for all profiles, or once more for each, then named ` [profile 1]` and so on;
-- copies to another layout are layers of their own, of the type Reformat, and named after the node that they serve;
+- copies to another layout or type are layers of their own, of the type Reformat or Cast, and named after the node that
+  they serve; so may be a constant that it reads;
 - formats are short, "Half", or told, "Row major linear FP16 format"; of tensors whose sizes are free, as those of most
   engines here, it is "N/A due to dynamic shapes", and there is nothing to judge.
 
-A float fallback is an lrq node that something else than its plugin runs: layers that multiply decoded weights in
-floating point have the node in their names or metadata. Or it is a plugin that reads or writes another float type than
-its node in the graph. Everything but lrq nodes is meant to run in floating point: of that nothing is said here.
+A float fallback is an lrq node that something else than its plugin runs, in any profile, or beside the plugin: layers
+that multiply decoded weights in floating point have the node in their names or metadata. Or it is a plugin that reads
+or writes another float type than its node in the graph. Everything but lrq nodes is meant to run in floating point: of
+that nothing is said here.
 
 No engine of TensorRT's was at hand: the forms are those of its documentation and of plans that others have published.
 """
@@ -26,7 +28,7 @@ from typing import Any, NamedTuple
 
 _PROFILE = re.compile(r" \[profile (\d+)\]$")
 _NOTED = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|[\x1e\x1f]|$)")
-_COPIES = ("reformat", "noop")
+_COPIES = ("reformat", "noop", "cast", "constant")  # what computes nothing of the node that it is named after
 _PLUGINS = ("plugin", "custom")  # PluginV2, PluginV3, custom_layer
 _TYPES = {
     **dict.fromkeys(("float", "fp32", "float32"), "float32"),
@@ -61,7 +63,8 @@ def layer_faults(layers: Sequence[Any], nodes: Mapping[str, NodeTypes]) -> list[
         if not _is(layer, _COPIES):
             for name in _nodes_of(layer) & nodes.keys():
                 serving[name].append(layer)
-    return [fault for name, found in serving.items() for fault in _faults_of(name, found, nodes)]
+    profiles = {_profile_of(layer) for found in serving.values() for layer in found} | {0}
+    return [fault for name, found in serving.items() for fault in _faults_of(name, found, profiles, nodes)]
 
 
 def judged_types(layers: Sequence[Any], nodes: Mapping[str, NodeTypes]) -> int:
@@ -80,14 +83,16 @@ def type_faults(name: str, got: tuple[str | None, str | None], needed: NodeTypes
     ]
 
 
-def _faults_of(name: str, layers: Sequence[Mapping[str, Any]], nodes: Mapping[str, NodeTypes]) -> list[str]:
+def _faults_of(
+    name: str, layers: Sequence[Mapping[str, Any]], profiles: set[int], nodes: Mapping[str, NodeTypes]
+) -> list[str]:
     plugins = [layer for layer in layers if _is(layer, _PLUGINS)]
-    if not layers:
-        return [f"{name}: got no layer, needed a plugin layer"]
-    fallen_back = [layer for layer in layers if _profile_of(layer) not in set(map(_profile_of, plugins))]
-    if fallen_back:
-        layer = fallen_back[0]
-        return [f"{name}: got {layer['Name']!r} of the type {layer['LayerType']}, needed a plugin layer"]
+    fallback = next((layer for layer in layers if not _is(layer, _PLUGINS)), None)
+    if fallback is not None:
+        return [f"{name}: got {fallback['Name']!r} of the type {fallback['LayerType']}, needed a plugin layer alone"]
+    lacking = profiles - set(map(_profile_of, plugins))
+    if lacking:
+        return [f"{name}: got no layer in profile {min(lacking)}, needed a plugin layer"]
     others = {other for layer in plugins for other in _nodes_of(layer) & nodes.keys() if other != name}
     if others:
         return [f"{name}: its plugin layer also runs {min(others)}, needed one of its own"]

@@ -206,7 +206,9 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
         file.write_text(json.dumps(job))
         environment = dict(os.environ)
         if job["target"] == RTX and job["plugins"] is not None:
-            environment["LD_LIBRARY_PATH"] = f"{_unversioned(Path(scratch))}:{environment.get('LD_LIBRARY_PATH', '')}"
+            environment["LD_LIBRARY_PATH"] = (
+                f"{unversioned_library(Path(scratch))}:{environment.get('LD_LIBRARY_PATH', '')}"
+            )
         command = [sys.executable, "-m", f"{__package__}.tensorrt_worker", str(file)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     lines = done.stdout.splitlines()
@@ -220,7 +222,7 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
         ) from None
 
 
-def _unversioned(folder: Path) -> Path:
+def unversioned_library(folder: Path) -> Path:
     """A folder in which RTX's parser finds the library that it asks for by a name without version.
 
     The wheel has libtensorrt_rtx.so.1 alone, and the parser ends the process if a plugin makes it look for the other.

@@ -18,6 +18,7 @@ import numpy as np
 from lrq_export.engine.plan_layers import NodeTypes, float_type, judged_types, layer_faults, type_faults
 
 RTX = "tensorrt-rtx"
+RTX_VARIABLE = "POLYGRAPHY_USE_TENSORRT_RTX"  # 1: polygraphy drives TensorRT-RTX in this process
 
 
 class CannotBuild(Exception):
@@ -92,7 +93,7 @@ def marked_plan(job: dict[str, Any]):
 
 def _library(target: str):
     """The Python module of the target; polygraphy looks for the same one."""
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(target == RTX))
+    os.environ[RTX_VARIABLE] = str(int(target == RTX))
     name = "tensorrt_rtx" if target == RTX else "tensorrt"
     try:
         return __import__(name)

@@ -23,11 +23,10 @@ from lrq_export.models import family_of
 from lrq_export.package import QUANTIZED
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe
-from lrq_export.verify.bisect import Divergence
 from lrq_export.verify.reference import Reference
 from lrq_export.verify.subject import PARITY_SAMPLES, Subject
 from lrq_export.verify.target import Target
-from lrq_export.verify.target_rungs import Compared, Comparison
+from lrq_export.verify.target_rungs import Bisection, Compared, Comparison
 
 RUNGS = ("T1", "T2", "T3", "T4", "T5")
 
@@ -38,8 +37,7 @@ class Findings:
 
     rungs: list[Comparison] = field(default_factory=list)
     not_run: MissingError | None = None
-    divergence: Divergence | None = None
-    command: str | None = None  # replays the divergence by hand
+    bisection: Bisection | None = None  # None: it was not asked for, or all rungs hold
 
     @property
     def broken(self) -> list[Comparison]:
@@ -81,9 +79,8 @@ def compare(
     for climb in rungs:
         findings.rungs.append(climb())
         advance(findings.rungs[-1].rung)
-    if replay is not None:
-        found = compared.bisect(replay)
-        findings.divergence, findings.command = (None, None) if found is None else found
+    if replay is not None and findings.broken:
+        findings.bisection = compared.bisect(replay)
     return findings
 
 

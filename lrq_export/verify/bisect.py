@@ -56,6 +56,10 @@ class OnnxTensors:
         """The node that computes each tensor, in the order of the graph."""
         return {name: node for node in self.model.graph.node for name in node.output if name}
 
+    def replay_words(self, tensor: str, folder: Path) -> list[str]:
+        """The command that computes a tensor in the same library; `folder` may get what it reads but its inputs."""
+        return ["polygraphy", "run", str(self.path), "--onnxrt", "--onnx-outputs", tensor]
+
     def __call__(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Their values, of one session that has them as its outputs."""
         import onnxruntime
@@ -206,10 +210,10 @@ def finite(got: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.where(agreed, 0.0, got), np.where(agreed, 0.0, expected)
 
 
-def save_replay(folder: Path, divergence: Divergence, subject: OnnxTensors, runner: str = "--onnxrt") -> str:
+def save_replay(folder: Path, divergence: Divergence, subject: OnnxTensors) -> str:
     """Save inputs and both values of the tensor; returns the command that compares them by hand, with polygraphy.
 
-    Writes tensors.npz for NumPy, inputs.json and expected.json for `polygraphy run`, whose `runner` may be --trt.
+    Writes tensors.npz for NumPy, inputs.json and expected.json for `polygraphy run`.
     Raises MissingError without polygraphy.
     """
     try:
@@ -229,7 +233,7 @@ def save_replay(folder: Path, divergence: Divergence, subject: OnnxTensors, runn
     with atomic_file(folder / EXPECTED) as file:
         file.write(to_json(expected).encode())
     words = [
-        "polygraphy", "run", str(subject.path), runner, "--onnx-outputs", divergence.tensor,
+        *subject.replay_words(divergence.tensor, folder),
         "--load-inputs", str(folder / INPUTS), "--load-outputs", str(folder / EXPECTED),
     ]  # fmt: skip
     return shlex.join(words)

@@ -13,13 +13,28 @@ import numpy as np
 import onnx
 
 from lrq_export.engine import tensorrt
+from lrq_export.engine.tensorrt_worker import RTX_VARIABLE
 from lrq_export.errors import CheckFailed, MissingError
+from lrq_export.package import write_bytes_atomic
 from lrq_export.plugins import LIBRARY, find_library
 from lrq_export.verify.bisect import OnnxTensors
 from lrq_export.verify.sliced import ReadInput
 from lrq_export.verify.step import sized_inputs
 from lrq_export.verify.target import Target
 
+NETWORK = "network.py"
+_SCRIPT = """\
+import importlib
+
+from polygraphy.backend.trt import network_from_onnx_path
+
+if importlib.import_module({module}).get_plugin_registry().load_library({library}) is None:
+    raise SystemExit("the plugins were not loaded: " + {library})
+
+
+def load_network():
+    return network_from_onnx_path({model}, strongly_typed=True)
+"""
 Feed = Mapping[str, np.ndarray]
 
 
@@ -29,6 +44,18 @@ class TensorRtTensors(OnnxTensors):
     def __init__(self, path: Path, inputs: Feed, target: Target):
         super().__init__(path, inputs)
         self.target = target
+
+    def replay_words(self, tensor: str, folder: Path) -> list[str]:
+        library, network = plugins_of(self.target), self.path
+        if library is not None:  # polygraphy's --plugins takes only libraries that register what they hold themselves
+            network = folder / NETWORK
+            parts = {"module": tensorrt.MODULES[self.target.name], "library": str(library), "model": str(self.path)}
+            write_bytes_atomic(network, _SCRIPT.format(**{name: repr(part) for name, part in parts.items()}).encode())
+        settings = []
+        if self.target.name == tensorrt.RTX:
+            found = [str(tensorrt.unversioned_library(folder)), os.environ.get("LD_LIBRARY_PATH", "")]
+            settings = [f"{RTX_VARIABLE}=1", f"LD_LIBRARY_PATH={':'.join(filter(None, found))}"]
+        return [*settings, "polygraphy", "run", str(network), "--trt", "--strongly-typed", "--trt-outputs", tensor]
 
     def __call__(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         (answers,) = run(self.target, [self.inputs], model=self.path, outputs=names)

@@ -78,6 +78,15 @@ class Error:
     tensor: str
 
 
+@dataclass(frozen=True)
+class Bisection:
+    """What halving found: the first tensor that differs and the command that replays it, or why there is none."""
+
+    divergence: Divergence | None = None
+    command: str | None = None
+    lacks: str | None = None
+
+
 class Compared:
     """A target and the model.onnx beside it, on the same inputs."""
 
@@ -141,8 +150,8 @@ class Compared:
         note = f"both run freely; {len(cases)} of {len(self.cases)} cases fit its profiles"
         return Comparison.of("T5", f"output of its plan vs {MODEL}", "the engine", found, note)
 
-    def bisect(self, folder: Path) -> tuple[Divergence, str] | None:
-        """The first tensor that differs, and the command that replays it; None if none does.
+    def bisect(self, folder: Path) -> "Bisection":
+        """The first tensor that differs, or why there is none to show.
 
         Searched is what leads from one layer's input to the first that differs from model.onnx. If none does, but a
         weight is another than was meant: what reads it, beside the same model with the right one. `folder` gets that
@@ -160,16 +169,20 @@ class Compared:
             expected = write_step(cut, self.target.path.parent, tensor, theirs, read)
             put_weights(theirs, self.target.weights())
         else:
-            return None
+            return Bisection(lacks="given the same input, every layer agrees, and so does every weight")
         feed = write_step(cut, self.target.path.parent, tensor, ours, read)
         if self.on_gpu:
             suspect = nvidia.TensorRtTensors(ours, feed, self.target)
         else:
             suspect = OnnxTensors(ours, feed, config=self.target.config)
         found = first_divergence(suspect, OnnxTensors(theirs, expected, config=self.target.config), bound=bound)
-        if found is None:
-            return None
-        return found, save_replay(folder, found, suspect, *(["--trt"] if self.on_gpu else []))
+        if found is not None:
+            return Bisection(found, save_replay(folder, found, suspect))
+        if self.errors:
+            why = f"run alone, the part that leads to {tensor} agrees: what differs is how it is fused with the rest"
+        else:
+            why = f"what reads {self.changed_weight} computes the same on these inputs: name other --inputs"
+        return Bisection(lacks=f"{why}; both are in {folder}")
 
     @property
     def _parity(self) -> float:

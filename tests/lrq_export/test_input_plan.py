@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lrq_export.errors import InputError, UsageError
+from lrq_export.models.base import InputSpec
 from lrq_export.runtime import MOST_PLANS, PackagedTransformer, load
 
 SAMPLES, TEXT, SIDE, MASK = 2, 6, 8, "encoder_attention_mask"
@@ -140,8 +141,8 @@ def test_every_call_feeds_the_device_of_the_engine(opened):
     for device in ("cpu", "meta", "cpu"):
         fed = elsewhere._inputs({name: tensor.to(device) for name, tensor in arguments().items()})
         assert {tensor.device.type for tensor in fed.values()} == {"meta"}
-    (plan,) = elsewhere._plans.values()
-    assert torch.equal(plan.absent[MASK], torch.ones(SAMPLES, TEXT))  # on the CPU, where no stream has to fill it first
+        (plan,) = elsewhere._plans.values()
+        assert fed[MASK] is plan.absent[MASK]  # made there once, and not brought there in every call
 
 
 def test_threads_with_masks_and_without_get_their_own_answers(drop_in):
@@ -175,6 +176,38 @@ def test_labels_of_no_class_are_refused_in_every_call(labels):
     assert len(transformer._plans) == 1
 
 
+class OnGpu(torch.Tensor):
+    """Labels that say they lie on a GPU, where reading them waits for all that runs there."""
+
+    is_cuda = True
+
+
+def test_labels_on_a_gpu_are_waited_for_once(monkeypatch):
+    transformer, waited, check = PackagedTransformer(Listener(), DIT), [], InputSpec.check_labels
+
+    def count(spec, name, tensor):
+        if spec.classes is not None:
+            waited.append(name)
+        check(spec, name, tensor)
+
+    monkeypatch.setattr(InputSpec, "check_labels", count)
+    given = {"hidden_states": torch.ones(SAMPLES, 1, SIDE, SIDE), "timestep": torch.ones(SAMPLES)}
+    labels = torch.tensor([3, 4]).as_subclass(OnGpu)
+    for times in (1, 1, 1):
+        transformer(**given, class_labels=labels)
+        assert len(waited) == times
+    labels[0] = 11  # written into, so it is read again, and never taken for checked
+    for times in (2, 3):
+        with pytest.raises(InputError, match="class_labels: got 11 at"):
+            transformer(**given, class_labels=labels)
+        assert len(waited) == times
+    transformer(**given, class_labels=torch.tensor([1, 2]).as_subclass(OnGpu))
+    on_cpu = torch.tensor([1, 2])
+    for times in (5, 6):  # no write by NumPy is counted, and nothing is waited for
+        transformer(**given, class_labels=on_cpu)
+        assert len(waited) == times
+
+
 def test_what_is_refused_is_refused_again_and_not_remembered(listened):
     listened(**arguments())
     for _ in range(2):
@@ -184,8 +217,9 @@ def test_what_is_refused_is_refused_again_and_not_remembered(listened):
             listened(**arguments(timestep=None))
         with pytest.raises(UsageError, match=r"no input for cross_attention_kwargs\.scale"):
             listened(**arguments(cross_attention_kwargs={"scale": 0.5}))
-        with pytest.raises(AttributeError, match="shape"):  # no tensor, and not absent either
-            listened(**arguments(**{MASK: 1}))
+        for value, told in ((1, "1"), (np.ones((SAMPLES, TEXT)), "a ndarray")):  # no tensor, and not absent either
+            with pytest.raises(InputError, match=f"{MASK}: got {told}, needed a torch.Tensor"):
+                listened(**arguments(**{MASK: value}))
     assert (len(listened._plans), len(listened._runner.fed)) == (1, 1)
     listened(**arguments(cross_attention_kwargs={"scale": None}))
 

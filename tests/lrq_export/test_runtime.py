@@ -4,6 +4,7 @@ import inspect
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -136,6 +137,8 @@ WRONG = {
     "rank of mask": ("encoder_attention_mask", torch.ones(6), "(6,)"),
     "batch of timestep": ("timestep", torch.ones(3), "timestep"),
     "no timestep": ("timestep", None, "timestep"),
+    "number as timestep": ("timestep", 500, "timestep: got 500, needed a torch.Tensor"),
+    "array of latents": ("hidden_states", np.ones((2, 1, 8, 8), np.float32), "got a ndarray, needed a torch.Tensor"),
 }
 
 

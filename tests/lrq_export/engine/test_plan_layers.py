@@ -41,12 +41,18 @@ def told_by_the_compiler():
     """Layers of TensorRT's compiler have names of its own; nodes are in the metadata, free sizes hide the types."""
     return {
         "copy": layer(f"Reformatting CopyNode for Input Tensor 0 to {QKV}", "Reformat", nodes=[QKV]),
+        "cast": layer("__mye3812_cast", "cast", "Float", "Half", nodes=[QKV]),
         QKV: layer(QKV, "PluginV3", nodes=[QKV]),
         NORM: layer(NORM, "PluginV3", nodes=[NORM]),
-        f"{NORM} [profile 1]": layer(f"{NORM} [profile 1]", "PluginV3", nodes=[NORM]),
         WEIGHT: layer(WEIGHT, "custom_layer", "Int8", "Half", nodes=[WEIGHT]),
         "rest": layer("__myl_MulAdd_myl3_5", "kgen", nodes=["scores", "softmax"]),
     }
+
+
+def in_two_profiles():
+    """All layers once more, under another name."""
+    once = told_by_the_compiler()
+    return once | {f"{name} [profile 1]": each | {"Name": f"{each['Name']} [profile 1]"} for name, each in once.items()}
 
 
 STYLES = pytest.mark.parametrize(("style", "judged"), [(told_in_words, 3), (told_by_the_compiler, 1)])
@@ -64,7 +70,7 @@ def test_an_engine_of_one_plugin_layer_for_each_node_is_well(style, judged):
 def test_a_node_without_a_layer_is_named(style, judged):
     layers = style()
     del layers[QKV]  # its copy alone runs nothing
-    assert layer_faults(list(layers.values()), NODES) == [f"{QKV}: got no layer, needed a plugin layer"]
+    assert layer_faults(list(layers.values()), NODES) == [f"{QKV}: got no layer in profile 0, needed a plugin layer"]
 
 
 @pytest.mark.parametrize(
@@ -80,19 +86,37 @@ def test_a_node_without_a_layer_is_named(style, judged):
 @STYLES
 def test_a_node_that_something_else_runs_is_named_with_it(style, judged, fallback):
     (fault,) = layer_faults(list((style() | {QKV: fallback}).values()), NODES)
-    assert fault == f"{QKV}: got {fallback['Name']!r} of the type {fallback['LayerType']}, needed a plugin layer"
+    assert fault == f"{QKV}: got {fallback['Name']!r} of the type {fallback['LayerType']}, needed a plugin layer alone"
+
+
+@STYLES
+def test_a_node_that_something_else_runs_beside_its_plugin_is_named(style, judged):
+    beside = layer("__myl_FcAdd_myl3_5", "gemm", nodes=[QKV])
+    (fault,) = layer_faults([*style().values(), beside], NODES)
+    assert fault == f"{QKV}: got '__myl_FcAdd_myl3_5' of the type gemm, needed a plugin layer alone"
 
 
 def test_a_node_whose_name_is_part_of_another_s_is_not_taken_for_it():
     longer = layer(f"{NORM}.rotated", "PluginV3")
     faults = layer_faults(list((told_in_words() | {NORM: longer}).values()), NODES)
-    assert faults == [f"{NORM}: got no layer, needed a plugin layer"]
+    assert faults == [f"{NORM}: got no layer in profile 0, needed a plugin layer"]
 
 
-def test_a_node_that_falls_back_in_one_profile_is_named():
-    gemm = layer("__myl_Fc_myl3_9 [profile 1]", "gemm", nodes=[QKV])
-    (fault,) = layer_faults([*told_by_the_compiler().values(), gemm], NODES)
-    assert fault == f"{QKV}: got '__myl_Fc_myl3_9 [profile 1]' of the type gemm, needed a plugin layer"
+def test_an_engine_of_two_profiles_has_each_plugin_in_both():
+    layers = in_two_profiles()
+    assert layer_faults(list(layers.values()), NODES) == []
+    assert judged_types(list(layers.values()), NODES) == 2
+
+
+@pytest.mark.parametrize(("profile", "ending"), [(0, ""), (1, " [profile 1]")])
+def test_a_node_that_falls_back_in_one_profile_is_named(profile, ending):
+    layers = in_two_profiles()
+    del layers[f"{QKV}{ending}"]
+    (fault,) = layer_faults(list(layers.values()), NODES)
+    assert fault == f"{QKV}: got no layer in profile {profile}, needed a plugin layer"
+    gemm = layer(f"__myl_Fc_myl3_9{ending}", "gemm", nodes=[QKV])
+    (fault,) = layer_faults([*layers.values(), gemm], NODES)
+    assert fault == f"{QKV}: got {gemm['Name']!r} of the type gemm, needed a plugin layer alone"
 
 
 @STYLES
@@ -153,5 +177,7 @@ def inspect(monkeypatch, tmp_path):
 def test_the_build_ends_with_the_first_fault_and_their_number(inspect):
     layers = list(told_in_words().values())
     assert inspect(layers) == ({"layers": 5, "plugin_layers_of_told_type": 3}, layers)
-    with pytest.raises(CannotBuild, match=r"^blocks.0.norm: got no layer, needed a plugin layer; and 1 more like it$"):
+    with pytest.raises(
+        CannotBuild, match=r"^blocks.0.norm: got no layer in profile 0, needed a plugin layer; and 1 more like it$"
+    ):
         inspect([each for each in layers if each["Name"] not in (NORM, WEIGHT)])

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import trt_build
 
@@ -17,6 +23,7 @@ from lrq_export.quantized import QuantizedFile
 from lrq_export.saved_graphs import rewritten_graph
 from lrq_export.verify import nvidia
 from lrq_export.verify.against import _subject
+from lrq_export.verify.bisect import Divergence, save_replay
 from lrq_export.verify.target import Target
 from lrq_export.verify.target_rungs import Compared, Error
 
@@ -135,9 +142,28 @@ def test_engines_of_a_comparison_have_the_tensors_that_are_asked_for(package, co
         compared.bisect(folder.parent / "replay")
     whole, step = (answer["engine_bytes"] for answer in answers)
     assert whole > step > 1000
+    built, told = built_by_hand(target, folder.parent / "replay", tensor)
+    assert built, told
+    if plugins:  # the twin that must fail
+        monkeypatch.setattr(nvidia, "find_library", lambda: folder / "none.so")
+        assert not built_by_hand(target, folder.parent / "replay", tensor)[0]
     with pytest.raises(CheckFailed):
         nvidia.run(target, [{"x": np.zeros(2, np.float32)}], model=folder / "replay" / "none", outputs=["nothing"])
     assert "error" in answers[-1]
+
+
+def built_by_hand(target, folder, tensor):
+    """Whether the command that replays a difference builds its engine: then it needs a GPU."""
+    model = onnx.load(folder / "target.onnx")
+    feed = {value.name: np.zeros([size.dim_value for size in value.type.tensor_type.shape.dim], np.float32)
+            for value in model.graph.input}  # fmt: skip
+    found = Divergence(tensor, "", "", (), 0.0, 1.0, {}, 1, np.zeros(1), np.zeros(1))
+    command = save_replay(folder, found, nvidia.TensorRtTensors(folder / "target.onnx", feed, target))
+    plan, programs = folder / "by_hand.plan", f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    plan.unlink(missing_ok=True)
+    command += f" --save-engine {shlex.quote(str(plan))}"
+    done = subprocess.run(command, shell=True, env=os.environ | {"PATH": programs}, capture_output=True, text=True)
+    return plan.is_file(), done.stdout + done.stderr
 
 
 def subject_of(package):

@@ -145,9 +145,9 @@ def test_a_code_that_only_its_bytes_betray_is_shown_where_it_acts(package, edite
     folder = edited(package, ENGINE, flip(name, 0x01))
     findings = compare(folder, "onnxruntime", replay=tmp_path / "replay")
     assert failed(findings) == ["T1"]
-    assert findings.divergence.tensor == reader(onnx.load(folder / ENGINE), name).output[0]
-    assert findings.divergence.op == "com.microsoft.MatMulIntegerToFloat"
-    assert 0 < findings.divergence.nmse < 1e-3
+    assert findings.bisection.divergence.tensor == reader(onnx.load(folder / ENGINE), name).output[0]
+    assert findings.bisection.divergence.op == "com.microsoft.MatMulIntegerToFloat"
+    assert 0 < findings.bisection.divergence.nmse < 1e-3
 
 
 def test_one_changed_scale_is_found(package, edited, tmp_path):
@@ -155,8 +155,10 @@ def test_one_changed_scale_is_found(package, edited, tmp_path):
     folder = edited(package, ENGINE, flip(name, 0x40, byte=2))  # the exponent's lowest bit is in the third byte
     findings = compare(folder, "onnxruntime", replay=tmp_path / "replay")
     assert failed(findings)[:2] == ["T1", "T2"]
-    assert findings.divergence.tensor in names_after(folder / ENGINE, reader(onnx.load(folder / ENGINE), name))
-    assert "first differs at" in findings.divergence.line()
+    assert findings.bisection.divergence.tensor in names_after(
+        folder / ENGINE, reader(onnx.load(folder / ENGINE), name)
+    )
+    assert "first differs at" in findings.bisection.divergence.line()
 
 
 def test_a_fault_that_no_weight_shows_is_found(package, edited, tmp_path):
@@ -168,7 +170,7 @@ def test_a_fault_that_no_weight_shows_is_found(package, edited, tmp_path):
     findings = compare(folder, "onnxruntime", replay=tmp_path / "replay")
     assert failed(findings)[0] == "T2"
     assert "the input of transformer_blocks.1.ff.net.0.proj" in findings.broken[0].blames
-    assert "LayerNormRotate" in findings.divergence.op
+    assert "LayerNormRotate" in findings.bisection.divergence.op
 
 
 def test_the_network_of_tensorrt_runs_in_onnx_runtime_where_there_is_no_gpu(with_network, cli):
@@ -186,7 +188,7 @@ def test_one_changed_code_of_the_network_is_found(with_network, edited, tmp_path
     )
     assert failed(findings)[:2] == ["T1", "T2"]
     assert codes in findings.broken[0].blames
-    assert findings.divergence.nmse > 1e-6
+    assert findings.bisection.divergence.nmse > 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -255,13 +257,32 @@ def test_with_a_gpu_layers_and_the_plan_are_compared_in_tensorrt(gpu, tmp_path):
     assert findings.not_run is None
     assert "first at the input of transformer_blocks.1.attn1.to_out.0" in findings.broken[0].blames
     assert "1 of 2 cases fit" in findings.rungs[-1].note  # the other is of other sizes
-    assert findings.divergence.tensor == tensor
-    assert " --trt " in findings.command
+    assert findings.bisection.divergence.tensor == tensor
+    assert " --trt --strongly-typed " in findings.bisection.command
     spoilt.clear()
     compared = Compared(_subject(folder, load_manifest(folder), None, 3), Target("tensorrt", folder))
     assert compared.layers_on_gpu().passed
     assert compared.output_on_gpu().passed
-    assert compared.bisect(tmp_path / "none") is None
+
+
+def test_why_there_is_no_first_tensor_is_told(gpu, cli, package, tmp_path, monkeypatch):
+    folder, spoilt = gpu
+    tensor = layer_inputs(rewritten_graph(folder))["transformer_blocks.1.attn1.to_out.0"]
+    compared = Compared(_subject(folder, load_manifest(folder), None, 3), Target("tensorrt", folder))
+    assert "every layer agrees" in compared.bisect(tmp_path / "none").lacks
+    assert not (tmp_path / "none").exists()
+    spoilt.add(tensor)
+    assert not compared.layers_on_gpu().passed
+    spoilt.clear()  # run alone, it is right
+    assert f"the part that leads to {tensor} agrees" in compared.bisect(tmp_path / "alone").lacks
+    monkeypatch.setattr(Compared, "layers_on_gpu", Compared.layers)  # its engines give right answers, the plan does not
+    spoilt.add("sample")
+    outcome = cli("verify", folder, "--against", "tensorrt", "--bisect")
+    assert outcome.code == 1
+    assert "no first tensor to show: given the same input, every layer agrees" in outcome.out
+    compared = Compared(_subject(package, load_manifest(package), None, 3), Target("onnxruntime", package))
+    compared.changed_weight = f"{LAYER}.int8"
+    assert f"what reads {LAYER}.int8 computes the same" in compared.bisect(tmp_path / "weight").lacks
 
 
 def test_a_network_for_plugins_needs_a_gpu(package, copy_of, cli, monkeypatch, tmp_path):
