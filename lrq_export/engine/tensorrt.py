@@ -53,6 +53,7 @@ FOLDERS = {TENSORRT: "engine/tensorrt", RTX: "engine/tensorrt-rtx"}
 MODULES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}  # of Python
 _INSTALL = {TENSORRT: "pip install tensorrt-cu13", RTX: "pip install lrq-export[rtx]"}
 _RTX_LIBRARY = "libtensorrt_rtx.so"
+_LOGGED = "[E] "
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,15 @@ class Request:
                 f"engine.plugins is always, and {LIBRARY} is not compiled", hint="run lrq-export plugins build"
             )
         return found
+
+    def cannot_strip(self) -> MissingError | None:
+        """Why this machine cannot leave out weights that are to be; None if it can, or is not asked to."""
+        if not self.settings.strip or gpu_at_hand() is not None:  # TensorRT-RTX loads what can be refitted as it builds
+            return None
+        return MissingError(
+            f"{self.target}: without a CUDA GPU it builds no engine without weights (engine.strip)",
+            hint="build the engine where it will run, or with engine.strip=false",
+        )
 
 
 def obstacle(target: str, *, run: bool = False) -> MissingError | None:
@@ -158,7 +168,7 @@ def build_plan(traced: TracedGraph, quantized: QuantizedFile, folder: Path, requ
     nodes = write_network(traced, quantized, folder, library is not None, activations)
     if request.target == TENSORRT and nodes:
         write_for_provider(traced, quantized, folder, activations)
-    missing = obstacle(request.target)
+    missing = obstacle(request.target) or request.cannot_strip()
     if missing is not None:
         raise missing
     cache = str(folder / TIMING_CACHE) if request.target == TENSORRT else None  # RTX asks the GPU to make one
@@ -213,13 +223,21 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     lines = done.stdout.splitlines()
     try:
-        return json.loads(lines[-1])
+        answer = json.loads(lines[-1])
+        if "error" in answer:
+            answer["error"] = "; ".join([answer["error"], *_errors_logged(lines)[:1]])
+        return answer
     except (IndexError, ValueError):
         said = " | ".join(line.strip() for line in (done.stderr or done.stdout).splitlines()[-3:])
         raise CheckFailed(
             f"{job['target']}: the process of its library ended with {done.returncode}: {said}",
             hint="check memory and disk, then run the same command again",
         ) from None
+
+
+def _errors_logged(lines: Sequence[str]) -> list[str]:
+    """What TensorRT's logger said of errors, through polygraphy, whose own exceptions do not say why."""
+    return [line.removeprefix(_LOGGED).strip() for line in lines if line.startswith(_LOGGED)]
 
 
 def unversioned_library(folder: Path) -> Path:

@@ -138,6 +138,7 @@ class TensorRtRunner:
     def _bucket(self, shapes: Shapes, captures: bool) -> Bucket:
         trt, engine, stream = self._trt, self._engine, self._stream
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context.nvtx_verbosity = trt.ProfilingVerbosity.LAYER_NAMES_ONLY  # all that a plan tells would slow each run
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
         context.set_optimization_profile_async(self._profile(shapes), stream.cuda_stream)
         buffers = {}

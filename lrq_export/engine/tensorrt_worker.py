@@ -148,6 +148,7 @@ def _config(trt, builder, network, job: dict[str, Any]):
               "strip_plan": options["strip"]}  # fmt: skip
     if job["target"] == RTX:
         config = CreateConfig(**shared)(builder, network)
+        _make_refittable(trt, config, options)
         capabilities = options["compute_capabilities"]
         if capabilities:
             config.num_compute_capabilities = len(capabilities)
@@ -162,9 +163,13 @@ def _config(trt, builder, network, job: dict[str, Any]):
     config = CreateConfig(
         **shared, hardware_compatibility_level=hardware[options["hardware"]], load_timing_cache=job["timing_cache"]
     )(builder, network)
+    _make_refittable(trt, config, options)
+    return config
+
+
+def _make_refittable(trt, config, options: dict[str, Any]) -> None:
     if options["refit"] or options["strip"]:  # what is stripped is what a refit brings
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
-    return config
 
 
 def _inspect(trt, file: Path, nodes: dict[str, NodeTypes], listed: Path) -> dict[str, int]:

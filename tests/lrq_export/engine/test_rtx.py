@@ -78,6 +78,20 @@ def test_engines_in_half_precision_are_built(package, copy_of, monkeypatch, libr
     assert Target("tensorrt-rtx", folder).activations == activations
 
 
+def test_weights_can_be_streamed_and_left_out_only_with_a_gpu(package, copy_of, monkeypatch, library):
+    monkeypatch.setattr(tensorrt, "find_library", lambda: library)
+    folder = copy_of(package)
+    assert add_engines(folder, ["tensorrt-rtx"], changes=SIZES | {"weight_streaming": True}) == []
+    assert facts(folder)["options"]["weight_streaming"]
+    if tensorrt.gpu_at_hand() is not None:
+        pytest.skip("this machine has a GPU: test_trt.py strips a plan")
+    (missing,) = add_engines(folder, ["tensorrt-rtx"], changes=SIZES | {"strip": True})
+    assert "without a CUDA GPU it builds no engine without weights" in missing.message
+    monkeypatch.setattr(tensorrt.Request, "cannot_strip", lambda request: None)
+    with pytest.raises(CheckFailed, match="Invalid Engine.*; IBuilder::buildSerializedNetwork: .*CUDA_SUCCESS"):
+        add_engines(folder, ["tensorrt-rtx"])
+
+
 def test_a_node_without_a_plugin_is_named(package, copy_of, monkeypatch, library):
     """The twin that must fail: as if the graph had one lrq node more than the parser found plugins for."""
     monkeypatch.setattr(tensorrt, "find_library", lambda: library)

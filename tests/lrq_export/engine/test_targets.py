@@ -268,9 +268,14 @@ def test_a_provider_of_another_tensorrt_is_told_of_at_build_time(package, copy_o
         assert cli(*command, other).out == f"{other} holds engines for tensorrt\n"
 
 
-def test_an_engine_without_weights_is_not_opened(package, copy_of, builder):
+def test_an_engine_without_weights_is_not_opened(package, copy_of, builder, monkeypatch):
     folder = copy_of(package)
     add_engines(folder, ["tensorrt-rtx"])
+    monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda: None)
+    (missing,) = add_engines(folder, ["tensorrt-rtx"], changes={"strip": True})
+    assert "without a CUDA GPU it builds no engine without weights" in missing.message
+    assert "that was built before stays in use" in missing.message
+    monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda: "a GPU")
     compared = Target("tensorrt-rtx", folder)  # by verify --against
     assert obstacle(folder, "tensorrt-rtx") is compared.obstacle() is None
     add_engines(folder, ["tensorrt-rtx"], changes={"strip": True})
