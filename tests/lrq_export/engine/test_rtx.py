@@ -88,7 +88,7 @@ def test_weights_can_be_streamed_and_left_out_only_with_a_gpu(package, copy_of, 
     (missing,) = add_engines(folder, ["tensorrt-rtx"], changes=SIZES | {"strip": True})
     assert "without a CUDA GPU it builds no engine without weights" in missing.message
     monkeypatch.setattr(tensorrt.Request, "cannot_strip", lambda request: None)
-    with pytest.raises(CheckFailed, match="Invalid Engine.*; IBuilder::buildSerializedNetwork: .*CUDA_SUCCESS"):
+    with pytest.raises(CheckFailed, match=r"Invalid Engine.*; IBuilder::buildSerializedNetwork: .*CUDA_SUCCESS"):
         add_engines(folder, ["tensorrt-rtx"])
 
 
