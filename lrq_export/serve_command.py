@@ -132,8 +132,8 @@ def bench(
     if require_speedup is not None and source is None:
         raise UsageError("--require-speedup: nothing to compare with", hint="pass --source")
     admit(package)  # before what takes long to import
-    from lrq_export.bench import bench as run
-    from lrq_export.bench import require_speedup as check
+    from lrq_export.bench.run import bench as run
+    from lrq_export.bench.run import require_speedup as check
 
     report = run(package, source=source, batches=tuple(batch or [1]), runs=runs, threads=threads, layers=layers)
     if as_json:
@@ -143,6 +143,7 @@ def bench(
         print(json.dumps({"event": "machine"} | report["machine"]))
     else:
         _show_bench(report["rows"])
+        print(_machine_line(report["machine"]))
         if source is None:
             print("no baselines in fp32 and bf16: pass --source, the folder that the package was built from")
         _show_layers(report["layers"])
@@ -154,13 +155,28 @@ def _show_bench(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    target = Column("target", no_wrap=True)
-    table = Table("batch", target, "p50 ms", "p90 ms", "p99 ms", "per s", "peak MiB", "speedup")
+    def shown(value: float | None, digits: int = 2) -> str:
+        return "–" if value is None else f"{value:,.{digits}f}"
+
+    on_gpu = any(row["device_mib"] is not None for row in rows)
+    columns = ("p50 ms", "p90 ms", "p99 ms", "per s", "peak MiB", *(["GPU MiB"] if on_gpu else []), "speedup")
+    table = Table("batch", Column("target", no_wrap=True), "device", *columns)
     for row in rows:
-        numbers = [f"{row[key]:,.2f}" for key in ("p50_ms", "p90_ms", "p99_ms", "samples_per_second")]
-        speedup = "–" if row["speedup"] is None else f"{row['speedup']:.2f}"
-        table.add_row(str(row["batch"]), row["target"], *numbers, f"{row['peak_mib']:,.0f}", speedup)
+        numbers = [shown(row[key]) for key in ("p50_ms", "p90_ms", "p99_ms", "samples_per_second")]
+        memory = [shown(row[key], 0) for key in ("peak_mib", *(["device_mib"] if on_gpu else []))]
+        table.add_row(
+            str(row["batch"]), row["target"], row["device"] or "–", *numbers, *memory, shown(row["speedup"])
+        )  # fmt: skip
     Console().print(table)
+    for row in rows:
+        if row["note"]:
+            print(f"batch {row['batch']}, {row['target']}: {row['note']}")
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    gpus = [f"{gpu['name']} (compute capability {gpu['compute_capability']})" for gpu in machine.get("gpus", ())]
+    driver = [f"driver {machine['driver']}"] if gpus else []
+    return ", ".join([machine["processor"], f"{machine['cores']} cores", *gpus, *driver])
 
 
 def _limits(pairs: list[str]) -> dict[str, int]:
