@@ -81,7 +81,9 @@ def serve_config(
         str, typer.Option(help="Where the cluster finds the repository.")
     ] = "pvc://models/lrq-export",
     name: Name = None,
-    model_version: Annotated[int, typer.Option(min=1, help="Version to write; Triton serves the latest.")] = 1,
+    model_version: Annotated[
+        int, typer.Option(min=1, help="Version to write; Triton serves the one written last.")
+    ] = 1,
     max_batch: Annotated[int, typer.Option(min=0, help="Samples of a batch of requests; 0: no batching.")] = 8,
     instances: Annotated[int, typer.Option(min=1, help="Copies of the model that Triton runs at a time.")] = 1,
     threads: Threads = None,
@@ -90,6 +92,10 @@ def serve_config(
     ] = False,
     link: Annotated[bool, typer.Option("--link", help="Hard links instead of copies.")] = False,
     plugins: Annotated[list[Path] | None, typer.Option(help="Plugin library of the TensorRT plan, to copy.")] = None,
+    gpu: Annotated[
+        bool | None,
+        typer.Option(help="On GPUs alone, or none and no TensorRT plan; default: on those that the server has."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write an NVIDIA Triton model repository for a package, a KServe service over such a one, or both."""
@@ -100,18 +106,22 @@ def serve_config(
         if place.resolve().is_relative_to(package.resolve()):
             raise UsageError(f"{place}: lies in the package, which an added file makes invalid", hint="write beside it")
     admit(package)  # before what takes long to import
-    from lrq_export.serving.repository import Layout, write_kserve, write_repository
+    from lrq_export.serving.repository import Layout, serves_plan, warnings, write_kserve, write_repository
     from lrq_export.serving.server import check_name
 
     layout = Layout(
         check_name(name or package.resolve().name), model_version, max_batch, instances, threads, portable, link,
-        tuple(plugins or ()),
+        tuple(plugins or ()), gpu,
     )  # fmt: skip
     written = [] if triton is None else [str(model) for model in write_repository(package, triton, layout)]
     if kserve is not None:
-        write_kserve(kserve, layout, storage_uri)
+        write_kserve(kserve, layout, storage_uri, serves_plan(package, layout))
         written.append(str(kserve))
-    print(json.dumps({"event": "written", "files": written}) if as_json else "\n".join(written))
+    said = [] if triton is None else warnings(package, layout)
+    if as_json:
+        print(json.dumps({"event": "written", "files": written, "warnings": said}))
+    else:
+        print("\n".join([*written, *(f"warning: {each}" for each in said)]))
 
 
 def bench(
