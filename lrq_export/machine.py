@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lrq_export import __version__
+from lrq_export.doctor.system import Driver, System
 
 LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "safetensors", "numpy")
 
@@ -25,7 +26,23 @@ def versions() -> dict[str, str]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """The processor and the features that decide how fast integer products are."""
+    """The processor and, where there are any, the GPUs with their driver."""
+    return describe_processor() | describe_gpus(System())
+
+
+def describe_gpus(system: System) -> dict[str, Any]:
+    """Name and compute capability of each GPU, and the driver's release and CUDA; nothing where there is no GPU."""
+    driver = system.driver()
+    if not isinstance(driver, Driver) or not driver.gpus:
+        return {}
+    told = system.output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or ""
+    release = next(iter(told.split()), "of unknown release")
+    gpus = [{"name": name, "compute_capability": f"{major}.{minor}"} for name, (major, minor) in driver.gpus]
+    return {"gpus": gpus, "driver": f"{release}, CUDA {driver.cuda[0]}.{driver.cuda[1]}"}
+
+
+def describe_processor() -> dict[str, Any]:
+    """The processor and the features that decide how fast integer products are, and how floats are summed."""
     processor, features = "unknown", []
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:

@@ -81,7 +81,9 @@ def serve_config(
         str, typer.Option(help="Where the cluster finds the repository.")
     ] = "pvc://models/lrq-export",
     name: Name = None,
-    model_version: Annotated[int, typer.Option(min=1, help="Version to write; Triton serves the latest.")] = 1,
+    model_version: Annotated[
+        int, typer.Option(min=1, help="Version to write; Triton serves the one written last.")
+    ] = 1,
     max_batch: Annotated[int, typer.Option(min=0, help="Samples of a batch of requests; 0: no batching.")] = 8,
     instances: Annotated[int, typer.Option(min=1, help="Copies of the model that Triton runs at a time.")] = 1,
     threads: Threads = None,
@@ -90,6 +92,10 @@ def serve_config(
     ] = False,
     link: Annotated[bool, typer.Option("--link", help="Hard links instead of copies.")] = False,
     plugins: Annotated[list[Path] | None, typer.Option(help="Plugin library of the TensorRT plan, to copy.")] = None,
+    gpu: Annotated[
+        bool | None,
+        typer.Option(help="On GPUs alone, or none and no TensorRT plan; default: on those that the server has."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write an NVIDIA Triton model repository for a package, a KServe service over such a one, or both."""
@@ -100,18 +106,22 @@ def serve_config(
         if place.resolve().is_relative_to(package.resolve()):
             raise UsageError(f"{place}: lies in the package, which an added file makes invalid", hint="write beside it")
     admit(package)  # before what takes long to import
-    from lrq_export.serving.repository import Layout, write_kserve, write_repository
+    from lrq_export.serving.repository import Layout, serves_plan, warnings, write_kserve, write_repository
     from lrq_export.serving.server import check_name
 
     layout = Layout(
         check_name(name or package.resolve().name), model_version, max_batch, instances, threads, portable, link,
-        tuple(plugins or ()),
+        tuple(plugins or ()), gpu,
     )  # fmt: skip
     written = [] if triton is None else [str(model) for model in write_repository(package, triton, layout)]
     if kserve is not None:
-        write_kserve(kserve, layout, storage_uri)
+        write_kserve(kserve, layout, storage_uri, serves_plan(package, layout))
         written.append(str(kserve))
-    print(json.dumps({"event": "written", "files": written}) if as_json else "\n".join(written))
+    said = [] if triton is None else warnings(package, layout)
+    if as_json:
+        print(json.dumps({"event": "written", "files": written, "warnings": said}))
+    else:
+        print("\n".join([*written, *(f"warning: {each}" for each in said)]))
 
 
 def bench(
@@ -132,8 +142,8 @@ def bench(
     if require_speedup is not None and source is None:
         raise UsageError("--require-speedup: nothing to compare with", hint="pass --source")
     admit(package)  # before what takes long to import
-    from lrq_export.bench import bench as run
-    from lrq_export.bench import require_speedup as check
+    from lrq_export.bench.run import bench as run
+    from lrq_export.bench.run import require_speedup as check
 
     report = run(package, source=source, batches=tuple(batch or [1]), runs=runs, threads=threads, layers=layers)
     if as_json:
@@ -143,6 +153,7 @@ def bench(
         print(json.dumps({"event": "machine"} | report["machine"]))
     else:
         _show_bench(report["rows"])
+        print(_machine_line(report["machine"]))
         if source is None:
             print("no baselines in fp32 and bf16: pass --source, the folder that the package was built from")
         _show_layers(report["layers"])
@@ -154,13 +165,28 @@ def _show_bench(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    target = Column("target", no_wrap=True)
-    table = Table("batch", target, "p50 ms", "p90 ms", "p99 ms", "per s", "peak MiB", "speedup")
+    def shown(value: float | None, digits: int = 2) -> str:
+        return "–" if value is None else f"{value:,.{digits}f}"
+
+    on_gpu = any(row["device_mib"] is not None for row in rows)
+    columns = ("p50 ms", "p90 ms", "p99 ms", "per s", "peak MiB", *(["GPU MiB"] if on_gpu else []), "speedup")
+    table = Table("batch", Column("target", no_wrap=True), "device", *columns)
     for row in rows:
-        numbers = [f"{row[key]:,.2f}" for key in ("p50_ms", "p90_ms", "p99_ms", "samples_per_second")]
-        speedup = "–" if row["speedup"] is None else f"{row['speedup']:.2f}"
-        table.add_row(str(row["batch"]), row["target"], *numbers, f"{row['peak_mib']:,.0f}", speedup)
+        numbers = [shown(row[key]) for key in ("p50_ms", "p90_ms", "p99_ms", "samples_per_second")]
+        memory = [shown(row[key], 0) for key in ("peak_mib", *(["device_mib"] if on_gpu else []))]
+        table.add_row(
+            str(row["batch"]), row["target"], row["device"] or "–", *numbers, *memory, shown(row["speedup"])
+        )  # fmt: skip
     Console().print(table)
+    for row in rows:
+        if row["note"]:
+            print(f"batch {row['batch']}, {row['target']}: {row['note']}")
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    gpus = [f"{gpu['name']} (compute capability {gpu['compute_capability']})" for gpu in machine.get("gpus", ())]
+    driver = [f"driver {machine['driver']}"] if gpus else []
+    return ", ".join([machine["processor"], f"{machine['cores']} cores", *gpus, *driver])
 
 
 def _limits(pairs: list[str]) -> dict[str, int]:

@@ -30,7 +30,7 @@ from lrq_export.comparison.ranking import setting_of
 from lrq_export.comparison.transforms import Fitted
 from lrq_export.comparison.treatments import Treatment, treatment_of
 from lrq_export.errors import UsageError
-from lrq_export.machine import describe_machine, versions
+from lrq_export.machine import describe_machine, describe_processor, versions
 from lrq_export.plan import target_layers
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.recipe import Recipe
@@ -81,7 +81,7 @@ def compare(
     judge = None if judge_file is None else Judge(judge_file)
     layers = target_layers(opened.model(), opened.family, recipe)
     files = [calibration_path(opened, files[0]), conditions_path(opened, files[1]), judge_file]
-    digest = fingerprint(opened, f"{recipe.model_dump_json()} {list(seeds)} {describe_machine()}", files, versions())
+    digest = fingerprint(opened, f"{recipe.model_dump_json()} {list(seeds)} {describe_processor()}", files, versions())
     report = read_kept(kept, digest)
     known = {(row["method"], *setting_of(row)) for row in report["rows"]} if report else set()
     configurations = [(t, w, a) for w in bits for a in act_bits for t in treatments if (t.name, w, a) not in known]

@@ -3,7 +3,9 @@
     DIR/README.md   DIR/NAME/config.pbtxt   DIR/NAME/1/model.onnx
                     DIR/NAME-tensorrt/config.pbtxt   DIR/NAME-tensorrt/1/model.plan   DIR/NAME-tensorrt/plugins/*.so
 
-A Triton that watches DIR never sees half a version: it is written under another name, then renamed.
+A Triton that watches DIR never sees half a version, nor a config beside a version that it does not describe. A version
+is written under another name, then renamed. config.pbtxt names the one version that it describes, and no other is
+served; it is replaced once that is there.
 """
 
 import json
@@ -15,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrq_export.engine.session_settings import SessionSettings
-from lrq_export.engine.tensorrt import FOLDERS, PLAN, TENSORRT, without_weights
+from lrq_export.doctor.elf import read_library
+from lrq_export.engine.session_settings import CUDA, FOLD_BODIES, SessionSettings
+from lrq_export.engine.tensorrt import BUILD, FOLDERS, PLAN, TENSORRT, without_weights
 from lrq_export.errors import MissingError, UsageError
 from lrq_export.models import family_of
 from lrq_export.package import (
@@ -28,9 +31,20 @@ from lrq_export.package import (
     write_bytes_atomic,
 )
 from lrq_export.serving.signature import inputs_of, outputs_of
-from lrq_export.serving.triton import config_text, model_config, tensorrt_config
+from lrq_export.serving.triton import KIND_AUTO, KIND_CPU, KIND_GPU, config_text, model_config, tensorrt_config
+from lrq_export.untrusted_json import read_json_object
 
 TENSORRT_PLAN = f"{FOLDERS[TENSORRT]}/{PLAN}"
+CONFIG, PLUGINS = "config.pbtxt", "plugins"
+KSERVE_MODELS = "/mnt/models"  # where KServe's runtimes find what lies at the storage URI
+# What it means that Triton's stock ONNX Runtime backend hands on no session option of these names.
+WITHOUT_OPTION = {
+    "session.x64quantprecision": "on x86 processors without VNNI the products of this model are WRONG. Deploy on "
+    "processors with VNNI (`grep vnni /proc/cpuinfo`), write the repository with `lrq-export serve-config --portable`, "
+    "or serve with `lrq-export serve`, which sets the option",
+    "session.disable_quant_qdq": "weights are decoded anew in every run: the same numbers, slower",
+    "session.force_spinning_stop": "threads spin for a while after each run, on cores that others may want",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,7 @@ class Layout:
     portable: bool = False  # model.onnx instead of the engine with integer products
     link: bool = False
     plugins: tuple[Path, ...] = ()
+    gpu: bool | None = None  # None: on GPUs where there are any; False: no TensorRT plan either
 
 
 def write_repository(package: Path, folder: Path, layout: Layout) -> list[Path]:
@@ -58,7 +73,7 @@ def write_repository(package: Path, folder: Path, layout: Layout) -> list[Path]:
     if stripped is not None:
         raise stripped
     plan = package / TENSORRT_PLAN
-    if layout.plugins and not plan.is_file():
+    if layout.plugins and not serves_plan(package, layout):
         raise UsageError(f"--plugins: the package has no {TENSORRT_PLAN} that would use them", hint="leave it out")
     libraries = {library.name: library.read_bytes() for library in layout.plugins}
     config = manifest["source"]["config"]
@@ -69,17 +84,65 @@ def write_repository(package: Path, folder: Path, layout: Layout) -> list[Path]:
     parameters = _parameters(package, layout)
     settings = model_config(
         layout.name, inputs_of(specs).values(), outputs_of(package).values(),
-        max_batch=layout.max_batch if batched else 0, instances=layout.instances, parameters=parameters,
+        max_batch=layout.max_batch if batched else 0, instances=layout.instances, version=layout.version,
+        kind=_kind(package, layout), parameters=parameters,
     )  # fmt: skip
-    models = [_write_model(folder / layout.name, files, layout, config_text(settings))]
-    if plan.is_file():
+    written = [(folder / layout.name, files, settings)]
+    if serves_plan(package, layout):
         name = f"{layout.name}-tensorrt"
-        text = config_text(tensorrt_config(name, layout.instances))
-        models.append(_write_model(folder / name, {PLAN: plan}, layout, text))
-        for library, code in libraries.items():
-            write_bytes_atomic(models[-1] / "plugins" / library, code)
-    write_bytes_atomic(folder / "README.md", _readme(layout, batched, parameters, plan.is_file()).encode())
-    return models
+        written.append((folder / name, {PLAN: plan}, tensorrt_config(name, layout.instances, layout.version)))
+    for model, _, _ in written:
+        if (model / str(layout.version)).exists():
+            hint = f"pass --model-version {layout.version + 1}"
+            raise UsageError(f"{model / str(layout.version)}: is there already", hint=hint)
+    for library, code in libraries.items():  # before the plan that needs them
+        write_bytes_atomic(folder / f"{layout.name}-tensorrt" / PLUGINS / library, code)
+    for model, model_files, message in written:
+        _write_model(model, model_files, layout, config_text(message))
+    readme = _readme(layout, batched, parameters, serves_plan(package, layout))
+    write_bytes_atomic(folder / "README.md", readme.encode())
+    return [model for model, _, _ in written]
+
+
+def serves_plan(package: Path, layout: Layout) -> bool:
+    """Whether a TensorRT plan becomes a model of the repository."""
+    return layout.gpu is not False and (package / TENSORRT_PLAN).is_file()
+
+
+def warnings(package: Path, layout: Layout) -> list[str]:
+    """What a repository of this package cannot carry, or lacks."""
+    lost = [name for name in _parameters(package, layout) if name in WITHOUT_OPTION]
+    said = []
+    if lost:
+        said.append(
+            f"{layout.name}: Triton's stock ONNX Runtime backend does not hand on {', '.join(lost)}; README.md says "
+            "what that means"
+        )
+    for library in layout.plugins:
+        if not _registers_itself(library):
+            said.append(
+                f"{library}: Triton only opens it, which registers nothing: it links no libnvinfer; pass the library "
+                "of the same build for one TensorRT, liblrq_plugins_trt*.so"
+            )
+    build = package / FOLDERS[TENSORRT] / BUILD
+    facts = read_json_object(build) if serves_plan(package, layout) and build.is_file() else {}
+    if facts.get("plugins") and not layout.plugins:
+        said.append(f"{layout.name}-tensorrt: the plan has plugins, and none were named; pass --plugins")
+    return said
+
+
+def _registers_itself(library: Path) -> bool:
+    try:
+        return any(name.startswith("libnvinfer") for name in read_library(library).needed)
+    except ValueError:
+        return False
+
+
+def _kind(package: Path, layout: Layout) -> str:
+    """Where Triton runs the ONNX Runtime model: as `load` does, on CUDA where session.json names it and it is there."""
+    if layout.gpu is None:
+        return KIND_AUTO if CUDA in SessionSettings.read(package / ONNXRUNTIME_ENGINE).providers else KIND_CPU
+    return KIND_GPU if layout.gpu else KIND_CPU
 
 
 def _model_files(package: Path, portable: bool) -> dict[str, Path]:
@@ -98,13 +161,12 @@ def _parameters(package: Path, layout: Layout) -> dict[str, str]:
         "inter_op_thread_count": settings.inter_op_threads,
     }
     threads = {name: str(count) for name, count in counts.items() if count}
-    return threads if layout.portable else threads | dict(settings.where_products_saturate)
+    # model.onnx has no integer products that could saturate, and bodies that decode its weights.
+    more = dict([FOLD_BODIES]) if layout.portable else settings.where_products_saturate
+    return threads | dict(settings.options) | dict(more)
 
 
-def _write_model(model: Path, files: Mapping[str, Path], layout: Layout, config: str) -> Path:
-    version = model / str(layout.version)
-    if version.exists():
-        raise UsageError(f"{version}: is there already", hint=f"pass --model-version {layout.version + 1}")
+def _write_model(model: Path, files: Mapping[str, Path], layout: Layout, config: str) -> None:
     unfinished = model / f".{layout.version}.lrq-writing"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -113,10 +175,13 @@ def _write_model(model: Path, files: Mapping[str, Path], layout: Layout, config:
             _link(path, unfinished / name)
         else:
             shutil.copyfile(path, unfinished / name)
-    write_bytes_atomic(model / "config.pbtxt", config.encode())
-    os.replace(unfinished, version)
+    first = not (model / CONFIG).exists()
+    if first:  # a version without any config would be served by guesses; a config without its version is not served
+        write_bytes_atomic(model / CONFIG, config.encode())
+    os.replace(unfinished, model / str(layout.version))
     sync_folder(model)
-    return model
+    if not first:  # this is what switches to the new version: the config before it names another one
+        write_bytes_atomic(model / CONFIG, config.encode())
 
 
 def _link(path: Path, target: Path) -> None:
@@ -139,50 +204,61 @@ def _readme(layout: Layout, batched: bool, parameters: Mapping[str, str], tensor
         ]
     else:
         lines.append("- No batching: the model takes its batch whole, and shares inputs among its samples.")
-    if "session.x64quantprecision" in parameters:
-        lines += [
-            "- `session.x64quantprecision` is in config.pbtxt, but Triton's stock ONNX Runtime backend hands on no",
-            "  option that it does not know by name. On x86 processors without VNNI the products of this model are",
-            "  WRONG without it. Deploy on processors with VNNI (`grep vnni /proc/cpuinfo`), or write the repository",
-            "  with `lrq-export serve-config --portable`, or serve with `lrq-export serve`, which sets the option.",
-        ]
+    for option in (name for name in parameters if name in WITHOUT_OPTION):
+        lines.append(
+            f"- `{option}` is in config.pbtxt, but Triton's stock ONNX Runtime backend hands on no option that it does "
+            f"not know by name. Without it, {WITHOUT_OPTION[option]}."
+        )
     if tensorrt:
         name = f"{layout.name}-tensorrt"
-        libraries = [f"{name}/plugins/{path.name}" for path in layout.plugins] or ["PATH/OF/THE/PLUGINS.so"]
+        libraries = _libraries(layout) or ["PATH/OF/THE/PLUGINS.so"]
         lines += [
             f"- {name}: TensorRT backend; Triton reads inputs and outputs from the plan. A plan with plugins needs",
             "  their library before it is loaded:", "",
-            f"      tritonserver --model-repository=. --backend-config=tensorrt,plugins={';'.join(libraries)}", "",
+            f"      tritonserver --model-repository=. '{_preload(libraries)}'", "",
             f"  or `LD_PRELOAD={':'.join(libraries)} tritonserver ...`. Not yet run: no GPU was at hand.",
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def write_kserve(path: Path, layout: Layout, storage: str) -> None:
-    """Write a KServe InferenceService that serves a repository from `storage`, where it must be copied to."""
+def write_kserve(path: Path, layout: Layout, storage: str, plan: bool = False) -> None:
+    """Write a KServe InferenceService that serves a repository from `storage`, where it must be copied to.
+
+    With a TensorRT `plan` in it, or `layout.gpu`, it asks for one GPU, and its server opens the plan's plugins first.
+    """
     name = re.sub(r"[^a-z0-9]+", "-", layout.name.lower()).strip("-")[:63].rstrip("-")
     if not re.match(r"[a-z]", name):
         name = f"m-{name}"
-    service: dict[str, Any] = {
+    model: dict[str, Any] = {
+        "modelFormat": {"name": "triton"},
+        "protocolVersion": "v2",
+        "storageUri": storage,
+        "readinessProbe": {"httpGet": {"path": "/v2/health/ready", "port": 8080}},
+    }
+    if plan or layout.gpu:
+        model["resources"] = {"limits": {"nvidia.com/gpu": "1"}}
+    if plan and layout.plugins:
+        model["args"] = [_preload(_libraries(layout, f"{KSERVE_MODELS}/"))]  # KServe appends them to the runtime's own
+    service = {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
         "metadata": {"name": name},
-        "spec": {
-            "predictor": {
-                "model": {
-                    "modelFormat": {"name": "triton"},
-                    "protocolVersion": "v2",
-                    "storageUri": storage,
-                    "readinessProbe": {"httpGet": {"path": "/v2/health/ready", "port": 8080}},
-                }
-            }
-        },
+        "spec": {"predictor": {"model": model}},
     }
     write_bytes_atomic(path, _yaml(service).encode())
 
 
+def _libraries(layout: Layout, root: str = "") -> list[str]:
+    return [f"{root}{layout.name}-tensorrt/{PLUGINS}/{path.name}" for path in layout.plugins]
+
+
+def _preload(libraries: list[str]) -> str:
+    """The argument of tritonserver that opens libraries before any plan is loaded."""
+    return f"--backend-config=tensorrt,plugins={';'.join(libraries)}"
+
+
 def _yaml(value: Mapping[str, Any], indent: str = "") -> str:
-    """Nested tables of strings and numbers as YAML, strings quoted as JSON's, which YAML reads."""
+    """Nested tables of strings, numbers and lists of them as YAML, strings quoted as JSON's, which YAML reads."""
     lines = []
     for key, each in value.items():
         if isinstance(each, Mapping):

@@ -7,6 +7,7 @@ from typing import Any
 from lrq_export.serving.protocol import TensorInfo
 
 BATCH_DELAY = 1000  # microseconds that a request waits for others of its shape
+KIND_AUTO, KIND_CPU, KIND_GPU = "KIND_AUTO", "KIND_CPU", "KIND_GPU"  # AUTO: on every GPU there is, else the processor
 TRITON_TYPES = {"FP16": "TYPE_FP16", "FP32": "TYPE_FP32", "FP64": "TYPE_FP64", "BOOL": "TYPE_BOOL"} | {
     name: f"TYPE_{name}" for name in ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
 }
@@ -28,16 +29,21 @@ def model_config(
     platform: str = "onnxruntime_onnx",
     max_batch: int = 0,
     instances: int = 1,
+    version: int = 1,
+    kind: str | None = None,
     parameters: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The `ModelConfig` of a whole engine. With `max_batch` > 0 every tensor's first axis is the batch."""
+    """The `ModelConfig` of one version of an engine. With `max_batch` > 0 every tensor's first axis is the batch.
+
+    `kind`: the processors that it runs on; default: CPU for ONNX Runtime, GPU for others.
+    """
     backend, _, _ = platform.partition("_")
-    kind = "KIND_CPU" if backend == "onnxruntime" else "KIND_GPU"
+    kind = kind or (KIND_CPU if backend == "onnxruntime" else KIND_GPU)
     config: dict[str, Any] = {
         "name": name, "platform": platform, "backend": backend, "max_batch_size": max_batch,
         "input": [_tensor(info, max_batch > 0) for info in inputs],
         "output": [_tensor(info, max_batch > 0) for info in outputs],
-        "version_policy": {"latest": {"num_versions": 1}},
+        "version_policy": _only(version),
         "instance_group": [{"kind": Enumerated(kind), "count": instances}],
     }  # fmt: skip
     if max_batch > 0:
@@ -47,12 +53,17 @@ def model_config(
     return config
 
 
-def tensorrt_config(name: str, instances: int = 1) -> dict[str, Any]:
+def _only(version: int) -> dict[str, Any]:
+    """A config describes one version, and names it: whatever else lies there, no other is served by it."""
+    return {"specific": {"versions": [version]}}
+
+
+def tensorrt_config(name: str, instances: int = 1, version: int = 1) -> dict[str, Any]:
     """The `ModelConfig` of a plan. Its inputs, outputs and batch are left out: Triton reads them from the plan."""
     return {
         "name": name, "platform": "tensorrt_plan", "backend": "tensorrt",
-        "version_policy": {"latest": {"num_versions": 1}},
-        "instance_group": [{"kind": Enumerated("KIND_GPU"), "count": instances}],
+        "version_policy": _only(version),
+        "instance_group": [{"kind": Enumerated(KIND_GPU), "count": instances}],
     }  # fmt: skip
 
 

@@ -260,7 +260,7 @@ def _timings(report: Report, _: Exhibits) -> Html | None:
 
 def _origin(report: Report, _: Exhibits) -> Html | None:
     tool, machine, source = (report.get(key) or {} for key in ("tool", "machine", "source"))
-    facts = {key: machine.get(key) for key in ("processor", "cores", "features")}
+    facts = {key: machine.get(key) for key in ("processor", "cores", "features", "gpus", "driver") if key in machine}
     versions = {tool.get("name") or "lrq-export": tool.get("version"), **(tool.get("libraries") or {})}
     parts = {"Recipe": report.get("recipe") or {}, "Source": source, "Versions": versions, "Machine": facts}
     return join(folded(title, pairs(flat(tree))) for title, tree in parts.items())

@@ -1,19 +1,28 @@
 """`lrq-export bench`: what it reports, and when it fails."""
 
 import json
+import subprocess
+from types import SimpleNamespace
 
 import onnx
 import pytest
+import torch
 
-from lrq_export import bench
+from lrq_export.bench import contenders, memory
+from lrq_export.bench.contenders import BASELINES, Contender, inputs_of, until_done
+from lrq_export.bench.memory import Job
+from lrq_export.bench.run import bench, require_speedup
+from lrq_export.doctor.system import Driver
 from lrq_export.engine.onnxruntime import layer_times, open_session
-from lrq_export.errors import CheckFailed, UsageError
+from lrq_export.errors import CheckFailed, MissingError, UsageError
+from lrq_export.machine import describe_gpus
 
 
 @pytest.fixture
 def without_memory(monkeypatch):
     """A process for each target takes seconds; one test of its own is enough."""
-    monkeypatch.setattr(bench, "peak_bytes", lambda *arguments: 1 << 20)
+    sizes = {"peak_mib": 1.0, "device_mib": None}
+    monkeypatch.setattr(Job, "in_its_own_process", lambda job: sizes)
 
 
 def test_each_target_and_baseline_has_a_row(package, tiny, cli, without_memory):
@@ -40,8 +49,6 @@ def test_without_a_source_there_is_no_baseline(package, cli, without_memory):
     assert "torch" not in done.out
     assert "no baselines in fp32 and bf16: pass --source" in done.out
     cli("bench", package, "--require-speedup", 1).refused(2, "--require-speedup", "pass --source")
-    with pytest.raises(UsageError, match="pass --source"):
-        bench.open_run(package, "torch fp32", {}, None, None)
 
 
 def test_a_baseline_is_the_same_model(package, tiny, cli, copy_of, without_memory):
@@ -56,20 +63,136 @@ def test_a_speedup_that_is_not_reached_fails(package, tiny, cli, without_memory)
     assert cli(*arguments, "--require-speedup", 1e-6).code == 0
 
 
+def row(batch, target, p50, speedup, device="cpu", note=None):
+    return {"batch": batch, "target": target, "p50_ms": p50, "speedup": speedup, "device": device, "note": note}
+
+
 def test_every_batch_has_to_reach_the_speedup():
-    rows = [{"batch": batch, "target": "onnxruntime", "speedup": speedup} for batch, speedup in ((1, 2.0), (8, 1.1))]
-    bench.require_speedup({"rows": rows}, 1.1)
+    rows = [row(batch, "onnxruntime", 1.0, speedup) for batch, speedup in ((1, 2.0), (8, 1.1))]
+    require_speedup({"rows": rows}, 1.1)
     with pytest.raises(CheckFailed, match=r"batch 8: onnxruntime is 1\.10 times"):
-        bench.require_speedup({"rows": rows}, 1.5)
+        require_speedup({"rows": rows}, 1.5)
+
+
+def test_a_processor_does_not_answer_for_a_gpu():
+    rows = [row(1, "onnxruntime", 90.0, 3.0), row(1, "tensorrt", 2.0, 1.2, "cuda:0")]
+    require_speedup({"rows": rows}, 1.2)
+    with pytest.raises(CheckFailed, match=r"tensorrt is 1\.20 times as fast as the fastest baseline on cuda:0"):
+        require_speedup({"rows": rows}, 1.3)
+
+
+def test_a_speedup_that_nothing_shows_is_not_reached():
+    rows = [row(1, "onnxruntime", 1.0, 2.0), row(4, "tensorrt", None, None, None, "no profile takes 4")]
+    with pytest.raises(CheckFailed, match="batch 4: there is no speedup to judge: no profile takes 4"):
+        require_speedup({"rows": rows}, 1.0)
+
+
+@pytest.fixture
+def with_a_plan(monkeypatch):
+    """A second target, for batches up to 2, on torch's device without storage: it stands in for a GPU."""
+    load, obstacle = contenders.load, contenders.obstacle
+    meta = torch.device("meta")
+
+    class Plan:
+        device = meta
+
+        def __init__(self, specs):
+            self.specs = specs
+
+        def run(self, inputs):
+            assert {tensor.device for tensor in inputs.values()} == {meta}
+            if len(inputs["timestep"]) > 2:
+                raise UsageError("no optimization profile of the plan takes timestep (3,)")
+
+    def load_or_fake(package, target, threads):
+        opened = load(package, target="onnxruntime", threads=threads)
+        return Plan(opened.specs) if target == "tensorrt" else opened
+
+    monkeypatch.setattr(contenders, "load", load_or_fake)
+    monkeypatch.setattr(contenders, "obstacle", lambda package, target: obstacle(package, "onnxruntime") if
+                        target in ("tensorrt", "onnxruntime") else MissingError("not built"))  # fmt: skip
+
+
+def test_baselines_run_where_the_targets_do(package, tiny, with_a_plan, without_memory):
+    rows = bench(package, source=tiny.source, batches=(1,), runs=1, threads=1)["rows"]
+    assert [(row["target"], row["device"]) for row in rows] == [
+        ("tensorrt", "meta"), ("onnxruntime", "cpu"),
+        ("torch fp32", "meta"), ("torch bf16", "meta"), ("torch fp32", "cpu"), ("torch bf16", "cpu"),
+    ]  # fmt: skip
+    for device in ("meta", "cpu"):
+        alike = [row for row in rows if row["device"] == device]
+        fastest = min(row["p50_ms"] for row in alike if row["target"] in BASELINES)
+        for each in alike:
+            assert each["speedup"] == pytest.approx(fastest / each["p50_ms"], abs=1e-3)
+
+
+def test_a_baseline_computes_on_the_device_it_names(package, tiny):
+    meta = torch.device("meta")
+    opened = contenders.open_contender(package, "torch bf16", inputs_of(package, 1), 1, tiny.source, meta)
+    answer = opened.run()
+    assert (answer.device, answer.dtype) == (meta, torch.bfloat16)
+
+
+def test_a_batch_that_no_profile_takes_leaves_the_others_their_rows(package, with_a_plan, without_memory, cli):
+    rows = bench(package, batches=(1, 3), runs=1, threads=1)["rows"]
+    notes = {(row["batch"], row["target"]): row["note"] for row in rows}
+    assert notes.pop((3, "tensorrt")) == "no optimization profile of the plan takes timestep (3,)"
+    assert notes == dict.fromkeys([(1, "tensorrt"), (1, "onnxruntime"), (3, "onnxruntime")])
+    done = cli("bench", package, "--batch", 3, "--runs", 1, "--threads", 1)
+    assert done.code == 0
+    assert "batch 3, tensorrt: no optimization profile of the plan takes timestep (3,)" in done.out
+
+
+def test_what_measured_nothing_is_an_error(package, monkeypatch, without_memory):
+    def refuse(*arguments, **options):
+        raise MissingError("the plugins are not compiled")
+
+    monkeypatch.setattr(contenders, "load", refuse)
+    with pytest.raises(MissingError, match="not compiled"):
+        bench(package, runs=1)
+
+
+@pytest.mark.parametrize(("device", "order"), [("cuda", ["run", "cuda"]), ("cpu", ["run"])])
+def test_a_run_on_a_gpu_is_timed_until_it_is_done(monkeypatch, device, order):
+    told = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append(str(device)))
+    until_done(lambda: told.append("run"), torch.device(device))()
+    assert told == order
 
 
 def test_memory_is_that_of_the_target_alone(package):
-    assert 1 << 18 < bench.peak_bytes(package, "onnxruntime", 1, 1, None) < 1 << 28
+    found = Job(str(package), "onnxruntime", 1, 1, None, "cpu").in_its_own_process()
+    assert 0.25 < found["peak_mib"] < 256
+    assert found["device_mib"] is None
+
+
+def test_memory_of_a_gpu_is_what_became_less_there(package, monkeypatch):
+    left = iter([900 << 20, 300 << 20])
+    monkeypatch.setattr(memory, "free_on", lambda device: next(left))
+    monkeypatch.setattr(memory, "open_contender", lambda *arguments: Contender("tensorrt", arguments[-1], list))
+    assert Job(str(package), "tensorrt", 1, None, None, "cuda:0").measure()["device_mib"] == 600 << 20
+
+
+def test_a_process_that_measures_no_memory_says_why(monkeypatch):
+    failed = subprocess.CompletedProcess([], -9, "", "Traceback ...\nRuntimeError: out of memory\n\n")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
+    found = Job("package", "tensorrt", 1, None, None, "cuda:0").in_its_own_process()
+    assert (found["peak_mib"], found["device_mib"]) == (None, None)
+    assert "ended with -9: RuntimeError: out of memory" in found["note"]
+
+
+@pytest.mark.parametrize(("release", "driver"), [("580.65.06\n", "580.65.06"), (None, "of unknown release")])
+def test_the_machine_names_its_gpus(release, driver):
+    found = Driver((13, 0), (("NVIDIA H200", (9, 0)),))
+    system = SimpleNamespace(driver=lambda: found, output=lambda *command: release)
+    gpus = [{"name": "NVIDIA H200", "compute_capability": "9.0"}]
+    assert describe_gpus(system) == {"gpus": gpus, "driver": f"{driver}, CUDA 13.0"}
+    assert describe_gpus(SimpleNamespace(driver=lambda: "cuInit returns 3")) == {}
 
 
 def test_inputs_are_repeated_to_fill_a_batch(package):
-    few = bench.inputs_of(package, 2)
-    many = bench.inputs_of(package, 50)
+    few = inputs_of(package, 2)
+    many = inputs_of(package, 50)
     assert all(len(tensor) == 50 for tensor in many.values())
     assert all(bool((many[name][:2] == tensor).all()) for name, tensor in few.items())
 
@@ -89,7 +212,7 @@ def test_layers_of_a_target_are_timed_one_by_one(package, cli, without_memory):
 
 def test_every_run_but_the_first_is_in_every_layer_of_onnx_runtime(package):
     session = open_session(package / "engine/onnxruntime")
-    inputs = bench.inputs_of(package, 1)
+    inputs = inputs_of(package, 1)
     fed = {each.name: inputs[each.name].numpy() for each in session.get_inputs()}
     times = layer_times(package / "engine/onnxruntime", fed, 3, 1)
     assert len(times) > 50

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import onnx
@@ -14,7 +15,7 @@ from google.protobuf import json_format, text_format
 from lrq_export.errors import UsageError
 from lrq_export.models.flux import Flux
 from lrq_export.serving import repository
-from lrq_export.serving.repository import Layout, write_kserve, write_repository
+from lrq_export.serving.repository import Layout, warnings, write_kserve, write_repository
 from lrq_export.serving.signature import outputs_of
 from lrq_export.serving.triton import config_json, config_text, model_config
 
@@ -44,8 +45,9 @@ def test_the_repository_describes_the_session(package, parsed, tmp_path):
     assert (config.name, config.backend, config.platform) == ("tiny", "onnxruntime", "onnxruntime_onnx")
     assert config.max_batch_size == 8
     assert config.HasField("dynamic_batching")
-    assert config.version_policy.latest.num_versions == 1
-    assert [(group.kind, group.count) for group in config.instance_group] == [(2, 3)]  # KIND_CPU
+    assert list(config.version_policy.specific.versions) == [1]
+    assert [(group.kind, group.count) for group in config.instance_group] == [(0, 3)]  # KIND_AUTO
+    assert config.parameters["session.force_spinning_stop"].string_value == "1"
     assert config.parameters["session.x64quantprecision"].string_value == "1"
     assert config.parameters["intra_op_thread_count"].string_value == "2"
     for described, values in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
@@ -100,17 +102,71 @@ def test_a_version_is_added_and_never_replaced(package, copy_of, tmp_path):
     assert (models / "tiny/2/model.onnx").samefile(linked / "engine/onnxruntime/model.onnx")
 
 
-def test_the_portable_model_needs_no_option(package, parsed, tmp_path):
+def test_what_a_watching_server_sees_is_whole(package, parsed, tmp_path, monkeypatch):
+    """A config names its version: the first is there before its version, each later one is switched to when it lies."""
+    seen, replace = [], os.replace
+
+    def watched(source, target):
+        replace(source, target)
+        target = Path(target)
+        model = target.parent if target.parent.name == "tiny" else None
+        if model is not None:
+            versions = sorted(path.name for path in model.iterdir() if path.name.isdecimal())
+            assert all(set(os.listdir(model / each)) >= {"model.onnx"} for each in versions)
+            served = [str(each) for each in parsed(model).version_policy.specific.versions]
+            seen.append((target.name, served, versions))
+
+    monkeypatch.setattr(os, "replace", watched)
+    for version in (1, 2):
+        write_repository(package, tmp_path, Layout("tiny", version=version))
+    assert seen == [
+        ("config.pbtxt", ["1"], []), ("1", ["1"], ["1"]),
+        ("2", ["1"], ["1", "2"]), ("config.pbtxt", ["2"], ["1", "2"]),
+    ]  # fmt: skip
+
+
+def set_session(package, reseal, **changes):
+    path = package / "engine/onnxruntime/session.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    reseal(package)
+
+
+@pytest.mark.parametrize(("gpu", "providers", "kind"), [
+    (None, ["CUDAExecutionProvider", "CPUExecutionProvider"], 0), (None, ["CPUExecutionProvider"], 2),
+    (True, ["CPUExecutionProvider"], 1), (False, ["CUDAExecutionProvider", "CPUExecutionProvider"], 2),
+])  # fmt: skip
+def test_the_kind_is_that_of_the_providers_or_as_asked(
+    package, parsed, copy_of, reseal, tmp_path, gpu, providers, kind
+):
+    edited = copy_of(package, "edited")
+    set_session(edited, reseal, providers=providers)
+    (model,) = write_repository(edited, tmp_path / "r", Layout("tiny", gpu=gpu))
+    assert parsed(model).instance_group[0].kind == kind  # AUTO, GPU, CPU: 0, 1, 2
+
+
+def test_options_that_triton_drops_are_told(package, copy_of, reseal, parsed, cli, tmp_path):
+    edited = copy_of(package, "edited")
+    set_session(edited, reseal, options={"session.disable_quant_qdq": "1"}, config_where_products_saturate={})
+    done = cli("serve-config", edited, "--triton", tmp_path / "r", "--name", "tiny")
+    assert "warning: tiny: Triton's stock ONNX Runtime backend does not hand on session.disable_quant_qdq;" in done.out
+    assert dict(parsed(tmp_path / "r/tiny").parameters).keys() == {"session.disable_quant_qdq"}
+    assert "decoded anew in every run" in (tmp_path / "r/README.md").read_text()
+    set_session(edited, reseal, options={})
+    assert "warning" not in cli("serve-config", edited, "--triton", tmp_path / "s", "--name", "tiny").out
+
+
+def test_the_portable_model_is_right_without_any_option(package, parsed, tmp_path):
     (model,) = write_repository(package, tmp_path, Layout("tiny", portable=True))
-    assert dict(parsed(model).parameters) == {}
+    assert set(parsed(model).parameters) == {"session.force_spinning_stop", "session.disable_quant_qdq"}
     assert any(node.domain == "lrq" for node in onnx.load(model / "1/model.onnx").graph.node)
     assert "VNNI" not in (tmp_path / "README.md").read_text()
 
 
 def test_a_plan_becomes_a_model_of_its_own(package, parsed, copy_of, reseal, tmp_path):
     with_plan = copy_of(package, "with-plan")
-    (with_plan / "engine/tensorrt").mkdir()
-    (with_plan / "engine/tensorrt/model.plan").write_bytes(b"a plan")
+    engine = with_plan / "engine/tensorrt"
+    engine.mkdir()
+    (engine / "model.plan").write_bytes(b"a plan")
     reseal(with_plan)
     library = tmp_path / "liblrq_plugins.so"
     library.write_bytes(b"a library")
@@ -122,6 +178,12 @@ def test_a_plan_becomes_a_model_of_its_own(package, parsed, copy_of, reseal, tmp
     assert (models[1] / "plugins/liblrq_plugins.so").read_bytes() == b"a library"
     readme = (tmp_path / "r/README.md").read_text()
     assert "--backend-config=tensorrt,plugins=tiny-tensorrt/plugins/liblrq_plugins.so" in readme
+    assert list(config.version_policy.specific.versions) == [1]
+    assert "registers nothing" in warnings(with_plan, Layout("tiny", plugins=(library,)))[-1]
+    (engine / "build.json").write_text(json.dumps({"plugins": True}))
+    assert "pass --plugins" in warnings(with_plan, Layout("tiny"))[-1]
+    (engine / "build.json").unlink()
+    assert len(write_repository(with_plan, tmp_path / "cpu", Layout("tiny", gpu=False))) == 1
     with pytest.raises(UsageError, match="--plugins"):
         write_repository(package, tmp_path / "s", Layout("tiny", plugins=(library,)))
     with pytest.raises(FileNotFoundError):
@@ -154,6 +216,16 @@ def test_the_kserve_service_has_a_name_that_kubernetes_takes(name, wanted, tmp_p
     model = service["spec"]["predictor"]["model"]
     assert (model["modelFormat"], model["protocolVersion"]) == ({"name": "triton"}, "v2")
     assert model["storageUri"] == "s3://bucket/models: #1"
+    assert not {"resources", "args"} & model.keys()
+
+
+def test_a_service_with_a_plan_has_a_gpu_and_its_plugins(tmp_path):
+    layout = Layout("Tiny", plugins=(Path("a/one.so"), Path("b/two.so")))
+    write_kserve(tmp_path / "k.yaml", layout, "s3://models", plan=True)
+    model = yaml.safe_load((tmp_path / "k.yaml").read_text())["spec"]["predictor"]["model"]
+    assert model["resources"] == {"limits": {"nvidia.com/gpu": "1"}}
+    folder = "/mnt/models/Tiny-tensorrt/plugins"
+    assert model["args"] == [f"--backend-config=tensorrt,plugins={folder}/one.so;{folder}/two.so"]
 
 
 def test_the_command_writes_both_and_refuses_the_package_itself(package, cli, tmp_path):
