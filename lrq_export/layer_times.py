@@ -49,6 +49,6 @@ def _slowest_first(times: dict[str, list[float]]) -> list[LayerTime]:
     medians = {layer: float(np.median(each)) for layer, each in times.items()}
     total = sum(medians.values())
     return [
-        LayerTime(layer, round(median, 4), round(median / total, 4) if total else 0.0)
+        LayerTime(layer, round(median, 4), round(median / total, 6) if total else 0.0)
         for layer, median in sorted(medians.items(), key=lambda item: -item[1])
     ]

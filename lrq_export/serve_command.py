@@ -106,7 +106,8 @@ def serve_config(
         if place.resolve().is_relative_to(package.resolve()):
             raise UsageError(f"{place}: lies in the package, which an added file makes invalid", hint="write beside it")
     admit(package)  # before what takes long to import
-    from lrq_export.serving.repository import Layout, serves_plan, warnings, write_kserve, write_repository
+    from lrq_export.serving.kserve import write_kserve
+    from lrq_export.serving.repository import Layout, serves_plan, warnings, write_repository
     from lrq_export.serving.server import check_name
 
     layout = Layout(

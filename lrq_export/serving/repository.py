@@ -1,4 +1,4 @@
-"""`lrq-export serve-config`: a package as a Triton model repository, and a KServe service over it.
+"""`lrq-export serve-config --triton`: a package as a Triton model repository.
 
     DIR/README.md   DIR/NAME/config.pbtxt   DIR/NAME/1/model.onnx
                     DIR/NAME-tensorrt/config.pbtxt   DIR/NAME-tensorrt/1/model.plan   DIR/NAME-tensorrt/plugins/*.so
@@ -8,16 +8,12 @@ is written under another name, then renamed. config.pbtxt names the one version 
 served; it is replaced once that is there.
 """
 
-import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lrq_export.doctor.elf import read_library
 from lrq_export.engine.session_settings import CUDA, FOLD_BODIES, SessionSettings
 from lrq_export.engine.tensorrt import BUILD, FOLDERS, PLAN, TENSORRT, without_weights
 from lrq_export.errors import MissingError, UsageError
@@ -30,13 +26,13 @@ from lrq_export.package import (
     verify_hashes,
     write_bytes_atomic,
 )
+from lrq_export.serving.plugin_libraries import registers_itself, with_companions
 from lrq_export.serving.signature import inputs_of, outputs_of
 from lrq_export.serving.triton import KIND_AUTO, KIND_CPU, KIND_GPU, config_text, model_config, tensorrt_config
 from lrq_export.untrusted_json import read_json_object
 
 TENSORRT_PLAN = f"{FOLDERS[TENSORRT]}/{PLAN}"
 CONFIG, PLUGINS = "config.pbtxt", "plugins"
-KSERVE_MODELS = "/mnt/models"  # where KServe's runtimes find what lies at the storage URI
 # What it means that Triton's stock ONNX Runtime backend hands on no session option of these names.
 WITHOUT_OPTION = {
     "session.x64quantprecision": "on x86 processors without VNNI the products of this model are WRONG. Deploy on "
@@ -75,7 +71,7 @@ def write_repository(package: Path, folder: Path, layout: Layout) -> list[Path]:
     plan = package / TENSORRT_PLAN
     if layout.plugins and not serves_plan(package, layout):
         raise UsageError(f"--plugins: the package has no {TENSORRT_PLAN} that would use them", hint="leave it out")
-    libraries = {library.name: library.read_bytes() for library in layout.plugins}
+    libraries = {path.name: path.read_bytes() for named in layout.plugins for path in with_companions(named)}
     config = manifest["source"]["config"]
     specs = family_of(config["_class_name"]).inputs(config)
     # A shared input is the first sample's for all: requests that differ in it must not meet in one batch.
@@ -119,7 +115,7 @@ def warnings(package: Path, layout: Layout) -> list[str]:
             "what that means"
         )
     for library in layout.plugins:
-        if not _registers_itself(library):
+        if not registers_itself(library):
             said.append(
                 f"{library}: Triton only opens it, which registers nothing: it links no libnvinfer; pass the library "
                 "of the same build for one TensorRT, liblrq_plugins_trt*.so"
@@ -129,13 +125,6 @@ def warnings(package: Path, layout: Layout) -> list[str]:
     if facts.get("plugins") and not layout.plugins:
         said.append(f"{layout.name}-tensorrt: the plan has plugins, and none were named; pass --plugins")
     return said
-
-
-def _registers_itself(library: Path) -> bool:
-    try:
-        return any(name.startswith("libnvinfer") for name in read_library(library).needed)
-    except ValueError:
-        return False
 
 
 def _kind(package: Path, layout: Layout) -> str:
@@ -211,58 +200,20 @@ def _readme(layout: Layout, batched: bool, parameters: Mapping[str, str], tensor
         )
     if tensorrt:
         name = f"{layout.name}-tensorrt"
-        libraries = _libraries(layout) or ["PATH/OF/THE/PLUGINS.so"]
+        libraries = preloaded(layout) or ["PATH/OF/THE/PLUGINS.so"]
         lines += [
             f"- {name}: TensorRT backend; Triton reads inputs and outputs from the plan. A plan with plugins needs",
             "  their library before it is loaded:", "",
-            f"      tritonserver --model-repository=. '{_preload(libraries)}'", "",
+            f"      tritonserver --model-repository=. '{preload(libraries)}'", "",
             f"  or `LD_PRELOAD={':'.join(libraries)} tritonserver ...`. Not yet run: no GPU was at hand.",
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def write_kserve(path: Path, layout: Layout, storage: str, plan: bool = False) -> None:
-    """Write a KServe InferenceService that serves a repository from `storage`, where it must be copied to.
-
-    With a TensorRT `plan` in it, or `layout.gpu`, it asks for one GPU, and its server opens the plan's plugins first.
-    """
-    name = re.sub(r"[^a-z0-9]+", "-", layout.name.lower()).strip("-")[:63].rstrip("-")
-    if not re.match(r"[a-z]", name):
-        name = f"m-{name}"
-    model: dict[str, Any] = {
-        "modelFormat": {"name": "triton"},
-        "protocolVersion": "v2",
-        "storageUri": storage,
-        "readinessProbe": {"httpGet": {"path": "/v2/health/ready", "port": 8080}},
-    }
-    if plan or layout.gpu:
-        model["resources"] = {"limits": {"nvidia.com/gpu": "1"}}
-    if plan and layout.plugins:
-        model["args"] = [_preload(_libraries(layout, f"{KSERVE_MODELS}/"))]  # KServe appends them to the runtime's own
-    service = {
-        "apiVersion": "serving.kserve.io/v1beta1",
-        "kind": "InferenceService",
-        "metadata": {"name": name},
-        "spec": {"predictor": {"model": model}},
-    }
-    write_bytes_atomic(path, _yaml(service).encode())
-
-
-def _libraries(layout: Layout, root: str = "") -> list[str]:
+def preloaded(layout: Layout, root: str = "") -> list[str]:
     return [f"{root}{layout.name}-tensorrt/{PLUGINS}/{path.name}" for path in layout.plugins]
 
 
-def _preload(libraries: list[str]) -> str:
+def preload(libraries: list[str]) -> str:
     """The argument of tritonserver that opens libraries before any plan is loaded."""
     return f"--backend-config=tensorrt,plugins={';'.join(libraries)}"
-
-
-def _yaml(value: Mapping[str, Any], indent: str = "") -> str:
-    """Nested tables of strings, numbers and lists of them as YAML, strings quoted as JSON's, which YAML reads."""
-    lines = []
-    for key, each in value.items():
-        if isinstance(each, Mapping):
-            lines.append(f"{indent}{key}:\n{_yaml(each, indent + '  ')}")
-        else:
-            lines.append(f"{indent}{key}: {json.dumps(each)}\n")
-    return "".join(lines)

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import onnx
@@ -15,7 +17,9 @@ from google.protobuf import json_format, text_format
 from lrq_export.errors import UsageError
 from lrq_export.models.flux import Flux
 from lrq_export.serving import repository
-from lrq_export.serving.repository import Layout, warnings, write_kserve, write_repository
+from lrq_export.serving.kserve import write_kserve
+from lrq_export.serving.plugin_libraries import registers_itself, with_companions
+from lrq_export.serving.repository import Layout, warnings, write_repository
 from lrq_export.serving.signature import outputs_of
 from lrq_export.serving.triton import config_json, config_text, model_config
 
@@ -217,6 +221,32 @@ def test_the_kserve_service_has_a_name_that_kubernetes_takes(name, wanted, tmp_p
     assert (model["modelFormat"], model["protocolVersion"]) == ({"name": "triton"}, "v2")
     assert model["storageUri"] == "s3://bucket/models: #1"
     assert not {"resources", "args"} & model.keys()
+
+
+@pytest.fixture
+def libraries(tmp_path):
+    """As `plugins build` makes them: what registers the plugins links libnvinfer and them, and they the kernels."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    needs = {
+        "libnvinfer.so.10": (), "liblrq_kernels.so": (), "liblrq_plugins.so": ("liblrq_kernels.so",),
+        "liblrq_plugins_trt10.so": ("liblrq_plugins.so", "libnvinfer.so.10"),
+    }  # fmt: skip
+    for name, needed in needs.items():
+        command = ["gcc", "-shared", "-x", "c", "/dev/null", "-x", "none", "-Wl,--no-as-needed", f"-Wl,-soname,{name}"]
+        subprocess.run([*command, "-L.", *(f"-l:{each}" for each in needed), "-o", name], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def test_a_library_is_copied_with_what_it_needs_beside_it(libraries):
+    registering, alone = libraries / "liblrq_plugins_trt10.so", libraries / "liblrq_plugins.so"
+    ours = ["liblrq_plugins_trt10.so", "liblrq_plugins.so", "liblrq_kernels.so"]  # libnvinfer is Triton's own
+    assert [path.name for path in with_companions(registering)] == ours
+    assert [path.name for path in with_companions(alone)] == ours[1:]
+    assert registers_itself(registering)
+    assert not registers_itself(alone)
+    (libraries / "liblrq_kernels.so").unlink()
+    assert [path.name for path in with_companions(registering)] == ours[:2]
 
 
 def test_a_service_with_a_plan_has_a_gpu_and_its_plugins(tmp_path):
