@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from lrq_export.comparison.run import compare
     from lrq_export.compiler import build
     from lrq_export.errors import LrqError
+    from lrq_export.loading import load
     from lrq_export.recipe import Recipe, load_recipe
-    from lrq_export.runtime import load
 
 __version__ = "0.1.0"
 __all__ = ["LrqError", "Recipe", "build", "compare", "load", "load_recipe", "record"]
@@ -20,7 +20,7 @@ _HOME = {
     "LrqError": "lrq_export.errors",
     "Recipe": "lrq_export.recipe",
     "load_recipe": "lrq_export.recipe",
-    "load": "lrq_export.runtime",
+    "load": "lrq_export.loading",
 }
 
 

@@ -15,15 +15,18 @@ from lrq_export.untrusted_json import read_json_object
 PLAN = "model.plan"
 
 
-def package_findings(system: System, package: Path) -> Iterator[Finding]:
-    """The package as a whole, then one finding for each engine that there can be."""
+def admission(package: Path) -> tuple[Finding, dict[str, Any] | None]:
+    """The package as a whole, and its manifest; None if it is refused."""
     try:
         manifest = admit(package)
     except InputError as error:
-        yield wrong("package", error.message, error.hint or "build it again", required=True)
-        return
-    layers, files = len(manifest["layers"]), manifest["files"]
-    yield ok("package", f"{len(files)} files as they were built, {layers} quantized layers", required=True)
+        return wrong("package", error.message, error.hint or "build it again", required=True), None
+    found = f"{len(manifest['files'])} files as they were built, {len(manifest['layers'])} quantized layers"
+    return ok("package", found, required=True), manifest
+
+
+def engine_findings(system: System, package: Path, files: dict[str, Any]) -> Iterator[Finding]:
+    """One finding for each engine that there can be."""
     yield onnxruntime_engine(files)
     for target in ENGINE_STARTS:
         yield other_engine(system, package, files, target)

@@ -5,18 +5,27 @@ from pathlib import Path
 
 from lrq_export.doctor import cpu, gpu
 from lrq_export.doctor.finding import Finding, Status, wrong
-from lrq_export.doctor.package import package_findings
+from lrq_export.doctor.package import admission, engine_findings
 from lrq_export.doctor.system import System
 from lrq_export.errors import InputError, MissingError
 
 
 def diagnose(package: Path | None = None, system: System | None = None) -> Iterator[Finding]:
-    """What each check found, as soon as it did; with `package`, of that too."""
+    """What each check found, as soon as it did; with `package`, of that too.
+
+    The package comes first, before checks of the machine import what takes memory; with one that is refused it ends.
+    """
+    manifest = None
+    if package is not None:
+        admitted, manifest = admission(package)
+        yield admitted
+        if manifest is None:
+            return
     system = system or System()
     for check in (*cpu.CHECKS, *gpu.CHECKS):
         yield _guarded(check, system)
     if package is not None:
-        yield from package_findings(system, package)
+        yield from engine_findings(system, package, manifest["files"])
 
 
 def exit_code(findings: list[Finding]) -> int:
