@@ -187,7 +187,8 @@ def add_engines(
     """Build what a finished package lacks of `targets` and swap the package in whole; see `build_targets`.
 
     `changes` are fields of the recipe's engine table. An engine that is there already is built again only if it was
-    built with other settings.
+    built with other settings. The recipe becomes what was asked even where no engine is built: one that waits for
+    another machine is not waited for any more once its settings are taken back.
     """
     from lrq_export.verify.report_engines import show_added_engines
 
@@ -196,7 +197,7 @@ def add_engines(
     wanted = tuple(dict.fromkeys((*recipe.engine.targets, *targets)))
     settings = Engine.model_validate(recipe.engine.model_dump() | (changes or {}) | {"targets": wanted})
     asked = settings.model_copy(update={"targets": tuple(targets)})
-    if not lacking(package, asked):
+    if not lacking(package, asked) and settings == recipe.engine:
         return []
     key = hashlib.sha256(json_bytes([manifest["manifest_sha256"], settings.model_dump(mode="json")])).hexdigest()
     with open_workspace(package, key) as workspace:
