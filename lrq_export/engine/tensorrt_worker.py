@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from lrq_export.engine.built import RTX
 from lrq_export.engine.plan_layers import NodeTypes, float_type, judged_types, layer_faults, type_faults
-
-RTX = "tensorrt-rtx"
 
 
 class CannotBuild(Exception):

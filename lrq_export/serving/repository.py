@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrq_export.engine.built import FOLDERS, PLAN, TENSORRT
+from lrq_export.engine.run_obstacle import without_weights
 from lrq_export.engine.session_settings import SessionSettings
-from lrq_export.engine.tensorrt import FOLDERS, PLAN, TENSORRT, without_weights
 from lrq_export.errors import MissingError, UsageError
 from lrq_export.models import family_of
 from lrq_export.package import (

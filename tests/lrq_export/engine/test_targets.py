@@ -16,6 +16,7 @@ from lrq_export.admit import admit
 from lrq_export.bind import write_for_plugins
 from lrq_export.compiler import build
 from lrq_export.engine import targets, tensorrt
+from lrq_export.engine.built import FOLDERS
 from lrq_export.engine.targets import add_engines, engines
 from lrq_export.errors import CheckFailed
 from lrq_export.package import load_manifest, verify_hashes
@@ -362,9 +363,10 @@ def lacking(monkeypatch, tmp_path):
         monkeypatch.setattr(targets, "installed_tensorrt", lambda system, target: library)
         monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda: gpu)
         monkeypatch.setattr(tensorrt, "find_library", lambda: tmp_path if compiled else None)
-        place = tmp_path / tensorrt.FOLDERS[target]
+        place = tmp_path / FOLDERS[target]
         place.mkdir(parents=True, exist_ok=True)
-        (place / "build.json").write_text(json.dumps({"version": "1", "plugins": False, "gpu": "H100"} | facts))
+        built = {"target": target, "version": "1", "plugins": False, "gpu": "H100"}
+        (place / "build.json").write_text(json.dumps(built | facts))
         return bool(targets.lacking(tmp_path, Engine(targets=(target,), **changes)))
 
     return ask
