@@ -10,6 +10,7 @@ The author of a package is trusted with what its graph computes: no check bounds
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lrq_export.engine.built import BUILD, RTX, TENSORRT, read_built
 from lrq_export.errors import InputError, UsageError
 from lrq_export.onnx_scan import check_model_file
 from lrq_export.package import MANIFEST, MODEL, QUANTIZED, list_files, load_manifest, verify_hashes
@@ -17,7 +18,7 @@ from lrq_export.recipe import Recipe
 from lrq_export.tensor_header import read_header
 from lrq_export.untrusted_json import read_json_object
 
-SESSION, BUILD = "session.json", "build.json"
+SESSION = "session.json"
 # What session.json may set: none of these names a file, loads code or writes anything.
 SESSION_OPTIONS = frozenset(
     {"session.x64quantprecision", "session.disable_quant_qdq", "session.force_spinning_stop",
@@ -29,7 +30,7 @@ SESSION_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 SESSION_THREADS, MOST_THREADS = ("intra_op", "inter_op"), 1024
 ENGINES = (".plan", ".engine")
 # How an engine starts, by the folder of its target. An engine is for one library, and crashes another.
-ENGINE_STARTS = {"tensorrt": (b"ftrt", "TensorRT"), "tensorrt-rtx": (b"vtrt", "TensorRT-RTX")}
+ENGINE_STARTS = {TENSORRT: (b"ftrt", "TensorRT"), RTX: (b"vtrt", "TensorRT-RTX")}
 # Fields of a manifest that loading relies on.
 FACTS = {"tool": dict, "source": dict, "recipe": dict, "layers": dict, "warnings": list, "fingerprint": str}
 
@@ -103,7 +104,7 @@ def _check_file(package: Path, name: str, files: dict[str, Any]) -> None:
     elif place.name == SESSION:
         _check_session(path)
     elif place.name == BUILD and place.parent.name in ENGINE_STARTS:
-        got = read_json_object(path).get("target")
+        got = read_built(path.parent).target
         if got != place.parent.name:
             raise InputError(f"{path}: got the target {got!r}, needed {place.parent.name}", hint="build it again")
 

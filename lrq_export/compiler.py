@@ -17,12 +17,21 @@ from graphs.checks import GraphError, check, check_complete
 from graphs.passes import PIPELINE
 from graphs.traced import TracedGraph
 from lrq_export import __version__
+from lrq_export.admit import admit
 from lrq_export.bind import assemble, quantize_layers, write_portable
 from lrq_export.calibrate.observed import Observed
 from lrq_export.calibrate.run import observe
 from lrq_export.calibrate.statistics import Moments
 from lrq_export.engine.onnxruntime import build_engine
-from lrq_export.engine.targets import INPUTS, add_engines, build_targets, engine_warnings, keep_engines, lacking
+from lrq_export.engine.targets import (
+    INPUTS,
+    ONNXRUNTIME,
+    add_engines,
+    build_targets,
+    engine_warnings,
+    keep_engines,
+    lacking,
+)
 from lrq_export.errors import CheckFailed, InputError, MissingError, UsageError
 from lrq_export.machine import libraries, versions
 from lrq_export.package import (
@@ -35,7 +44,6 @@ from lrq_export.package import (
     STATS,
     is_package,
     require_free_disk,
-    verify_hashes,
     write_bytes_atomic,
     write_json_atomic,
     write_manifest,
@@ -145,9 +153,9 @@ def build(
         inputs_fingerprint = fingerprint(opened, to_toml(without_any), files, {})
     if until == "load":
         return BuildResult(out, True, None, "load")
-    report = _finished_report(out, key)
-    if report is not None:
-        missing = () if STAGES.index(until) < STAGES.index("engine") else _lacking_engines(out, recipe, progress)
+    if _is_finished(out, key):
+        missing = () if STAGES.index(until) < STAGES.index("engine") else _add_engines(out, recipe, progress)
+        report = json.loads((out / REPORT).read_text())
         return BuildResult(out, _all_passed(report), report, up_to_date=True, missing=missing)
     with open_workspace(out, key) as workspace:
         require_free_disk(
@@ -164,15 +172,12 @@ def _check_place(source: Path, out: Path) -> None:
         raise UsageError(f"{out}: lies in the source folder {source}", hint="write the package beside it")
 
 
-def _finished_report(out: Path, key: str) -> dict[str, Any] | None:
-    """The report of a whole package made from the same inputs; None when there is none, or it was edited: build it."""
-    if not is_package(out):
-        return None
+def _is_finished(out: Path, key: str) -> bool:
+    """Whether a whole package made from the same inputs is there. One that was edited is none: build it."""
     try:
-        manifest = verify_hashes(out)
+        return is_package(out) and admit(out)["fingerprint"] == key
     except InputError:
-        return None
-    return json.loads((out / REPORT).read_text()) if manifest.get("fingerprint") == key else None
+        return False
 
 
 def _without_engines(recipe: Recipe) -> Recipe:
@@ -181,9 +186,12 @@ def _without_engines(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"engine": Engine(**threads)})
 
 
-def _lacking_engines(out: Path, recipe: Recipe, progress: Progress) -> tuple[MissingError, ...]:
-    """Build the engines that a whole package lacks still, where another machine had to; what is missing for them."""
-    if not lacking(out, recipe.engine):
+def _add_engines(out: Path, recipe: Recipe, progress: Progress) -> tuple[MissingError, ...]:
+    """Give a whole package the engines that the recipe asks for, and its settings of them; what is missing here.
+
+    A recipe of ONNX Runtime's engine alone says nothing of others that the package has.
+    """
+    if set(recipe.engine.targets) <= {ONNXRUNTIME}:
         return ()
     settings = recipe.engine.model_dump(exclude={"targets"})
     return tuple(add_engines(out, recipe.engine.targets, changes=settings, progress=progress))

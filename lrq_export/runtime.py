@@ -1,8 +1,10 @@
 """Run a package: `load(OUT)` is a drop-in for `pipe.transformer` of a diffusers pipeline."""
 
 import inspect
+import logging
 import math
 import weakref
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,19 +15,21 @@ import torch
 
 from lrq_export.admit import admit
 from lrq_export.engine import onnxruntime as engine
-from lrq_export.engine import tensorrt
+from lrq_export.engine.built import FOLDERS
 from lrq_export.engine.gate import Gate
 from lrq_export.engine.onnxruntime_runner import OnnxRuntimeRunner
+from lrq_export.engine.run_obstacle import run_obstacle
 from lrq_export.engine.session_settings import SESSION
 from lrq_export.errors import InputError, MissingError, UsageError
 from lrq_export.models import family_of
 from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily, Sizes, flatten, nest
 from lrq_export.package import MANIFEST, ONNXRUNTIME_ENGINE
 
+_LOG = logging.getLogger(__name__)
 MOST_PLANS = 64
 AUTO, ONNXRUNTIME = "auto", "onnxruntime"
 CPU_DEVICE = torch.device("cpu")
-TARGETS = (*tensorrt.FOLDERS, ONNXRUNTIME)  # the first that can run here is the one that is wanted
+TARGETS = (*FOLDERS, ONNXRUNTIME)  # the first that can run here is the one that is wanted
 
 
 class Runner(Protocol):
@@ -41,8 +45,9 @@ class Runner(Protocol):
 def load(package: str | Path, *, target: str = AUTO, threads: int | None = None) -> "PackagedTransformer":
     """Open an engine of a package that `lrq-export build` wrote.
 
-    `target`: onnxruntime, tensorrt or tensorrt-rtx; auto takes an engine for the GPU if the package holds one that can
-    run here, else ONNX Runtime's. `threads`: of ONNX Runtime, if not as session.json says.
+    `target`: onnxruntime, tensorrt or tensorrt-rtx; auto takes an engine for the GPU if the package holds one that
+    opens here, else ONNX Runtime's (`.target` of the answer says which). `threads`: of ONNX Runtime, if not as
+    session.json says.
 
     Raises InputError for a folder that is no package, or was edited: there is no way around the checks (`admit`); a
     package that did not change since is not hashed again. Raises MissingError for an engine that is not built or a
@@ -52,10 +57,6 @@ def load(package: str | Path, *, target: str = AUTO, threads: int | None = None)
     manifest = admit(package)
     if target not in (AUTO, *TARGETS):
         raise UsageError(f"target: got {target!r}, needed one of {', '.join((AUTO, *TARGETS))}")
-    obstacles = {each: obstacle(package, each) for each in (TARGETS if target == AUTO else [target])}
-    chosen = next((each for each, missing in obstacles.items() if missing is None), None)
-    if chosen is None:
-        raise list(obstacles.values())[-1]
     config = manifest["source"]["config"]
     try:
         family_of(config["_class_name"], str(package / MANIFEST)).inputs(config)
@@ -64,22 +65,36 @@ def load(package: str | Path, *, target: str = AUTO, threads: int | None = None)
             f"{package / MANIFEST}: source: not a config of {config['_class_name']}: {error!r}",
             hint="build the package again",
         ) from error
-    return PackagedTransformer(open_runner(package, chosen, threads), config, chosen)
+    chosen, runner = _open_first(package, TARGETS if target == AUTO else (target,), threads)
+    return PackagedTransformer(runner, config, chosen)
+
+
+def _open_first(package: Path, targets: Sequence[str], threads: int | None) -> tuple[str, Runner]:
+    """The first of `targets` that opens here, and its engine. Raises what the last one lacks if none does."""
+    *first, last = targets
+    for target in first:
+        try:
+            return target, _open(package, target, threads)
+        except (MissingError, InputError) as error:  # the latter: a plan that its library does not take
+            _LOG.info("%s is not used: %s", target, error)
+    return last, _open(package, last, threads)
+
+
+def _open(package: Path, target: str, threads: int | None) -> Runner:
+    lack = obstacle(package, target)
+    if lack is not None:
+        raise lack
+    return open_runner(package, target, threads)
 
 
 def obstacle(package: Path, target: str) -> MissingError | None:
     """Why a target of an admitted package cannot be loaded here; None if nothing is known to be in the way."""
-    if target == ONNXRUNTIME:
-        folder = package / ONNXRUNTIME_ENGINE
-        if (folder / engine.MODEL).is_file() and (folder / SESSION).is_file():
-            return None
-        return MissingError(f"{folder}: the package holds no ONNX Runtime engine", hint="run lrq-export build again")
-    folder = package / tensorrt.FOLDERS[target]
-    if not ((folder / tensorrt.BUILD).is_file() and (folder / tensorrt.PLAN).is_file()):
-        return MissingError(
-            f"{folder}: the package holds no {target} engine", hint=f"run lrq-export build {package} --target {target}"
-        )
-    return tensorrt.without_weights(package, target) or tensorrt.obstacle(target, run=True)
+    if target != ONNXRUNTIME:
+        return run_obstacle(package, target)
+    folder = package / ONNXRUNTIME_ENGINE
+    if (folder / engine.MODEL).is_file() and (folder / SESSION).is_file():
+        return None
+    return MissingError(f"{folder}: the package holds no ONNX Runtime engine", hint="run lrq-export build again")
 
 
 def open_runner(package: Path, target: str, threads: int | None = None) -> Runner:
@@ -88,7 +103,7 @@ def open_runner(package: Path, target: str, threads: int | None = None) -> Runne
         return OnnxRuntimeRunner(engine.open_session(package / ONNXRUNTIME_ENGINE, threads))
     from lrq_export.engine.tensorrt_runner import TensorRtRunner
 
-    return TensorRtRunner(package / tensorrt.FOLDERS[target], target)
+    return TensorRtRunner(package / FOLDERS[target], target)
 
 
 class PackagedTransformer:

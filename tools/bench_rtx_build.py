@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lrq_export.engine.built import BUILD, FOLDERS, RTX
 from lrq_export.engine.targets import add_engines
-from lrq_export.engine.tensorrt import BUILD, FOLDERS, RTX
 from lrq_export.package import list_files
 from lrq_export.plugins import LIBRARY, find_library
 

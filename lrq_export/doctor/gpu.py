@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lrq_export.doctor.elf import SharedLibrary, read_library
 from lrq_export.doctor.finding import Finding, absent, ok, wrong
-from lrq_export.doctor.system import Driver, System, version_of
+from lrq_export.doctor.system import System, version_of
 
 OLDEST_TENSORRT = (10, 7)  # its parser prefers a plugin to a function of the same name only since then
 OLDEST_CAPABILITY, OLDEST_DRIVER = (7, 5), (12, 0)
@@ -222,11 +222,6 @@ def _header_version(path: Path) -> tuple[int, ...]:
             return ()
         found.append(int(value))
     return tuple(found)
-
-
-def has_gpu(system: System) -> bool:
-    found = system.driver()
-    return isinstance(found, Driver) and bool(found.gpus)
 
 
 CHECKS = (driver, tensorrt, pairing, tensorrt_rtx, compiler, nvcc, cutlass, headers, plugins)

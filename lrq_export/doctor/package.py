@@ -4,15 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lrq_export.admit import BUILD, ENGINE_STARTS, admit
+from lrq_export.admit import ENGINE_STARTS, admit
 from lrq_export.doctor.finding import Finding, absent, ok, wrong
-from lrq_export.doctor.gpu import has_gpu, installed_tensorrt
 from lrq_export.doctor.system import System
+from lrq_export.engine.built import BUILD, FOLDERS, PLAN, read_built
+from lrq_export.engine.run_obstacle import run_obstacle
 from lrq_export.errors import InputError
-from lrq_export.package import ENGINE, ONNXRUNTIME_ENGINE
-from lrq_export.untrusted_json import read_json_object
-
-PLAN = "model.plan"
+from lrq_export.package import ONNXRUNTIME_ENGINE
 
 
 def admission(package: Path) -> tuple[Finding, dict[str, Any] | None]:
@@ -40,19 +38,11 @@ def onnxruntime_engine(files: dict[str, Any]) -> Finding:
 
 def other_engine(system: System, package: Path, files: dict[str, Any], target: str) -> Finding:
     """An engine of NVIDIA's is for one library in one version, and for GPUs."""
-    name, folder = f"engine {target}", f"{ENGINE}/{target}"
-    again = f"lrq-export build {package} --target {target}"
+    name, folder = f"engine {target}", FOLDERS[target]
     if f"{folder}/{BUILD}" not in files or f"{folder}/{PLAN}" not in files:
+        again = f"lrq-export build {package} --target {target}"
         return absent(name, f"serving by {ENGINE_STARTS[target][1]}", again)
-    facts = read_json_object(package / folder / BUILD)
-    here = installed_tensorrt(system, target)
-    built_by = str(facts.get("version"))
-    if here is None:
-        return wrong(name, f"is of {built_by}, and that library is not installed here", f"install {built_by} of it")
-    if here != built_by:
-        return wrong(name, f"is of {built_by}, the library here is {here}", again)
-    if facts.get("plugins") and system.plugin_library() is None:
-        return wrong(name, "needs the plugins, which are not compiled here", "lrq-export plugins build")
-    if not has_gpu(system):
-        return wrong(name, f"of {built_by} is whole; this machine has no GPU to run it", "run it where a GPU is")
-    return ok(name, f"of {built_by} can run here")
+    lack = run_obstacle(package, target, system)
+    if lack is not None:
+        return wrong(name, lack.message, lack.hint)
+    return ok(name, f"of {read_built(package / folder).version} can run here")

@@ -119,6 +119,14 @@ class System:
             gpus.append((name.value.decode("utf-8", "replace"), (major.value, minor.value)))
         return Driver((version.value // 1000, version.value % 1000 // 10), tuple(gpus))
 
+    def gpu(self) -> str | None:
+        """The name of the GPU that torch computes on; None where it sees none, or is not here itself."""
+        try:
+            import torch
+        except Exception:  # a broken library raises OSError, ImportError, or what it likes
+            return None
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
     def plugin_library(self) -> Path | None:
         """Raises MissingError if LRQ_PLUGINS names nothing that is there."""
         return find_library()

@@ -12,6 +12,7 @@ from lrq_export.admit import admit
 from lrq_export.doctor.gpu import installed_tensorrt
 from lrq_export.doctor.system import System
 from lrq_export.engine import tensorrt
+from lrq_export.engine.built import BUILD, EARLIER, FOLDERS, RTX, TENSORRT, BuiltEngine, built_engine, read_built
 from lrq_export.engine.profiles import parse_profile, recorded_sizes
 from lrq_export.errors import InputError, MissingError
 from lrq_export.models import family_of
@@ -38,9 +39,8 @@ from lrq_export.workspace import open_workspace
 ONNXRUNTIME = "onnxruntime"
 # Of a manifest: source, recipe without engines, and files, whatever library versions made of them.
 INPUTS = "inputs_fingerprint"
-EARLIER = "earlier_weights"  # of a build.json: those of the package that this one was built in the place of
 _SILENT = frozenset({"targets", "intra_op_threads", "inter_op_threads"})  # settings that change no engine built here
-_OF_OTHERS = {tensorrt.TENSORRT: {"compute_capabilities"}, tensorrt.RTX: {"hardware", "refit"}}
+_OF_OTHERS = {TENSORRT: {"compute_capabilities"}, RTX: {"hardware", "refit"}}
 _OWN = frozenset({"format", "schema", "files", "content_sha256", "manifest_sha256"})  # of a manifest, not facts
 
 
@@ -67,7 +67,7 @@ def build_targets(
 
 def _build(folder: Path, fresh: Path, request: tensorrt.Request) -> None:
     """Build one engine in `fresh` and put it into `folder`; see `build_targets`."""
-    place = folder / tensorrt.FOLDERS[request.target]
+    place = folder / FOLDERS[request.target]
     shutil.rmtree(fresh, ignore_errors=True)  # of a build that was killed
     fresh.mkdir(parents=True)
     if (place / tensorrt.TIMING_CACHE).is_file():  # copied: a file that is linked to the finished package never changes
@@ -75,7 +75,7 @@ def _build(folder: Path, fresh: Path, request: tensorrt.Request) -> None:
     try:
         tensorrt.build_plan(rewritten_graph(folder), QuantizedFile(folder / QUANTIZED), fresh, request)
     except MissingError as error:
-        if _facts(folder, request.target) is not None:
+        if built_engine(folder, request.target) is not None:
             kept = f"{error.message}; the {request.target} engine that was built before stays in use"
             raise MissingError(kept, hint=error.hint) from error
         if (fresh / tensorrt.MODEL).is_file():
@@ -110,13 +110,13 @@ def keep_engines(package: Path, folder: Path, scratch: Path, inputs_fingerprint:
     files = manifest["files"]
     same = all(files.get(name, {}).get("sha256") == sha256_file(folder / name) for name in decisive)
     for target, engine in engines(package):
-        place, fresh = folder / tensorrt.FOLDERS[target], scratch / target
+        place, fresh = folder / FOLDERS[target], scratch / target
         if place.exists():
             continue
         shutil.rmtree(fresh, ignore_errors=True)
         _link_files(engine, fresh, list_files(engine))
         if not same:
-            write_json_atomic(fresh / tensorrt.BUILD, read_json_object(engine / tensorrt.BUILD) | {EARLIER: True})
+            write_json_atomic(fresh / BUILD, read_json_object(engine / BUILD) | {EARLIER: True})
         _replace(place, fresh)
 
 
@@ -128,57 +128,48 @@ def lacking(folder: Path, settings: Engine) -> list[str]:
     return [
         target
         for target in dict.fromkeys(settings.targets)
-        if target != ONNXRUNTIME and not _is_wanted(_facts(folder, target), target, settings)
+        if target != ONNXRUNTIME and not _is_wanted(built_engine(folder, target), target, settings)
     ]
 
 
-def _is_wanted(built: dict[str, Any] | None, target: str, settings: Engine) -> bool:
-    """Whether an engine, by its build.json, is the one that `settings` ask for on this machine."""
-    if built is None or built.get(EARLIER) or not _fits_here(built, target, settings):
+def _is_wanted(built: BuiltEngine | None, target: str, settings: Engine) -> bool:
+    """Whether an engine is the one that `settings` ask for on this machine."""
+    if built is None or built.earlier_weights or not _fits_here(built, target, settings):
         return False
-    if settings.plugins == "auto" and not built["plugins"] and tensorrt.find_library() is not None:
+    if settings.plugins == "auto" and not built.plugins and tensorrt.find_library() is not None:
         return False  # they have been compiled since
     return not other_settings(built, target, settings)
 
 
-def other_settings(built: dict[str, Any], target: str, settings: Engine) -> dict[str, tuple[Any, Any]]:
-    """What an engine, by its build.json, has and what `settings` ask for, where the two differ; by setting.
+def other_settings(built: BuiltEngine, target: str, settings: Engine) -> dict[str, tuple[Any, Any]]:
+    """What an engine has and what `settings` ask for, where the two differ; by setting.
 
     Settings that change no engine of this target are left out.
     """
     asked = settings.model_dump(mode="json", exclude=set(_SILENT | _OF_OTHERS[target]))
-    # An engine from before a setting was there has its default.
-    has = Engine().model_dump(mode="json") | built.get("options", {})
+    has = built.options.model_dump(mode="json")
     return {name: (has[name], value) for name, value in asked.items() if has[name] != value}
 
 
-def _fits_here(built: dict[str, Any], target: str, settings: Engine) -> bool:
+def _fits_here(built: BuiltEngine, target: str, settings: Engine) -> bool:
     """Whether nothing on this machine refuses an engine: another version of its library, or another GPU."""
     library, gpu = installed_tensorrt(System(), target), tensorrt.gpu_at_hand()
-    if library not in (None, built["version"]):
+    if library not in (None, built.version):
         return False
-    return target == tensorrt.RTX or settings.hardware != "this" or gpu is None or built.get("gpu", gpu) == gpu
-
-
-def _facts(folder: Path, target: str) -> dict[str, Any] | None:
-    """build.json of the engine of a target that `folder` holds; None if it holds none."""
-    facts = folder / tensorrt.FOLDERS[target] / tensorrt.BUILD
-    return read_json_object(facts) if facts.is_file() else None
+    return target == RTX or settings.hardware != "this" or None in (gpu, built.gpu) or built.gpu == gpu
 
 
 def engines(package: Path) -> Iterator[tuple[str, Path]]:
     """The targets whose engines a package holds, and their folders."""
-    for target in (tensorrt.TENSORRT, tensorrt.RTX):
-        if (package / tensorrt.FOLDERS[target] / tensorrt.BUILD).is_file():
-            yield target, package / tensorrt.FOLDERS[target]
+    for target, folder in FOLDERS.items():
+        if (package / folder / BUILD).is_file():
+            yield target, package / folder
 
 
-def engine_warnings(package: Path, targets: Sequence[str] = tuple(tensorrt.FOLDERS)) -> list[str]:
+def engine_warnings(package: Path, targets: Sequence[str] = tuple(FOLDERS)) -> list[str]:
     """What the builds of the engines that a package holds had to say."""
-    held = {target: read_json_object(folder / tensorrt.BUILD) for target, folder in engines(package)}
-    return [
-        f"{target}: {each}" for target, facts in held.items() if target in targets for each in facts.get("warnings", [])
-    ]
+    held = {target: read_built(folder) for target, folder in engines(package) if target in targets}
+    return [f"{target}: {each}" for target, built in held.items() for each in built.warnings]
 
 
 def add_engines(
@@ -187,7 +178,8 @@ def add_engines(
     """Build what a finished package lacks of `targets` and swap the package in whole; see `build_targets`.
 
     `changes` are fields of the recipe's engine table. An engine that is there already is built again only if it was
-    built with other settings.
+    built with other settings. The recipe becomes what was asked even where no engine is built: one that waits for
+    another machine is not waited for any more once its settings are taken back.
     """
     from lrq_export.verify.report_engines import show_added_engines
 
@@ -196,12 +188,12 @@ def add_engines(
     wanted = tuple(dict.fromkeys((*recipe.engine.targets, *targets)))
     settings = Engine.model_validate(recipe.engine.model_dump() | (changes or {}) | {"targets": wanted})
     asked = settings.model_copy(update={"targets": tuple(targets)})
-    if not lacking(package, asked):
+    if not lacking(package, asked) and settings == recipe.engine:
         return []
     key = hashlib.sha256(json_bytes([manifest["manifest_sha256"], settings.model_dump(mode="json")])).hexdigest()
     with open_workspace(package, key) as workspace:
         built = set(lacking(package, asked)) - set(lacking(workspace.path, asked))  # by a run that was killed later
-        others = (MANIFEST, *(f"{tensorrt.FOLDERS[target]}/" for target in built))
+        others = (MANIFEST, *(f"{FOLDERS[target]}/" for target in built))
         _link_files(package, workspace.path, [name for name in list_files(package) if not name.startswith(others)])
         with stage(progress, "engine", {}, len(lacking(package, asked))):
             missing = build_targets(workspace.path, manifest["source"]["config"], asked, progress, workspace.layers)

@@ -33,10 +33,11 @@ from graphs.traced import TracedGraph
 from lrq_export.bind import write_for_plugins, write_standard
 from lrq_export.doctor.gpu import provider_needs
 from lrq_export.doctor.system import System, version_of
+from lrq_export.engine.built import BUILD, PLAN, RTX, TENSORRT
 from lrq_export.engine.ep_context import CONTEXT, write_context
 from lrq_export.engine.plan_layers import NodeTypes, float_type
 from lrq_export.engine.profiles import Range, shapes_of
-from lrq_export.engine.tensorrt_worker import RTX
+from lrq_export.engine.run_obstacle import gpu_obstacle, library_obstacle
 from lrq_export.errors import CheckFailed, MissingError
 from lrq_export.models.base import InputSpec
 from lrq_export.onnx_file import data_file
@@ -44,14 +45,10 @@ from lrq_export.package import write_json_atomic
 from lrq_export.plugins import LIBRARY, find_library
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Engine
-from lrq_export.untrusted_json import read_json_object
 
-TENSORRT, FLOAT32 = "tensorrt", "float32"
-MODEL, PLAN, TIMING_CACHE, LAYERS, BUILD = "model.onnx", "model.plan", "timing.cache", "layers.json", "build.json"
+FLOAT32 = "float32"
+MODEL, TIMING_CACHE, LAYERS = "model.onnx", "timing.cache", "layers.json"
 PROVIDER_MODEL = "model_trt_plugins.onnx"
-FOLDERS = {TENSORRT: "engine/tensorrt", RTX: "engine/tensorrt-rtx"}
-MODULES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}  # of Python
-_INSTALL = {TENSORRT: "pip install tensorrt-cu13", RTX: "pip install lrq-export[rtx]"}
 _RTX_LIBRARY = "libtensorrt_rtx.so"
 _LOGGED = "[E] "
 
@@ -89,30 +86,14 @@ class Request:
         )
 
 
-def obstacle(target: str, *, run: bool = False) -> MissingError | None:
-    """Why this machine cannot build a target's engine, or `run` it; None if nothing is known to be in the way."""
-    module = MODULES[target]
-    if find_spec(module) is None:
-        return MissingError(f"{target}: the Python package {module} is not installed", hint=_INSTALL[target])
-    if not run and find_spec("polygraphy") is None:
+def obstacle(target: str) -> MissingError | None:
+    """Why this machine cannot build a target's engine; None if nothing is known to be in the way."""
+    system = System()
+    if (missing := library_obstacle(target, system)) is not None:
+        return missing
+    if find_spec("polygraphy") is None:
         return MissingError(f"{target}: polygraphy is not installed", hint="pip install polygraphy")
-    if (run or target == TENSORRT) and gpu_at_hand() is None:
-        fix = "find one that has" if run else "build the engine where it will run"
-        return MissingError(f"{target}: this machine has no CUDA GPU", hint=fix)
-    return None
-
-
-def without_weights(package: Path, target: str) -> MissingError | None:
-    """Why a target's engine computes nothing as it lies in a package: it was stripped. None if it has its weights."""
-    folder = package / FOLDERS[target]
-    built = read_json_object(folder / BUILD) if (folder / BUILD).is_file() else {}
-    if not built.get("options", {}).get("strip"):
-        return None
-    again = f"lrq-export build {package} --target {target} --set engine.strip=false"
-    return MissingError(
-        f"{folder}: the engine has no weights (engine.strip)",
-        hint=f"run {again}, or refit it from {MODEL} beside it in a program of your own",
-    )
+    return gpu_obstacle(target, system, "build the engine where it will run") if target == TENSORRT else None
 
 
 def write_network(
@@ -256,6 +237,4 @@ def unversioned_library(folder: Path) -> Path:
 
 def gpu_at_hand() -> str | None:
     """The name of the GPU that engines are built for and run on; None without one."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return System().gpu()

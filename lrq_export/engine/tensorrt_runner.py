@@ -9,7 +9,6 @@ Not yet run: no GPU was at hand. Every attribute used of NVIDIA's classes is che
 """
 
 import importlib
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -19,7 +18,8 @@ from typing import Any
 
 import torch
 
-from lrq_export.engine.tensorrt import BUILD, MODULES, PLAN, TENSORRT
+from lrq_export.engine.built import PLAN, TENSORRT, read_built
+from lrq_export.engine.run_obstacle import MODULES
 from lrq_export.errors import InputError, MissingError, UsageError
 from lrq_export.plugins import LIBRARY, find_library
 
@@ -54,8 +54,8 @@ class TensorRtRunner:
         self.device = device or torch.device("cuda", torch.cuda.current_device())
         # TensorRT-RTX compiles kernels while it runs, which a graph that is being captured would not survive.
         self._captures = target == TENSORRT
-        built = json.loads((folder / BUILD).read_text())
-        if built["plugins"]:
+        built = read_built(folder)
+        if built.plugins:
             _load_plugins(trt, target)
         self._lock, self._buckets = threading.Lock(), OrderedDict[Shapes, Bucket]()
         with torch.cuda.device(self.device):
@@ -65,7 +65,7 @@ class TensorRtRunner:
             engine = runtime.deserialize_cuda_engine((folder / PLAN).read_bytes())
             if engine is None:
                 raise InputError(
-                    f"{folder / PLAN}: {target} {trt.__version__} does not take it; it was built by {built['version']}",
+                    f"{folder / PLAN}: {target} {trt.__version__} does not take it; it was built by {built.version}",
                     hint=f"build it again on this machine: lrq-export build {folder.parents[1]} --target {target}",
                 )
             if engine.streamable_weights_size > 0:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from lrq_export.engine.built import RTX
 from lrq_export.engine.plan_layers import NodeTypes, float_type, judged_types, layer_faults, type_faults
 
-RTX = "tensorrt-rtx"
 RTX_VARIABLE = "POLYGRAPHY_USE_TENSORRT_RTX"  # 1: polygraphy drives TensorRT-RTX in this process
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lrq_export.engine.tensorrt import RTX, TENSORRT
+from lrq_export.engine.built import RTX, TENSORRT
 from lrq_export.errors import UsageError
 from lrq_export.runtime import ONNXRUNTIME, PackagedTransformer, tensors
 from lrq_export.serving.protocol import TensorInfo, invalid

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lrq_export.engine.built import FOLDERS, PLAN, TENSORRT, built_engine
+from lrq_export.engine.run_obstacle import without_weights
 from lrq_export.engine.session_settings import CUDA, FOLD_BODIES, SessionSettings
-from lrq_export.engine.tensorrt import BUILD, FOLDERS, PLAN, TENSORRT, without_weights
 from lrq_export.errors import MissingError, UsageError
 from lrq_export.models import family_of
 from lrq_export.package import (
@@ -29,7 +30,6 @@ from lrq_export.package import (
 from lrq_export.serving.plugin_libraries import registers_itself, with_companions
 from lrq_export.serving.signature import inputs_of, outputs_of
 from lrq_export.serving.triton import KIND_AUTO, KIND_CPU, KIND_GPU, config_text, model_config, tensorrt_config
-from lrq_export.untrusted_json import read_json_object
 
 TENSORRT_PLAN = f"{FOLDERS[TENSORRT]}/{PLAN}"
 CONFIG, PLUGINS = "config.pbtxt", "plugins"
@@ -120,9 +120,8 @@ def warnings(package: Path, layout: Layout) -> list[str]:
                 f"{library}: Triton only opens it, which registers nothing: it links no libnvinfer; pass the library "
                 "of the same build for one TensorRT, liblrq_plugins_trt*.so"
             )
-    build = package / FOLDERS[TENSORRT] / BUILD
-    facts = read_json_object(build) if serves_plan(package, layout) and build.is_file() else {}
-    if facts.get("plugins") and not layout.plugins:
+    built = built_engine(package, TENSORRT) if serves_plan(package, layout) else None
+    if built is not None and built.plugins and not layout.plugins:
         said.append(f"{layout.name}-tensorrt: the plan has plugins, and none were named; pass --plugins")
     return said
 

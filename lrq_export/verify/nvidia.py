@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 
 from lrq_export.engine import tensorrt
+from lrq_export.engine.built import RTX
+from lrq_export.engine.run_obstacle import MODULES
 from lrq_export.engine.tensorrt_worker import RTX_VARIABLE
 from lrq_export.errors import CheckFailed, MissingError
 from lrq_export.package import write_bytes_atomic
@@ -49,10 +51,10 @@ class TensorRtTensors(OnnxTensors):
         library, network = plugins_of(self.target), self.path
         if library is not None:  # polygraphy's --plugins takes only libraries that register what they hold themselves
             network = folder / NETWORK
-            parts = {"module": tensorrt.MODULES[self.target.name], "library": str(library), "model": str(self.path)}
+            parts = {"module": MODULES[self.target.name], "library": str(library), "model": str(self.path)}
             write_bytes_atomic(network, _SCRIPT.format(**{name: repr(part) for name, part in parts.items()}).encode())
         settings = []
-        if self.target.name == tensorrt.RTX:
+        if self.target.name == RTX:
             found = [str(tensorrt.unversioned_library(folder)), os.environ.get("LD_LIBRARY_PATH", "")]
             settings = [f"{RTX_VARIABLE}=1", f"LD_LIBRARY_PATH={':'.join(filter(None, found))}"]
         return [*settings, "polygraphy", "run", str(network), "--trt", "--strongly-typed", "--trt-outputs", tensor]

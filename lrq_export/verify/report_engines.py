@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lrq_export.engine import tensorrt
-from lrq_export.engine.targets import EARLIER, other_settings
-from lrq_export.package import ONNXRUNTIME_ENGINE, REPORT, REPORT_PAGE, write_bytes_atomic, write_json_atomic
+from lrq_export.engine.built import EARLIER, FOLDERS, BuiltEngine, built_engine
+from lrq_export.engine.targets import other_settings
+from lrq_export.package import MODEL, ONNXRUNTIME_ENGINE, REPORT, REPORT_PAGE, write_bytes_atomic, write_json_atomic
 from lrq_export.recipe import Engine, Recipe
-from lrq_export.untrusted_json import read_json_object
 from lrq_export.verify.markup import DASH, Html, byte_size, digits, table
 
 _END = "</section>"
@@ -24,14 +23,13 @@ def engine_rows(package: Path, parameters: int, settings: Engine) -> list[dict[s
     """
     folder = package / ONNXRUNTIME_ENGINE
     rows = [_row("onnxruntime", True, sum(file.stat().st_size for file in folder.iterdir()), parameters)]
-    for target, place in tensorrt.FOLDERS.items():
-        build = package / place / tensorrt.BUILD
-        if build.is_file():
-            facts = read_json_object(build)
-            rows.append(_row(target, True, facts["engine_bytes"], parameters) | _built(facts))
-            differing = other_settings(facts, target, settings).items()
+    for target, place in FOLDERS.items():
+        built = built_engine(package, target)
+        if built is not None:
+            rows.append(_row(target, True, built.engine_bytes, parameters) | _built(built))
+            differing = other_settings(built, target, settings).items()
             rows[-1]["other_settings"] = {name: {"engine": has, "recipe": asks} for name, (has, asks) in differing}
-        elif (package / place / tensorrt.MODEL).is_file():
+        elif (package / place / MODEL).is_file():
             rows.append(_row(target, False, None, parameters))
     return rows
 
@@ -41,10 +39,9 @@ def _row(target: str, built: bool, size: int | None, parameters: int) -> dict[st
     return {"target": target, "built": built, "bytes": size, "bits_per_weight": bits}
 
 
-def _built(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _built(built: BuiltEngine) -> dict[str, Any]:
     """What build.json says of an engine that the report shows."""
-    told = ("plugins", "plugin_layers", "layers", "profiles", "version")
-    return {name: facts.get(name) for name in told} | {EARLIER: bool(facts.get(EARLIER))}
+    return built.model_dump(mode="json", include={"plugins", "plugin_layers", "layers", "profiles", "version", EARLIER})
 
 
 def show_engines(report: Mapping[str, Any], _: Any) -> Html | None:

@@ -1,6 +1,5 @@
 """A target of a package as `verify --against` sees it: its model, the weights meant for it, what can run it here."""
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,10 @@ import onnx
 from graphs import names
 from lrq_export.bind import portable_weights
 from lrq_export.engine import tensorrt
+from lrq_export.engine.built import FOLDERS as NVIDIA_FOLDERS
+from lrq_export.engine.built import PLAN, read_built
 from lrq_export.engine.onnxruntime import engine_weights, lower_linears, open_session, session_config
+from lrq_export.engine.run_obstacle import machine_obstacle, run_obstacle
 from lrq_export.engine.targets import ONNXRUNTIME
 from lrq_export.errors import MissingError, UsageError
 from lrq_export.models.base import InputSpec
@@ -23,7 +25,7 @@ from lrq_export.saved_graphs import rewritten_graph
 from lrq_export.verify.sliced import sliced_session
 
 _HALF = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
-FOLDERS = {ONNXRUNTIME: ONNXRUNTIME_ENGINE} | tensorrt.FOLDERS
+FOLDERS = {ONNXRUNTIME: ONNXRUNTIME_ENGINE} | NVIDIA_FOLDERS
 
 
 class Target:
@@ -37,7 +39,7 @@ class Target:
             raise UsageError(f"--against: got {name!r}, needed one of {', '.join(FOLDERS)}")
         self.name, self.package = name, package
         self.path = package / FOLDERS[name] / tensorrt.MODEL
-        self.plan = self.path.with_name(tensorrt.PLAN)
+        self.plan = self.path.with_name(PLAN)
         if not self.path.is_file():
             raise MissingError(
                 f"{package}: holds no network for {name}", hint=f"run lrq-export build {package} --target {name}"
@@ -91,13 +93,7 @@ class Target:
         """Why NVIDIA's library cannot run it here; None if it can, and for ONNX Runtime's own target."""
         if not self.is_nvidia:
             return None
-        found = tensorrt.obstacle(self.name, run=True)
-        if found is None and not self.plan.is_file():
-            found = MissingError(
-                f"{self.name}: the engine is not built",
-                hint=f"run lrq-export build {self.package} --target {self.name}",
-            )
-        found = found or tensorrt.without_weights(self.package, self.name)
+        found = machine_obstacle(self.name) or run_obstacle(self.package, self.name)
         if found is None:
             return None
         again = f"lrq-export verify {self.package} --against {self.name}"
@@ -108,8 +104,7 @@ class Target:
         sizes = {
             axis: size for name, spec in specs.items() for axis, size in zip(spec.shape, feed[name].shape, strict=True)
         }
-        built = json.loads((self.plan.with_name(tensorrt.BUILD)).read_text())
-        for index, ranges in enumerate(built["profiles"]):
-            if all(least <= sizes[axis] <= most for axis, (least, _, most) in ranges.items()):
+        for index, ranges in enumerate(read_built(self.plan.parent).profiles):
+            if all(least <= sizes.get(axis, -1) <= most for axis, (least, _, most) in ranges.items()):
                 return index
         return None

@@ -13,9 +13,11 @@ from lrq_export.doctor.elf import read_library
 from lrq_export.doctor.finding import Status
 from lrq_export.doctor.run import diagnose, exit_code
 from lrq_export.doctor.system import Driver, System, version_of
+from lrq_export.engine.run_obstacle import run_obstacle
 from lrq_export.errors import MissingError
 
 GOOD_DRIVER = Driver((13, 0), (("H100", (9, 0)),))
+FIT = {"versions": {"tensorrt": "10.16.1"}, "driver": GOOD_DRIVER}  # a machine that runs engines of that version
 HEADERS = "#define NV_TENSORRT_MAJOR 10\n#define NV_TENSORRT_MINOR 16\n"
 
 
@@ -67,6 +69,10 @@ class Machine(System):
 
     def driver(self):
         return self.answers["driver"]
+
+    def gpu(self):
+        driver = self.answers["driver"]
+        return driver.gpus[0][0] if isinstance(driver, Driver) and driver.gpus else None
 
     def plugin_library(self):
         if isinstance(self.answers["plugin_library"], Exception):
@@ -308,7 +314,8 @@ def engine(folder, target, version, **facts):
     start = b"ftrt" if target == "tensorrt" else b"vtrt"
     (folder / "engine" / target).mkdir()
     (folder / "engine" / target / "model.plan").write_bytes(start + bytes(100))
-    put(folder / "engine" / target / "build.json", json.dumps({"target": target, "version": version, **facts}))
+    told = {"target": target, "version": version, "plugins": False}
+    put(folder / "engine" / target / "build.json", json.dumps(told | facts))
 
 
 def about(package, machine):
@@ -341,10 +348,17 @@ def test_a_package_without_an_engine_is_incomplete(package, copy_of, reseal):
 @pytest.mark.parametrize(
     ("target", "answers", "facts", "text"),
     [
-        ("tensorrt", {}, {}, "is not installed here"),
-        ("tensorrt", {"versions": {"tensorrt": "11.4.0"}}, {}, "is of 10.16.1, the library here is 11.4.0"),
-        ("tensorrt", {"versions": {"tensorrt": "10.16.1"}}, {}, "no GPU to run it"),
-        ("tensorrt", {"versions": {"tensorrt": "10.16.1"}, "driver": GOOD_DRIVER}, {"plugins": True}, "not compiled"),
+        ("tensorrt", {}, {}, "the Python package tensorrt is not installed"),
+        (
+            "tensorrt",
+            FIT | {"versions": {"tensorrt": "11.4.0"}},
+            {},
+            "is of tensorrt 10.16.1, the library here is 11.4.0",
+        ),
+        ("tensorrt", {"versions": {"tensorrt": "10.16.1"}}, {}, "no CUDA GPU that torch sees"),
+        ("tensorrt", FIT, {"plugins": True}, "not compiled"),
+        ("tensorrt", FIT, {"options": {"strip": True}}, "has no weights (engine.strip)"),
+        ("tensorrt", FIT | {"plugin_library": MissingError("LRQ_PLUGINS: x")}, {"plugins": True}, "LRQ_PLUGINS: x"),
         (
             "tensorrt-rtx",
             {"versions": {"tensorrt-rtx": "1.6.0"}, "driver": GOOD_DRIVER},
@@ -360,6 +374,8 @@ def test_an_engine_that_cannot_run_here_says_why(package, copy_of, reseal, targe
     found = about(folder, Machine(**answers))[f"engine {target}"]
     assert found.status is Status.WRONG
     assert text in found.text
+    lack = run_obstacle(folder, target, Machine(**answers))  # what `load` says
+    assert (found.text, found.fix) == (lack.message, lack.hint)
 
 
 def test_an_engine_of_another_library_is_built_again_with_nothing_removed(package, copy_of, reseal):
@@ -367,8 +383,8 @@ def test_an_engine_of_another_library_is_built_again_with_nothing_removed(packag
     folder = copy_of(package)
     engine(folder, "tensorrt", "10.16.1")
     reseal(folder)
-    found = about(folder, Machine(versions={"tensorrt": "11.4.0"}))["engine tensorrt"]
-    assert found.fix == f"lrq-export build {folder} --target tensorrt"
+    found = about(folder, Machine(versions={"tensorrt": "11.4.0"}, driver=GOOD_DRIVER))["engine tensorrt"]
+    assert found.fix == f"run lrq-export build {folder} --target tensorrt"
 
 
 def test_an_engine_of_this_library_can_run_where_a_gpu_is(package, copy_of, reseal):
@@ -386,7 +402,8 @@ def test_this_machine_can_run_the_cpu_path(cli, package):
     outcome = cli("doctor", package)
     assert outcome.code == 0, outcome
     lines = outcome.out.splitlines()
-    assert lines[0].startswith("Python")
+    assert lines[0].startswith("package")  # before anything that could be attacked is imported
+    assert lines[1].startswith("Python")
     assert any(line.startswith("ONNX Runtime") and "CPU" in line for line in lines)
     assert all(": " in line for line in lines)
 

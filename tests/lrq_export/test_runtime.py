@@ -10,7 +10,9 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 from lrq_export.admit import ENGINE_STARTS
-from lrq_export.engine import tensorrt, tensorrt_runner
+from lrq_export.doctor.system import System
+from lrq_export.engine import run_obstacle, tensorrt_runner
+from lrq_export.engine.built import FOLDERS
 from lrq_export.engine.onnxruntime_runner import OnnxRuntimeRunner
 from lrq_export.errors import InputError, LrqError, MissingError, UsageError
 from lrq_export.models.base import InputSpec
@@ -216,29 +218,90 @@ def test_a_target_is_taken_if_it_is_there(package, drop_in):
         load(package, target="openvino")
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
-def test_an_engine_for_a_gpu_is_taken_where_it_can_run_and_nowhere_else(
-    package, copy_of, reseal, monkeypatch, drop_in, target
-):
-    folder = copy_of(package)
-    place = folder / tensorrt.FOLDERS[target]
-    place.mkdir()
-    (place / "model.plan").write_bytes(ENGINE_STARTS[target][0])
-    (place / "build.json").write_text(json.dumps({"target": target, "plugins": False, "version": "1"}))
-    reseal(folder)
-    assert load(folder).device == torch.device("cpu")  # there is no GPU
-    with pytest.raises(MissingError, match=rf"{target}: "):
-        load(folder, target=target)
-    asked = []
+@pytest.fixture
+def machine(monkeypatch, drop_in):
+    """One with a GPU and version 1 of both libraries, whose engines a stand-in runs; and the folders it opened."""
+    opened = []
 
-    def stand_in(engine_folder, name):
-        asked.append((engine_folder, name))
+    def stand_in(folder, target):
+        opened.append(folder)
         return OnnxRuntimeRunner(drop_in.session)
 
-    monkeypatch.setattr(tensorrt, "obstacle", lambda name, run: None)
+    monkeypatch.setattr(System, "gpu", lambda system: "H100")
+    monkeypatch.setattr(run_obstacle, "installed_tensorrt", lambda system, target: "1")
     monkeypatch.setattr(tensorrt_runner, "TensorRtRunner", stand_in)
-    assert torch.equal(load(folder)(**arguments()).sample, drop_in(**arguments()).sample)
-    assert asked == [(place, target)]
+    return opened
+
+
+@pytest.fixture
+def with_engine(package, copy_of, reseal):
+    """A package that holds an engine of NVIDIA's, whose build.json says so."""
+
+    def make(target, **facts):
+        folder = copy_of(package)
+        place = folder / FOLDERS[target]
+        place.mkdir()
+        (place / "model.plan").write_bytes(ENGINE_STARTS[target][0])
+        (place / "build.json").write_text(json.dumps({"target": target, "plugins": False, "version": "1"} | facts))
+        reseal(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_for_a_gpu_is_taken_where_it_can_run(with_engine, drop_in, machine, target):
+    folder = with_engine(target)
+    with load(folder) as transformer:
+        assert transformer.target == target
+        assert torch.equal(transformer(**arguments()).sample, drop_in(**arguments()).sample)
+    assert machine == [folder / FOLDERS[target]]
+
+
+def no_gpu(patch):
+    patch.setattr(System, "gpu", lambda system: None)
+
+
+def no_library(patch):
+    patch.setattr(run_obstacle, "installed_tensorrt", lambda system, target: None)
+    patch.setattr(System, "folders", lambda system, module: [])
+
+
+def no_plugins(patch):
+    patch.setattr(System, "plugin_library", lambda system: None)
+
+
+def refused(patch):
+    """As TensorRtRunner does a plan that its library does not take, whatever version it is of."""
+
+    def refuse(folder, target):
+        raise InputError(f"{folder}: {target} 1 does not take it")
+
+    patch.setattr(tensorrt_runner, "TensorRtRunner", refuse)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize(
+    ("lose", "facts", "reason"),
+    [
+        (no_gpu, {}, "no CUDA GPU"),
+        (no_library, {}, "is not installed"),
+        (no_plugins, {"plugins": True}, "is not compiled"),
+        (lambda patch: None, {"version": "2"}, "is of .* 2, the library here is 1"),
+        (lambda patch: None, {"options": {"strip": True}}, "no weights"),
+        (refused, {}, "does not take it"),
+    ],
+    ids=["GPU", "library", "plugins", "version", "weights", "refused"],
+)
+def test_where_its_engine_cannot_run_onnx_runtime_s_is_taken_unless_it_is_asked_for(
+    with_engine, machine, monkeypatch, target, lose, facts, reason
+):
+    folder = with_engine(target, **facts)
+    lose(monkeypatch)
+    assert load(folder, threads=1).target == "onnxruntime"
+    with pytest.raises((MissingError, InputError), match=reason):
+        load(folder, target=target)
+    assert machine == []
 
 
 def test_a_closed_transformer_answers_no_more(package):

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from lrq_export.admit import ENGINE_STARTS
-from lrq_export.engine import targets, tensorrt
+from lrq_export.doctor.system import System
+from lrq_export.engine import run_obstacle, targets, tensorrt
 from lrq_export.errors import MissingError
 
 
@@ -20,10 +21,12 @@ def builder(monkeypatch):
         Path(job["engine"]).write_bytes(start + b"...")
         return {"version": "1", "engine_bytes": 7, "layers": 3, "plugin_layers": len(job["plugin_nodes"])}
 
-    monkeypatch.setattr(tensorrt, "obstacle", lambda target, run=False: None)
+    monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
     monkeypatch.setattr(tensorrt, "find_library", lambda: None)
     monkeypatch.setattr(tensorrt, "run_worker", answer)
-    monkeypatch.setattr(targets, "installed_tensorrt", lambda system, target: "1")
+    for module in (targets, run_obstacle):
+        monkeypatch.setattr(module, "installed_tensorrt", lambda system, target: "1")
+    monkeypatch.setattr(System, "gpu", lambda system: "H100")
     return jobs
 
 

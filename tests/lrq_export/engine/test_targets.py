@@ -16,6 +16,7 @@ from lrq_export.admit import admit
 from lrq_export.bind import write_for_plugins
 from lrq_export.compiler import build
 from lrq_export.engine import targets, tensorrt
+from lrq_export.engine.built import FOLDERS
 from lrq_export.engine.targets import add_engines, engines
 from lrq_export.errors import CheckFailed
 from lrq_export.package import load_manifest, verify_hashes
@@ -318,6 +319,39 @@ def test_an_engine_stays_until_a_machine_can_build_the_other(
     assert json.loads((folder / engine / "build.json").read_text())["options"]["activations"] == "float16"
 
 
+def from_the_package(folder, tiny, activations):
+    add_engines(folder, ["tensorrt"], changes={"activations": activations})
+
+
+def from_its_source(folder, tiny, activations):
+    recipe = tiny.recipe().model_copy(update={"engine": Engine(targets=("tensorrt",), activations=activations)})
+    assert build(tiny.source, folder, recipe=recipe, calibration=tiny.calibration).up_to_date
+
+
+@pytest.mark.parametrize("ask", [from_the_package, from_its_source])
+def test_a_setting_that_is_taken_back_is_waited_for_no_more(
+    package, copy_of, tiny, digests, builder, cannot_build, ask
+):
+    folder = copy_of(package)
+    ask(folder, tiny, "float32")
+    before = digests(folder)
+    cannot_build()
+    ask(folder, tiny, "float16")
+    assert told_settings(folder) == {"activations": {"engine": "float32", "recipe": "float16"}}
+    ask(folder, tiny, "float32")
+    assert told_settings(folder) == {}
+    assert digests(folder) == before  # recipe, manifest, report and page, too
+    assert len(builder) == 1
+
+
+def test_a_whole_build_for_onnx_runtime_leaves_the_settings_of_other_engines(package, copy_of, tiny, digests, builder):
+    folder = copy_of(package)
+    from_the_package(folder, tiny, "float16")
+    before = digests(folder)
+    assert build(tiny.source, folder, recipe=tiny.recipe(), calibration=tiny.calibration).up_to_date
+    assert digests(folder) == before
+
+
 def told_settings(folder):
     """What the report says that the engine has and the recipe does not ask for."""
     report = json.loads((folder / "report.json").read_text())
@@ -334,9 +368,10 @@ def lacking(monkeypatch, tmp_path):
         monkeypatch.setattr(targets, "installed_tensorrt", lambda system, target: library)
         monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda: gpu)
         monkeypatch.setattr(tensorrt, "find_library", lambda: tmp_path if compiled else None)
-        place = tmp_path / tensorrt.FOLDERS[target]
+        place = tmp_path / FOLDERS[target]
         place.mkdir(parents=True, exist_ok=True)
-        (place / "build.json").write_text(json.dumps({"version": "1", "plugins": False, "gpu": "H100"} | facts))
+        built = {"target": target, "version": "1", "plugins": False, "gpu": "H100"}
+        (place / "build.json").write_text(json.dumps(built | facts))
         return bool(targets.lacking(tmp_path, Engine(targets=(target,), **changes)))
 
     return ask

@@ -17,6 +17,7 @@ from lrq_export.engine import tensorrt_runner, tensorrt_worker
 from lrq_export.engine.tensorrt_runner import BUCKETS, TensorRtRunner
 from lrq_export.errors import InputError, MissingError, UsageError
 
+BUILT = {"target": "tensorrt", "version": "10.16", "plugins": False}  # of a build.json
 # The NVIDIA class behind each name of a variable; "" is the module itself.
 CLASSES = {
     "trt": "", "runtime": "Runtime", "engine": "ICudaEngine", "context": "IExecutionContext",
@@ -177,7 +178,7 @@ def engine(monkeypatch, tmp_path):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     (tmp_path / "model.plan").write_bytes(b"ftrt good")
-    (tmp_path / "build.json").write_text(json.dumps({"plugins": False, "version": "10.16"}))
+    (tmp_path / "build.json").write_text(json.dumps(BUILT))
     return made
 
 
@@ -239,7 +240,7 @@ def test_what_cannot_be_run_is_told(engine, tmp_path, monkeypatch):
     (tmp_path / "model.plan").write_bytes(b"ftrt other")
     with pytest.raises(InputError, match=r"tensorrt 11\.4 does not take it; it was built by 10\.16"):
         opened(tmp_path)
-    (tmp_path / "build.json").write_text(json.dumps({"plugins": True, "version": "10.16"}))
+    (tmp_path / "build.json").write_text(json.dumps(BUILT | {"plugins": True}))
     monkeypatch.setattr(tensorrt_runner, "find_library", lambda: None)
     with pytest.raises(MissingError, match="plugins build"):
         opened(tmp_path)

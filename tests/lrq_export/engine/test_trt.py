@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from graphs import names
+from lrq_export.engine.built import FOLDERS, TENSORRT
 from lrq_export.engine.targets import add_engines
-from lrq_export.engine.tensorrt import FOLDERS, TENSORRT
 from lrq_export.plugins import find_library
 from lrq_export.runtime import feeds, load, tensors
 from lrq_export.verify.against import compare

@@ -184,7 +184,7 @@ def test_a_plan_becomes_a_model_of_its_own(package, parsed, copy_of, reseal, tmp
     assert "--backend-config=tensorrt,plugins=tiny-tensorrt/plugins/liblrq_plugins.so" in readme
     assert list(config.version_policy.specific.versions) == [1]
     assert "registers nothing" in warnings(with_plan, Layout("tiny", plugins=(library,)))[-1]
-    (engine / "build.json").write_text(json.dumps({"plugins": True}))
+    (engine / "build.json").write_text(json.dumps({"target": "tensorrt", "version": "10.16", "plugins": True}))
     assert "pass --plugins" in warnings(with_plan, Layout("tiny"))[-1]
     (engine / "build.json").unlink()
     assert len(write_repository(with_plan, tmp_path / "cpu", Layout("tiny", gpu=False))) == 1
@@ -197,16 +197,17 @@ def test_a_plan_becomes_a_model_of_its_own(package, parsed, copy_of, reseal, tmp
 
 def test_a_plan_without_weights_is_refused_before_anything_is_written(package, copy_of, reseal, cli, tmp_path):
     stripped, folder = copy_of(package, "stripped"), tmp_path / "r"
+    built = {"target": "tensorrt", "version": "1", "plugins": False}
     engine = stripped / "engine/tensorrt"
     engine.mkdir()
     (engine / "model.plan").write_bytes(b"ftrt a plan")
-    (engine / "build.json").write_text(json.dumps({"target": "tensorrt", "options": {"strip": True}}))
+    (engine / "build.json").write_text(json.dumps(built | {"options": {"strip": True}}))
     reseal(stripped)
     cli("serve-config", stripped, "--triton", folder).refused(
         4, f"{engine}: the engine has no weights (engine.strip)", "--set engine.strip=false"
     )
     assert not folder.exists()
-    (engine / "build.json").write_text(json.dumps({"target": "tensorrt", "options": {"strip": False}}))
+    (engine / "build.json").write_text(json.dumps(built))
     reseal(stripped)
     assert len(write_repository(stripped, folder, Layout("tiny"))) == 2
 

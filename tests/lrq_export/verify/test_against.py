@@ -17,6 +17,7 @@ from lrq_export.errors import MissingError, UsageError
 from lrq_export.package import load_manifest
 from lrq_export.saved_graphs import rewritten_graph
 from lrq_export.verify import nvidia
+from lrq_export.verify import target as target_module
 from lrq_export.verify.against import _subject, compare
 from lrq_export.verify.bisect import OnnxTensors
 from lrq_export.verify.forced import layer_inputs
@@ -59,7 +60,7 @@ def answer_once(monkeypatch, known_answers):
     monkeypatch.setattr(Compared, "answers", property(of_any))
 
 
-def no_gpu(target, run=False):
+def no_gpu(target):
     return MissingError(f"{target}: this machine has no CUDA GPU", hint="find one that has")
 
 
@@ -242,7 +243,8 @@ def gpu(with_network, copy_of, reseal, monkeypatch, known_answers):
             answers = [{name: each[name] for name in names} for each in known[: len(cases)]]
         return [{name: array * (1.02 if name in spoilt else 1) for name, array in each.items()} for each in answers]
 
-    monkeypatch.setattr(tensorrt, "obstacle", lambda target, run: None)
+    monkeypatch.setattr(target_module, "machine_obstacle", lambda target: None)
+    monkeypatch.setattr(target_module, "run_obstacle", lambda package, target: None)
     monkeypatch.setattr(nvidia, "run", run)
     return folder, spoilt
 
@@ -287,6 +289,7 @@ def test_why_there_is_no_first_tensor_is_told(gpu, cli, package, tmp_path, monke
 
 def test_a_network_for_plugins_needs_a_gpu(package, copy_of, cli, monkeypatch, tmp_path):
     monkeypatch.setattr(tensorrt, "obstacle", no_gpu)
+    monkeypatch.setattr(target_module, "machine_obstacle", no_gpu)
     monkeypatch.setattr(tensorrt, "find_library", lambda: tmp_path / "liblrq_plugins.so")
     folder = copy_of(package)
     add_engines(folder, ["tensorrt"])
