@@ -82,7 +82,9 @@ def _check_facts(path: Path, manifest: dict[str, Any]) -> None:
     config = manifest["source"].get("config")
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
         raise InputError(f"{path}: source: needed the config of a model", hint="build the package again")
-    if not isinstance(manifest.get("scheduler"), dict | None):
+    if not isinstance(manifest["source"].get("fingerprint"), str):
+        raise InputError(f"{path}: source: needed its fingerprint", hint="build the package again")
+    if not isinstance(manifest.get("scheduler", False), dict | None):
         raise InputError(f"{path}: scheduler: needed an object or null", hint="build the package again")
     try:
         Recipe.model_validate(manifest["recipe"])

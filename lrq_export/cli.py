@@ -215,12 +215,12 @@ def report(
 ) -> None:
     """Verify a package and write the findings as one offline HTML page."""
     _check_output(package, out)
-    from lrq_export.package import REPORT
+    from lrq_export.report_file import read_report
     from lrq_export.saved_graphs import TRACE, load_graph, rewritten_graph
     from lrq_export.verify.report_page import write_report_page
 
     found, samples = _verified(package, source, as_json=False)
-    built = json.loads((package / REPORT).read_text())  # what only the build could know; its hash is checked by now
+    built = read_report(package)  # what only the build could know; its hash is checked by now
     found |= {key: built[key] for key in ("source", "tool", "timings", "warnings")}
     write_report_page(out, found, samples, (load_graph(package / TRACE), rewritten_graph(package)))
     print(out)

@@ -53,6 +53,7 @@ from lrq_export.progress import Progress, Silent, stage
 from lrq_export.proof import Proof
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Engine, Recipe, to_toml
+from lrq_export.report_file import read_report
 from lrq_export.rewrite import Outcome, rewrite
 from lrq_export.rotations import choose_rotations
 from lrq_export.sampling import check_steps, scheduler_from
@@ -155,7 +156,7 @@ def build(
         return BuildResult(out, True, None, "load")
     if _is_finished(out, key):
         missing = () if STAGES.index(until) < STAGES.index("engine") else _add_engines(out, recipe, progress)
-        report = json.loads((out / REPORT).read_text())
+        report = read_report(out)
         return BuildResult(out, _all_passed(report), report, up_to_date=True, missing=missing)
     with open_workspace(out, key) as workspace:
         require_free_disk(

@@ -7,10 +7,12 @@ from typing import Any
 import onnx
 
 from graphs.traced import TracedGraph
+from lrq_export.errors import InputError
 from lrq_export.package import GRAPHS, write_bytes_atomic
 
 TRACE = f"{GRAPHS}/0-trace.onnx"
 OUTCOME_KEY = "lrq.pass"  # metadata of a pass's graph: its name, fire count and near misses
+_AGAIN = "build the package again"
 
 
 def pass_file(folder: Path, index: int, name: str) -> Path:
@@ -18,18 +20,22 @@ def pass_file(folder: Path, index: int, name: str) -> Path:
 
 
 def load_graph(path: Path) -> TracedGraph:
-    return TracedGraph.from_onnx(onnx.load(path))
+    """Raises InputError for a file that is not there, or is no such graph."""
+    return _traced(path, _model(path))
 
 
 def pass_files(folder: Path) -> list[Path]:
     """The graphs after each pass, in the order of the pipeline that made this package, which may not be today's."""
-    files = [path for path in (folder / GRAPHS).glob("*-*.onnx") if path != folder / TRACE]
+    files = [path for path in (folder / GRAPHS).glob("[0-9]*-*.onnx") if path != folder / TRACE]
     return sorted(files, key=lambda path: int(path.name.partition("-")[0]))
 
 
 def rewritten_graph(folder: Path) -> TracedGraph:
-    """The graph after the last pass."""
-    return load_graph(pass_files(folder)[-1])
+    """The graph after the last pass. Raises InputError for a folder that holds none."""
+    files = pass_files(folder)
+    if not files:
+        raise InputError(f"{folder / GRAPHS}: holds the graph of no pass", hint=_AGAIN)
+    return load_graph(files[-1])
 
 
 def save_graph(path: Path, traced: TracedGraph, outcome: dict[str, Any] | None = None) -> None:
@@ -44,13 +50,30 @@ def saved_graphs(package: Path) -> tuple[list[TracedGraph], list[dict[str, Any]]
     """The graph after trace and after each pass, and what became of each pass."""
     stages, outcomes = [load_graph(package / TRACE)], []
     for path in pass_files(package):
-        model = onnx.load(path)
-        stages.append(TracedGraph.from_onnx(model))
+        model = _model(path)
+        stages.append(_traced(path, model))
         properties = {entry.key: entry.value for entry in model.metadata_props}
-        outcomes.append(json.loads(properties[OUTCOME_KEY]))
+        try:
+            outcomes.append(json.loads(properties[OUTCOME_KEY]))
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path}: says not what its pass did: {error!r}", hint=_AGAIN) from error
     return stages, outcomes
 
 
 def left_out(outcomes: list[dict[str, Any]]) -> list[str]:
     """A line for every pass that --keep-going left out."""
     return [f"rewrite: pass {row['name']} was left out: {row['refused']}" for row in outcomes if row["refused"]]
+
+
+def _model(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", hint=_AGAIN) from error
+
+
+def _traced(path: Path, model: onnx.ModelProto) -> TracedGraph:
+    try:
+        return TracedGraph.from_onnx(model)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: no graph of a build: {error!r}", hint=_AGAIN) from error

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from lrq_export.checkpoint import TensorFile
+from lrq_export.errors import InputError
 from lrq_export.models.base import ModelFamily
 from lrq_export.package import save_tensors_atomic
 from lrq_export.recipe import Sampling
@@ -21,6 +23,13 @@ from lrq_export.verify.ladder import draw, run_torch
 from lrq_export.verify.metrics import nmse
 
 FILE = "reference.safetensors"
+
+
+class Facts(BaseModel):
+    """What the metadata of the file holds."""
+
+    adapter_nmse: float
+    statistics: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -40,15 +49,21 @@ class Reference:
 
     @classmethod
     def load(cls, folder: Path) -> "Reference":
-        """Raises InputError when the file is missing or damaged."""
+        """Raises InputError when the file is missing or damaged, or holds something else."""
         file = TensorFile(folder / FILE)
         tensors = file.read_all()
+        try:
+            facts = Facts.model_validate_json(file.metadata["facts"])
+            noise, latents = tensors["noise"], tensors["latents"]
+        except (KeyError, ValueError) as error:  # the latter: of pydantic
+            raise InputError(
+                f"{folder / FILE}: not the answers of a model: {error}", hint="build the package again"
+            ) from error
 
         def group(prefix: str) -> dict[str, torch.Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
-        facts = json.loads(file.metadata["facts"])
-        return cls(group("inputs."), tensors["noise"], group("conditions."), tensors["latents"], **facts)
+        return cls(group("inputs."), noise, group("conditions."), latents, facts.adapter_nmse, facts.statistics)
 
 
 def write_reference(

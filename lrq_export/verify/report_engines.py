@@ -9,9 +9,10 @@ from lrq_export.engine.built import EARLIER, FOLDERS, BuiltEngine, built_engine
 from lrq_export.engine.targets import other_settings
 from lrq_export.package import MODEL, ONNXRUNTIME_ENGINE, REPORT, REPORT_PAGE, write_bytes_atomic, write_json_atomic
 from lrq_export.recipe import Engine, Recipe
+from lrq_export.report_file import read_report
 from lrq_export.verify.markup import DASH, Html, byte_size, digits, table
 
-_END = "</section>"
+_END = b"</section>"
 HEADS = ("Target", "State", "Size", "Bits per weight", "Plugins", "Layers", "Sizes it takes", "Version")
 
 
@@ -91,15 +92,15 @@ def show_added_engines(package: Path, recipe: Recipe) -> None:
     """
     from lrq_export.verify.report_page import render_section
 
-    report = json.loads((package / REPORT).read_text(encoding="utf-8"))
+    report = read_report(package)
     report["recipe"] = recipe.model_dump(mode="json", by_alias=True)
     report["engines"] = engine_rows(package, report["source"]["parameters"], recipe.engine)
-    page = (package / REPORT_PAGE).read_text(encoding="utf-8")
+    page = (package / REPORT_PAGE).read_bytes()
     for anchor in ("engines", "origin"):
-        start = page.find(f'<section id="{anchor}">')
-        if start < 0:  # the page is from before it had this section
+        start = page.find(f'<section id="{anchor}">'.encode())
+        end = page.find(_END, start) + len(_END)
+        if start < 0 or end < len(_END):  # the page is from before it had this section
             continue
-        end = page.index(_END, start) + len(_END)
-        page = page[:start] + render_section(anchor, report) + page[end:]
+        page = page[:start] + render_section(anchor, report).encode() + page[end:]
     write_json_atomic(package / REPORT, report)
-    write_bytes_atomic(package / REPORT_PAGE, page.encode("utf-8"))
+    write_bytes_atomic(package / REPORT_PAGE, page)

@@ -172,6 +172,12 @@ def cached_engine(location, **more):
     return onnx_edit(change, ENGINE)
 
 
+def built(**facts):
+    """What an engine says of itself; all that is not in `facts` is right."""
+    told = {"target": "tensorrt", "version": "11.4.0", "plugins": False, "profiles": [], "options": {}} | facts
+    return resealed(put("engine/tensorrt/build.json", json.dumps(told).encode()))
+
+
 ZIP = b"PK\x03\x04\x14\x00\x00\x00\x08\x00" + random.Random(0).randbytes(5000)
 NOISE = random.Random(1).randbytes(50_000)
 TENSORRT_RTX = b"vtrt" + bytes(20) + bytes([1, 7, 1, 0x74]) + bytes(100)
@@ -245,6 +251,10 @@ HOSTILE = {
     "a recipe without end": (manifest(recipe={"weights": {"x" * 100_000: 1}}), "manifest.json: recipe"),
     "no source": (manifest(source=[]), "source: got list"),
     "a config of no class": (manifest(source={"config": {"_class_name": 3}}), "needed the config of a model"),
+    "no scheduler": (lambda folder: edit_manifest(folder, lambda facts: facts.pop("scheduler")), "scheduler: needed"),
+    "a source of no fingerprint": (
+        lambda folder: edit_manifest(folder, lambda facts: facts["source"].pop("fingerprint")), "source: needed"
+    ),
     "no layers": (manifest(layers=None), "layers: got NoneType"),
     "nothing stored": (nothing_stored, "which 0 are stored"),
     # files that are not what their name says, their hashes computed anew
@@ -262,9 +272,14 @@ HOSTILE = {
     "an engine of TensorRT for TensorRT-RTX": (
         resealed(put("engine/tensorrt-rtx/model.engine", b"ftrt" + bytes(200))), "got an engine of TensorRT, needed"
     ),
-    "facts of another target": (
-        resealed(put("engine/tensorrt/build.json", b'{"target": "tensorrt-rtx"}')), "got the target 'tensorrt-rtx'"
-    ),
+    "facts of another target": (built(target="tensorrt-rtx"), "got the target 'tensorrt-rtx'"),
+    "an engine of no version": (built(version=None), "build.json: version: "),
+    "an engine whose facts are a list": (resealed(put("engine/tensorrt/build.json", b"[]")), "needed an object"),
+    "an engine whose options are a list": (built(options=[1]), "build.json: options: "),
+    "an engine of an unknown option": (built(options={"speed": 9}), "build.json: options.speed: "),
+    "an engine of half a profile": (built(profiles=[{"samples": [1, 2]}]), "build.json: profiles.0.samples"),
+    "an engine of half a layer": (built(layers=0.5), "build.json: layers: "),
+    "an engine that may have plugins": (built(plugins="perhaps"), "build.json: plugins: "),
     "noise as engine": (resealed(put("engine/tensorrt/model.plan", NOISE)), "got no engine"),
     "an engine of no target": (resealed(put("engine/other/model.plan", TENSORRT_RTX)), "unknown target other"),
     "an option that names a path": (

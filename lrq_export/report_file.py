@@ -1,0 +1,54 @@
+"""report.json of a finished package, read again: by `build` that finds it up to date, by what adds to or repeats it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lrq_export.errors import InputError
+from lrq_export.package import REPORT
+
+
+class _Source(BaseModel):
+    parameters: int = Field(ge=1)
+
+
+class _Rung(BaseModel):
+    rung: str
+    title: str
+    blames: str
+    metric: str
+    value: float | None
+    bound: float | None
+    passed: bool | None
+
+
+class _Sizes(BaseModel):
+    packed_ratio: float
+
+
+class _Report(BaseModel):
+    """What is read of a report; it holds more."""
+
+    model_config = ConfigDict(strict=True)
+
+    source: _Source
+    ladder: list[_Rung]
+    sizes: _Sizes
+    warnings: list[str]
+    tool: dict[str, Any]
+    timings: list[dict[str, Any]]
+
+
+def read_report(package: Path) -> dict[str, Any]:
+    """The report of an admitted package, whole. Raises InputError for a file that is no report."""
+    path = package / REPORT
+    try:
+        report = json.loads(path.read_bytes())
+        _Report.model_validate(report)
+    except (ValueError, RecursionError) as error:  # pydantic's own is a ValueError
+        raise InputError(f"{path}: not the report of a build: {error}", hint="build the package again") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", hint="build the package again") from error
+    return report

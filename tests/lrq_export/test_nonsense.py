@@ -1,0 +1,89 @@
+"""Packages whose hashes are right and whose contents are not: one line and exit code 3, wherever they are read."""
+
+import json
+
+import onnx
+import pytest
+
+from lrq_export.package import save_tensors_atomic
+from lrq_export.saved_graphs import pass_files
+
+
+@pytest.fixture
+def spoilt(package, copy_of, reseal):
+    """A copy of the package with one edit, sealed as its author would."""
+
+    def make(edit):
+        folder = copy_of(package)
+        edit(folder)
+        reseal(folder)
+        return folder
+
+    return make
+
+
+def reference(**changes):
+    """The answers of the model, with some tensors and metadata replaced or, by None, left out."""
+
+    def edit(folder):
+        from lrq_export.checkpoint import TensorFile
+
+        file = TensorFile(folder / "reference.safetensors")
+        held = {name: tensor.clone() for name, tensor in file.read_all().items()} | changes
+        metadata = {"format": file.metadata["format"], "facts": changes.get("facts", file.metadata["facts"])}
+        tensors = {name: tensor for name, tensor in held.items() if name != "facts" and tensor is not None}
+        save_tensors_atomic(folder / file.path.name, tensors, {key: text for key, text in metadata.items() if text})
+
+    return edit
+
+
+def report(change):
+    def edit(folder):
+        facts = json.loads((folder / "report.json").read_text())
+        change(facts)
+        (folder / "report.json").write_text(json.dumps(facts))
+
+    return edit
+
+
+def without_metadata(key):
+    """What the last graph says of itself beside its nodes."""
+
+    def edit(folder):
+        path = pass_files(folder)[-1]
+        model = onnx.load(path)
+        for entry in [entry for entry in model.metadata_props if entry.key == key]:
+            model.metadata_props.remove(entry)
+        path.write_bytes(model.SerializeToString())
+
+    return edit
+
+
+def without_graphs(folder):
+    for path in pass_files(folder):
+        path.unlink()
+
+
+ADD, VERIFY = ("build", "--target", "tensorrt"), ("verify", "--against", "onnxruntime")
+NONSENSE = {
+    "a reference of no facts": (reference(facts=None), VERIFY, "reference.safetensors: not the answers of a model"),
+    "facts that are no JSON": (reference(facts="{"), VERIFY, "reference.safetensors: not the answers of a model"),
+    "facts that are a list": (reference(facts="[1]"), VERIFY, "reference.safetensors: not the answers of a model"),
+    "facts of no statistics": (reference(facts='{"adapter_nmse": 0}'), ADD, "reference.safetensors: not the answers"),
+    "a reference of no noise": (reference(noise=None), VERIFY, "reference.safetensors: not the answers of a model"),
+    "a report of no source": (report(lambda facts: facts.pop("source")), ADD, "report.json: not the report"),
+    "a report of text": (lambda folder: (folder / "report.json").write_text("?"), ADD, "report.json: not the report"),
+    "no report": (lambda folder: (folder / "report.json").unlink(), ADD, "report.json: cannot be read"),
+    "a pass that says nothing": (
+        without_metadata("lrq.pass"), ("inspect", "--passes"), "says not what its pass did"
+    ),
+    "a graph of no weights": (without_metadata("lrq.weights"), ADD, "no graph of a build"),
+    "no graphs": (without_graphs, ADD, "graphs: holds the graph of no pass"),
+    "no trace": (lambda folder: (folder / "graphs/0-trace.onnx").unlink(), ("inspect", "--passes"), "0-trace.onnx"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("edit", "command", "part"), NONSENSE.values(), ids=NONSENSE.keys())
+def test_nonsense_behind_right_hashes_is_one_line_and_exit_code_3(spoilt, cli, edit, command, part):
+    name, *options = command
+    cli(name, spoilt(edit), *options).refused(3, part)
