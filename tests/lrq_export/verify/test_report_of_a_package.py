@@ -12,6 +12,8 @@ import pytest
 from matplotlib.image import imread
 
 from lrq_export.checkpoint import TensorFile
+from lrq_export.recipe import load_recipe
+from lrq_export.verify.report_engines import show_added_engines
 from lrq_export.verify.report_page import render_report_page
 
 
@@ -240,3 +242,19 @@ def test_the_page_of_a_package_shows_its_samples_side_by_side(package, real, rea
         assert not np.array_equal(quantized, float_)
         assert f"{decibels:.2f} dB" in _text(figure)
     assert f"{real['images']['psnr_total_db']:.2f} dB over all pixels" in _text(section)
+
+
+def test_an_engine_is_told_of_where_the_page_has_room_for_it(package, copy_of, real_page):
+    """A page from before there was a section on engines, or with none that ends, keeps the rest as it is."""
+    folder = copy_of(package)
+    recipe = load_recipe(overrides={"engine.targets": '["tensorrt-rtx"]'})
+    older = real_page.replace(_section(real_page, "engines"), "")
+    (folder / "report.html").write_text(older)
+    show_added_engines(folder, recipe)
+    page = (folder / "report.html").read_text()
+    assert page.replace(_section(page, "origin"), "") == older.replace(_section(older, "origin"), "")
+    assert "tensorrt-rtx" in _section(page, "origin")
+    assert json.loads((folder / "report.json").read_text())["recipe"]["engine"]["targets"] == ["tensorrt-rtx"]
+    (folder / "report.html").write_text('<section id="engines">')
+    show_added_engines(folder, recipe)
+    assert (folder / "report.html").read_text() == '<section id="engines">'
