@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 from torch import nn
 
-from lrq_export.errors import LrqError, MissingError
+from lrq_export.errors import CheckFailed, LrqError, MissingError
 from lrq_export.models import family_of
 from lrq_export.package import load_manifest
 from lrq_export.runtime import CPU_DEVICE, TARGETS, feeds, load, obstacle, tensors
@@ -16,6 +17,7 @@ from lrq_export.source import open_source
 from lrq_export.verify.reference import Reference
 
 BASELINES = {"torch fp32": torch.float32, "torch bf16": torch.bfloat16}
+LIBRARY_ERRORS = (RuntimeError, onnxruntime_errors.Fail, onnxruntime_errors.RuntimeException)
 Inputs = dict[str, torch.Tensor]
 
 
@@ -37,8 +39,8 @@ def inputs_of(package: Path, batch: int) -> Inputs:
 
 def all_contenders(
     package: Path, inputs: Inputs, threads: int | None, source: Path | None
-) -> tuple[list[Contender], dict[str, LrqError]]:
-    """All that can run these inputs here, each warmed up by a run, and why each other one does not.
+) -> tuple[list[Contender], dict[tuple[str, torch.device | None], LrqError]]:
+    """All that can run these inputs here, each warmed up by a run, and why each other one does not; by name and device.
 
     Baselines, of which there are some with a `source` alone, are on each device that a target runs on.
     """
@@ -49,9 +51,12 @@ def all_contenders(
             contender = open_contender(package, name, inputs, threads, source, device)
             contender.run()
         except LrqError as error:
-            refused[name] = error
+            refused[name, device] = error
         except torch.OutOfMemoryError as error:
-            refused[name] = MissingError(f"{name}: the GPU has too little memory: {error}", hint="try a smaller batch")
+            lack = MissingError(f"{name}: the GPU has too little memory: {error}", hint="try a smaller batch")
+            refused[name, device] = lack
+        except LIBRARY_ERRORS as error:  # of torch and TensorRT; ONNX Runtime's
+            refused[name, device] = CheckFailed(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
         else:
             opened.append(contender)
 

@@ -51,7 +51,7 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     rows, timed_layers, timings = [], [], {}
-    refused: dict[str, LrqError] = {}
+    refused: list[LrqError] = []
     for batch in batches:
         inputs = inputs_of(package, batch)
         with stage(progress, f"batch {batch}", timings, runs):
@@ -59,7 +59,7 @@ def bench(
             milliseconds = timed(contenders, runs, progress)
         ran = [(contender.name, contender.device) for contender in contenders]
         del contenders  # their memory is free for what is measured next
-        refused |= left_out
+        refused += left_out.values()
         for target, _ in ran if layers else ():
             found = layer_times(package, target, inputs, runs, threads) if target in TARGETS else []
             timed_layers += [{"batch": batch, "target": target} | each.row() for each in found]
@@ -67,10 +67,11 @@ def bench(
             job = Job(str(package), name, batch, threads, None if source is None else str(source), str(device))
             row = {"batch": batch, "target": name, "device": str(device), "note": None} | figures(times, batch)
             rows.append(row | job.in_its_own_process())
-        for name, error in left_out.items():
-            rows.append({"batch": batch, "target": name} | NOT_MEASURED | {"note": str(error)})
+        for (name, device), error in left_out.items():
+            where = None if device is None else str(device)
+            rows.append({"batch": batch, "target": name} | NOT_MEASURED | {"device": where, "note": str(error)})
     if refused and not any(_ran(row) for row in rows):
-        raise next(iter(refused.values()))
+        raise refused[0]
     for row in rows:
         row["speedup"] = speedup(row, rows)
     return {
@@ -94,8 +95,13 @@ def require_speedup(report: dict[str, Any], needed: float) -> None:
 
     The fastest, not the one with the largest speedup: beside a GPU that disappoints, a processor may well shine.
     """
+    if not report["rows"]:
+        raise CheckFailed("no target of the package can run here: there is no speedup to judge")
     for batch in dict.fromkeys(row["batch"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["batch"] == batch]
+        lacking = [row for row in rows if row["target"] in BASELINES and row["p50_ms"] is None]
+        if lacking:  # it might have been the fastest
+            raise CheckFailed(f"batch {batch}: a baseline did not run: {lacking[0]['note']}")
         best = min((row for row in rows if _ran(row)), key=lambda row: row["p50_ms"], default=None)
         if best is None or best["speedup"] is None:
             notes = "; ".join(row["note"] for row in rows if row["note"])

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lrq_export.admit import ENGINE_STARTS, admit
+from lrq_export.admit import ENGINE_STARTS, SESSION, admit
 from lrq_export.doctor.finding import Finding, absent, ok, wrong
 from lrq_export.doctor.system import System
 from lrq_export.engine.built import BUILD, FOLDERS, PLAN, read_built
@@ -31,9 +31,9 @@ def engine_findings(system: System, package: Path, files: dict[str, Any]) -> Ite
 
 
 def onnxruntime_engine(files: dict[str, Any]) -> Finding:
-    if f"{ONNXRUNTIME_ENGINE}/model.onnx" in files:
+    if {f"{ONNXRUNTIME_ENGINE}/{name}" for name in ("model.onnx", SESSION)} <= files.keys():
         return ok("engine onnxruntime", "can run here", required=True)
-    return wrong("engine onnxruntime", "the package holds none", "build the package again", required=True)
+    return wrong("engine onnxruntime", "the package does not hold it whole", "build the package again", required=True)
 
 
 def other_engine(system: System, package: Path, files: dict[str, Any], target: str) -> Finding:

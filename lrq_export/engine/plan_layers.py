@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 _PROFILE = re.compile(r" \[profile (\d+)\]$")
+_FUSED = re.compile(r" \+ |PWN\(|, |\)")
 _NOTED = re.compile(r"\[ONNX Layer: (.*?)\](?=\[|[\x1e\x1f]|$)")
 _COPIES = ("reformat", "noop", "cast", "constant")  # what computes nothing of the node that it is named after
 _PLUGINS = ("plugin", "custom")  # PluginV2, PluginV3, custom_layer
@@ -63,7 +64,7 @@ def layer_faults(layers: Sequence[Any], nodes: Mapping[str, NodeTypes]) -> list[
         if not _is(layer, _COPIES):
             for name in _nodes_of(layer) & nodes.keys():
                 serving[name].append(layer)
-    profiles = {_profile_of(layer) for found in serving.values() for layer in found} | {0}
+    profiles = {_profile_of(layer) for layer in layers} | {0}
     return [fault for name, found in serving.items() for fault in _faults_of(name, found, profiles, nodes)]
 
 
@@ -109,7 +110,7 @@ def _faults_of(
 def _nodes_of(layer: Mapping[str, Any]) -> set[str]:
     """The nodes of the graph that a layer runs."""
     noted = set(_NOTED.findall(layer.get("Metadata") or ""))
-    return noted or set(_PROFILE.sub("", layer["Name"]).split(" + "))
+    return noted or set(_FUSED.split(_PROFILE.sub("", layer["Name"])))
 
 
 def _profile_of(layer: Mapping[str, Any]) -> int:

@@ -40,7 +40,7 @@ ONNXRUNTIME = "onnxruntime"
 # Of a manifest: source, recipe without engines, and files, whatever library versions made of them.
 INPUTS = "inputs_fingerprint"
 _SILENT = frozenset({"targets", "intra_op_threads", "inter_op_threads"})  # settings that change no engine built here
-_OF_OTHERS = {TENSORRT: {"compute_capabilities"}, RTX: {"hardware", "refit"}}
+_OF_OTHERS = {TENSORRT: {"compute_capabilities"}, RTX: {"hardware"}}
 _OWN = frozenset({"format", "schema", "files", "content_sha256", "manifest_sha256"})  # of a manifest, not facts
 
 

@@ -76,13 +76,14 @@ class Request:
             )
         return found
 
-    def cannot_strip(self) -> MissingError | None:
-        """Why this machine cannot leave out weights that are to be; None if it can, or is not asked to."""
-        if not self.settings.strip or gpu_at_hand() is not None:  # TensorRT-RTX loads what can be refitted as it builds
+    def cannot_refit(self) -> MissingError | None:
+        """Why this machine cannot build an engine that takes its weights later; None if it can, or is not asked to."""
+        asked = [name for name in ("refit", "strip") if getattr(self.settings, name)]
+        if not asked or gpu_at_hand() is not None:  # TensorRT-RTX calls CUDA while it builds what can be refitted
             return None
         return MissingError(
-            f"{self.target}: without a CUDA GPU it builds no engine without weights (engine.strip)",
-            hint="build the engine where it will run, or with engine.strip=false",
+            f"{self.target}: without a CUDA GPU it builds no engine that can be refitted (engine.{asked[-1]})",
+            hint=f"build the engine where it will run, or with engine.{asked[-1]}=false",
         )
 
 
@@ -149,7 +150,7 @@ def build_plan(traced: TracedGraph, quantized: QuantizedFile, folder: Path, requ
     nodes = write_network(traced, quantized, folder, library is not None, activations)
     if request.target == TENSORRT and nodes:
         write_for_provider(traced, quantized, folder, activations)
-    missing = obstacle(request.target) or request.cannot_strip()
+    missing = obstacle(request.target) or request.cannot_refit()
     if missing is not None:
         raise missing
     cache = str(folder / TIMING_CACHE) if request.target == TENSORRT else None  # RTX asks the GPU to make one

@@ -50,7 +50,7 @@ class TensorRtRunner:
     """
 
     def __init__(self, folder: Path, target: str, device: torch.device | None = None):
-        trt = self._trt = importlib.import_module(MODULES[target])
+        trt = self._trt = _library(target)
         self.device = device or torch.device("cuda", torch.cuda.current_device())
         # TensorRT-RTX compiles kernels while it runs, which a graph that is being captured would not survive.
         self._captures = target == TENSORRT
@@ -189,6 +189,15 @@ class TensorRtRunner:
             trt.DataType.INT32: torch.int32, trt.DataType.INT64: torch.int64, trt.DataType.BOOL: torch.bool,
         }  # fmt: skip
         return known[engine.get_tensor_dtype(name)]
+
+
+def _library(target: str) -> Any:
+    try:
+        return importlib.import_module(MODULES[target])
+    except (ImportError, OSError) as error:  # the latter: a library of the wheel does not load
+        raise MissingError(
+            f"{target}: {MODULES[target]} cannot be imported: {error}", hint="install it again, or load onnxruntime"
+        ) from error
 
 
 def _within(shape: tuple[int, ...], ranges: Any) -> bool:

@@ -51,11 +51,12 @@ def infer(job: dict[str, Any]) -> dict[str, Any]:
     """Run an engine on the cases of a job; the names of its outputs, whose values lie in the files that it names."""
     trt = _library(job["target"])
     _load_plugins(trt, job["plugins"])
-    from polygraphy.backend.trt import TrtRunner, engine_from_bytes
+    from polygraphy.backend.trt import TrtRunner
 
     plan = marked_plan(job) if job["engine"] is None else Path(job["engine"]).read_bytes()
     names: list[str] = []
-    with TrtRunner(engine_from_bytes(plan)) as runner:
+    runtime, engine = _deserialized(trt, plan)
+    with TrtRunner(engine) as runner:
         for case in job["cases"]:
             runner.set_profile(case["profile"])
             with np.load(case["feed"], allow_pickle=False) as arrays:
@@ -63,7 +64,20 @@ def infer(job: dict[str, Any]) -> dict[str, Any]:
             answers = runner.infer(feed)
             names = list(answers)
             np.savez(case["answers"], *answers.values())
+    del engine, runtime  # in this order
     return {"outputs": names}
+
+
+def _deserialized(trt, plan) -> tuple[Any, Any]:
+    """The runtime, which must outlive it, and the engine of a plan.
+
+    Not by polygraphy, which lets the runtime run code that a plan brings along: a package may come from anyone.
+    """
+    runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise CannotBuild(f"{trt.__name__} {trt.__version__} does not take the engine")
+    return runtime, engine
 
 
 def mark(job: dict[str, Any]) -> dict[str, Any]:
@@ -174,11 +188,10 @@ def _make_refittable(trt, config, options: dict[str, Any]) -> None:
 
 def _inspect(trt, file: Path, nodes: dict[str, NodeTypes], listed: Path) -> dict[str, int]:
     """Write down what the built engine says of its layers: one plugin layer for each lrq node, or CannotBuild."""
-    from polygraphy.backend.trt import engine_from_bytes
-
-    engine = engine_from_bytes(file.read_bytes())
+    runtime, engine = _deserialized(trt, file.read_bytes())
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    del inspector, engine, runtime  # in this order
     layers = json.loads(text)["Layers"]
     _refuse(layer_faults(layers, nodes))
     listed.write_text(text)

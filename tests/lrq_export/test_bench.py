@@ -18,6 +18,14 @@ from lrq_export.errors import CheckFailed, MissingError, UsageError
 from lrq_export.machine import describe_gpus
 
 
+@pytest.fixture(autouse=True)
+def the_number_of_threads_stays():
+    """`--threads` is of the process, and another number is another build to what is tested after."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def without_memory(monkeypatch):
     """A process for each target takes seconds; one test of its own is enough."""
@@ -85,6 +93,33 @@ def test_a_speedup_that_nothing_shows_is_not_reached():
     rows = [row(1, "onnxruntime", 1.0, 2.0), row(4, "tensorrt", None, None, None, "no profile takes 4")]
     with pytest.raises(CheckFailed, match="batch 4: there is no speedup to judge: no profile takes 4"):
         require_speedup({"rows": rows}, 1.0)
+
+
+def test_a_baseline_that_did_not_run_leaves_nothing_to_judge():
+    rows = [row(1, "tensorrt", 1.0, 4.0, "cuda:0"), row(1, "torch fp32", 4.0, 1.0, "cuda:0")]
+    require_speedup({"rows": rows}, 2.0)
+    rows.append(row(1, "torch bf16", None, None, "cuda:0", "torch bf16: the GPU has too little memory"))
+    with pytest.raises(CheckFailed, match="batch 1: a baseline did not run: torch bf16: the GPU has too little memory"):
+        require_speedup({"rows": rows}, 2.0)
+    with pytest.raises(CheckFailed, match="no target of the package can run here"):
+        require_speedup({"rows": []}, 2.0)
+
+
+def test_what_a_library_raises_is_a_note_of_its_row(package, tiny, with_a_plan, without_memory, monkeypatch):
+    """A baseline that two devices refuse has a row of each."""
+    opened = contenders._open_baseline
+
+    def refuse(package, name, *more):
+        if name == "torch bf16":
+            raise RuntimeError("no kernel\nfor this")
+        return opened(package, name, *more)
+
+    monkeypatch.setattr(contenders, "_open_baseline", refuse)
+    rows = bench(package, source=tiny.source, batches=(1,), runs=1, threads=1)["rows"]
+    noted = [(row["target"], row["device"], row["note"]) for row in rows if row["note"]]
+    assert noted == [
+        ("torch bf16", device, "torch bf16: RuntimeError: no kernel for this") for device in ("meta", "cpu")
+    ]
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """What an engine's inspector may say: answers as TensorRT writes them, and each fault of them by its name."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,6 +80,7 @@ def test_a_node_without_a_layer_is_named(style, judged):
     [
         layer(QKV, "CaskGemmMatrixMultiply"),
         layer(f"decode + {QKV}", "CaskGemmMatrixMultiply"),
+        layer(f"PWN(PWN(decode), {QKV})", "PointWiseV2"),
         layer("__myl_FcAdd_myl3_5", "gemm", nodes=["decode", QKV]),
         layer("{ForeignNode[a...b]}", "Myelin", nodes=[QKV]),
     ],
@@ -106,6 +109,14 @@ def test_an_engine_of_two_profiles_has_each_plugin_in_both():
     layers = in_two_profiles()
     assert layer_faults(list(layers.values()), NODES) == []
     assert judged_types(list(layers.values()), NODES) == 2
+
+
+def test_a_profile_without_any_plugin_is_seen_by_its_other_layers():
+    layers = in_two_profiles()
+    for name in NODES:
+        del layers[f"{name} [profile 1]"]
+    faults = layer_faults(list(layers.values()), NODES)
+    assert faults == [f"{name}: got no layer in profile 1, needed a plugin layer" for name in NODES]
 
 
 @pytest.mark.parametrize(("profile", "ending"), [(0, ""), (1, " [profile 1]")])
@@ -153,22 +164,46 @@ def test_an_engine_that_tells_names_alone_cannot_be_judged():
     assert fault.startswith(f"{QKV}: got the layer's name alone")
 
 
+class Runtime:
+    """Knows some plans, and may be told nothing: by default NVIDIA's runs no code that a plan brings along."""
+
+    __slots__ = ("plans",)
+
+    def __init__(self, plans):
+        self.plans = plans
+
+    def deserialize_cuda_engine(self, plan):
+        return self.plans.get(plan)
+
+
+def nvidia_library(plans, **more):
+    logger = type("Logger", (), {"WARNING": 1, "__init__": lambda self, level: None})
+    made = {"Logger": logger, "Runtime": lambda logger: Runtime(plans)}
+    return SimpleNamespace(__name__="tensorrt", __version__="10.16", **made, **more)
+
+
+def test_a_plan_is_opened_without_the_right_to_run_code_of_its_own():
+    library = nvidia_library({b"known": "engine"})
+    runtime, engine = tensorrt_worker._deserialized(library, b"known")
+    assert engine == "engine"
+    with pytest.raises(AttributeError):  # the twin: what polygraphy does of its own accord
+        runtime.engine_host_code_allowed = True
+    with pytest.raises(CannotBuild, match=r"tensorrt 10\.16 does not take the engine"):
+        tensorrt_worker._deserialized(library, b"other")
+    assert "engine_from_bytes" not in Path(tensorrt_worker.__file__).read_text()
+
+
 @pytest.fixture
-def inspect(monkeypatch, tmp_path):
+def inspect(tmp_path):
     """The worker's own check, of an engine whose inspector answers with these layers."""
-    from types import SimpleNamespace
-
-    from polygraphy.backend import trt as polygraphy_trt
-
     plan, listed = tmp_path / "model.plan", tmp_path / "layers.json"
     plan.write_bytes(b"a plan")
-    library = SimpleNamespace(LayerInformationFormat=SimpleNamespace(JSON="json"))
 
     def run(layers):
         text = json.dumps({"Layers": layers, "Bindings": ["x"]})
         answer = SimpleNamespace(get_engine_information=lambda form: text if form == "json" else "")
         engine = SimpleNamespace(create_engine_inspector=lambda: answer)
-        monkeypatch.setattr(polygraphy_trt, "engine_from_bytes", lambda data: engine if data == b"a plan" else None)
+        library = nvidia_library({b"a plan": engine}, LayerInformationFormat=SimpleNamespace(JSON="json"))
         return tensorrt_worker._inspect(library, plan, NODES, listed), json.loads(listed.read_text())["Layers"]
 
     return run

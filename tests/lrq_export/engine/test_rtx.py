@@ -85,11 +85,13 @@ def test_weights_can_be_streamed_and_left_out_only_with_a_gpu(package, copy_of, 
     assert facts(folder)["options"]["weight_streaming"]
     if tensorrt.gpu_at_hand() is not None:
         pytest.skip("this machine has a GPU: test_trt.py strips a plan")
-    (missing,) = add_engines(folder, ["tensorrt-rtx"], changes=SIZES | {"strip": True})
-    assert "without a CUDA GPU it builds no engine without weights" in missing.message
-    monkeypatch.setattr(tensorrt.Request, "cannot_strip", lambda request: None)
-    with pytest.raises(CheckFailed, match=r"Invalid Engine.*; IBuilder::buildSerializedNetwork: .*CUDA_SUCCESS"):
-        add_engines(folder, ["tensorrt-rtx"])
+    for name in ("refit", "strip"):
+        (missing,) = add_engines(folder, ["tensorrt-rtx"], changes=SIZES | {name: True})
+        assert f"builds no engine that can be refitted (engine.{name})" in missing.message
+    monkeypatch.setattr(tensorrt.Request, "cannot_refit", lambda request: None)
+    for changes in ({"refit": True, "strip": False}, {"strip": True}):
+        with pytest.raises(CheckFailed, match=r"Invalid Engine.*; IBuilder::buildSerializedNetwork: .*CUDA_SUCCESS"):
+            add_engines(folder, ["tensorrt-rtx"], changes=changes)
 
 
 def test_a_node_without_a_plugin_is_named(package, copy_of, monkeypatch, library):

@@ -273,9 +273,10 @@ def test_an_engine_without_weights_is_not_opened(package, copy_of, builder, monk
     folder = copy_of(package)
     add_engines(folder, ["tensorrt-rtx"])
     monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda: None)
-    (missing,) = add_engines(folder, ["tensorrt-rtx"], changes={"strip": True})
-    assert "without a CUDA GPU it builds no engine without weights" in missing.message
-    assert "that was built before stays in use" in missing.message
+    for name in ("refit", "strip"):
+        (missing,) = add_engines(folder, ["tensorrt-rtx"], changes={name: True})
+        assert f"without a CUDA GPU it builds no engine that can be refitted (engine.{name})" in missing.message
+        assert "that was built before stays in use" in missing.message
     monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda: "a GPU")
     compared = Target("tensorrt-rtx", folder)  # by verify --against
     assert obstacle(folder, "tensorrt-rtx") is compared.obstacle() is None
