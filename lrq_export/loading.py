@@ -1,4 +1,4 @@
-"""`lrq_export.load`, which lets no package in before it imports what takes long, takes memory, or could be attacked."""
+"""`load`: a package is admitted before anything is imported that takes long, takes memory, or could be attacked."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,14 +8,22 @@ from lrq_export.admit import admit
 if TYPE_CHECKING:
     from lrq_export.runtime import PackagedTransformer
 
+AUTO = "auto"
 
-def load(package: str | Path, *, target: str = "auto", threads: int | None = None) -> "PackagedTransformer":
-    """Open an engine of a package that `lrq-export build` wrote; the arguments and errors of `runtime.load`.
 
-    `target`: onnxruntime, tensorrt or tensorrt-rtx; auto takes an engine for the GPU if the package holds one that can
-    run here, else ONNX Runtime's. `threads`: of ONNX Runtime, if not as session.json says.
+def load(package: str | Path, *, target: str = AUTO, threads: int | None = None) -> "PackagedTransformer":
+    """Open an engine of a package that `lrq-export build` wrote.
+
+    `target`: onnxruntime, tensorrt or tensorrt-rtx; auto takes an engine for the GPU if the package holds one that
+    opens here, else ONNX Runtime's (`.target` of the answer says which). `threads`: of ONNX Runtime, if not as
+    session.json says.
+
+    Raises InputError for a folder that is no package, or was edited: there is no way around the checks (`admit`); a
+    package that did not change since is not hashed again. Raises MissingError for an engine that is not built or a
+    runtime that is not here, UsageError for another target.
     """
-    admit(Path(package))
-    from lrq_export import runtime
+    package = Path(package)
+    manifest = admit(package)
+    from lrq_export.runtime import open_admitted
 
-    return runtime.load(package, target=target, threads=threads)
+    return open_admitted(package, manifest, target, threads)

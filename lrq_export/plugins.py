@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections import deque
@@ -61,8 +62,17 @@ def default_folder() -> Path:
 def find_library() -> Path | None:
     """The plugins to load: what LRQ_PLUGINS names, else what `build` made of these sources; None if it has not yet.
 
-    Raises MissingError if LRQ_PLUGINS names nothing that is there.
+    Raises MissingError if LRQ_PLUGINS names nothing that is there, or for one that everyone may change.
     """
+    found = _named_or_built()
+    if found is not None and any(path.stat().st_mode & stat.S_IWOTH for path in (found, found.parent)):
+        raise MissingError(
+            f"{found}: everyone on this machine may change it, and it is code", hint=f"chmod o-w {found} {found.parent}"
+        )
+    return found
+
+
+def _named_or_built() -> Path | None:
     named = os.environ.get(VARIABLE)
     if named:
         path = Path(named) / LIBRARY if Path(named).is_dir() else Path(named)

@@ -1,4 +1,4 @@
-"""Run a package: `load(OUT)` is a drop-in for `pipe.transformer` of a diffusers pipeline."""
+"""Run a package: what `lrq_export.load(OUT)` gives is a drop-in for `pipe.transformer` of a diffusers pipeline."""
 
 import inspect
 import logging
@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from lrq_export.admit import admit
 from lrq_export.engine import onnxruntime as engine
 from lrq_export.engine.built import FOLDERS
 from lrq_export.engine.gate import Gate
@@ -21,13 +20,14 @@ from lrq_export.engine.onnxruntime_runner import OnnxRuntimeRunner
 from lrq_export.engine.run_obstacle import run_obstacle
 from lrq_export.engine.session_settings import SESSION
 from lrq_export.errors import InputError, MissingError, UsageError
+from lrq_export.loading import AUTO
 from lrq_export.models import family_of
 from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily, Sizes, flatten, nest
 from lrq_export.package import MANIFEST, ONNXRUNTIME_ENGINE
 
 _LOG = logging.getLogger(__name__)
 MOST_PLANS = 64
-AUTO, ONNXRUNTIME = "auto", "onnxruntime"
+ONNXRUNTIME = "onnxruntime"
 CPU_DEVICE = torch.device("cpu")
 TARGETS = (*FOLDERS, ONNXRUNTIME)  # the first that can run here is the one that is wanted
 
@@ -42,19 +42,8 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
-def load(package: str | Path, *, target: str = AUTO, threads: int | None = None) -> "PackagedTransformer":
-    """Open an engine of a package that `lrq-export build` wrote.
-
-    `target`: onnxruntime, tensorrt or tensorrt-rtx; auto takes an engine for the GPU if the package holds one that
-    opens here, else ONNX Runtime's (`.target` of the answer says which). `threads`: of ONNX Runtime, if not as
-    session.json says.
-
-    Raises InputError for a folder that is no package, or was edited: there is no way around the checks (`admit`); a
-    package that did not change since is not hashed again. Raises MissingError for an engine that is not built or a
-    runtime that is not here, UsageError for another target.
-    """
-    package = Path(package)
-    manifest = admit(package)
+def open_admitted(package: Path, manifest: dict[str, Any], target: str, threads: int | None) -> "PackagedTransformer":
+    """`lrq_export.load` of a package that was admitted, with its manifest."""
     if target not in (AUTO, *TARGETS):
         raise UsageError(f"target: got {target!r}, needed one of {', '.join((AUTO, *TARGETS))}")
     config = manifest["source"]["config"]

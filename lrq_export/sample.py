@@ -9,11 +9,11 @@ import torch
 
 from lrq_export.admit import admit
 from lrq_export.errors import UsageError
+from lrq_export.loading import load
 from lrq_export.models import family_of
 from lrq_export.package import atomic_file, save_tensors_atomic
 from lrq_export.progress import Progress, Silent, stage
 from lrq_export.recipe import Recipe
-from lrq_export.runtime import load
 from lrq_export.sampling import ConditionalSampler, check_steps, condition_rows, scheduler_from
 from lrq_export.verify.reference import Reference
 

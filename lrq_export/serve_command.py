@@ -107,18 +107,26 @@ def serve_config(
             raise UsageError(f"{place}: lies in the package, which an added file makes invalid", hint="write beside it")
     admit(package)  # before what takes long to import
     from lrq_export.serving.kserve import write_kserve
-    from lrq_export.serving.repository import Layout, serves_plan, warnings, write_repository
+    from lrq_export.serving.repository import (
+        Layout,
+        check_plan,
+        plan_warnings,
+        serves_plan,
+        warnings,
+        write_repository,
+    )
     from lrq_export.serving.server import check_name
 
     layout = Layout(
         check_name(name or package.resolve().name), model_version, max_batch, instances, threads, portable, link,
         tuple(plugins or ()), gpu,
     )  # fmt: skip
+    check_plan(package, layout)
     written = [] if triton is None else [str(model) for model in write_repository(package, triton, layout)]
     if kserve is not None:
         write_kserve(kserve, layout, storage_uri, serves_plan(package, layout))
         written.append(str(kserve))
-    said = [] if triton is None else warnings(package, layout)
+    said = (plan_warnings if triton is None else warnings)(package, layout)
     if as_json:
         print(json.dumps({"event": "written", "files": written, "warnings": said}))
     else:

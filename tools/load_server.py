@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import tritonclient.http as triton
 
+from lrq_export.loading import load
 from lrq_export.machine import describe_machine
-from lrq_export.runtime import feeds, load
+from lrq_export.runtime import feeds
 from lrq_export.verify.reference import Reference
 
 CASES = 8  # requests of different content, so that answers that were swapped are seen

@@ -10,9 +10,10 @@ from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 from torch import nn
 
 from lrq_export.errors import CheckFailed, LrqError, MissingError
+from lrq_export.loading import load
 from lrq_export.models import family_of
 from lrq_export.package import load_manifest
-from lrq_export.runtime import CPU_DEVICE, TARGETS, feeds, load, obstacle, tensors
+from lrq_export.runtime import CPU_DEVICE, TARGETS, feeds, obstacle, tensors
 from lrq_export.source import open_source
 from lrq_export.verify.reference import Reference
 

@@ -9,6 +9,7 @@ from typing import Any
 from lrq_export.package import write_bytes_atomic
 from lrq_export.serving.repository import Layout, preload, preloaded
 
+LONGEST_NAME = 63 - len("-predictor")  # KServe makes services of names with that behind them
 MOUNT = "/mnt/models"  # where KServe's runtimes find what lies at the storage URI
 
 
@@ -17,9 +18,6 @@ def write_kserve(path: Path, layout: Layout, storage: str, plan: bool = False) -
 
     With a TensorRT `plan` in it, or `layout.gpu`, it asks for one GPU, and its server opens the plan's plugins first.
     """
-    name = re.sub(r"[^a-z0-9]+", "-", layout.name.lower()).strip("-")[:63].rstrip("-")
-    if not re.match(r"[a-z]", name):
-        name = f"m-{name}"
     model: dict[str, Any] = {
         "modelFormat": {"name": "triton"},
         "protocolVersion": "v2",
@@ -33,10 +31,16 @@ def write_kserve(path: Path, layout: Layout, storage: str, plan: bool = False) -
     service = {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
-        "metadata": {"name": name},
+        "metadata": {"name": service_name(layout.name)},
         "spec": {"predictor": {"model": model}},
     }
     write_bytes_atomic(path, _yaml(service).encode())
+
+
+def service_name(model: str) -> str:
+    """What Kubernetes takes as the name of a service: letters, digits and dashes, a letter first, no dash at an end."""
+    plain = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-") or "model"
+    return (plain if plain[0].isalpha() else f"m-{plain}")[:LONGEST_NAME].rstrip("-")
 
 
 def _yaml(value: Mapping[str, Any], indent: str = "") -> str:

@@ -65,12 +65,8 @@ def write_repository(package: Path, folder: Path, layout: Layout) -> list[Path]:
     without its weights, which Triton does not bring.
     """
     manifest = verify_hashes(package)
-    stripped = without_weights(package, TENSORRT)
-    if stripped is not None:
-        raise stripped
+    check_plan(package, layout)
     plan = package / TENSORRT_PLAN
-    if layout.plugins and not serves_plan(package, layout):
-        raise UsageError(f"--plugins: the package has no {TENSORRT_PLAN} that would use them", hint="leave it out")
     libraries = {path.name: path.read_bytes() for named in layout.plugins for path in with_companions(named)}
     config = manifest["source"]["config"]
     specs = family_of(config["_class_name"]).inputs(config)
@@ -105,8 +101,17 @@ def serves_plan(package: Path, layout: Layout) -> bool:
     return layout.gpu is not False and (package / TENSORRT_PLAN).is_file()
 
 
+def check_plan(package: Path, layout: Layout) -> None:
+    """Raise MissingError for a plan without its weights, UsageError for plugins of none."""
+    stripped = without_weights(package, TENSORRT)
+    if stripped is not None:
+        raise stripped
+    if layout.plugins and not serves_plan(package, layout):
+        raise UsageError(f"--plugins: the package has no {TENSORRT_PLAN} that would use them", hint="leave it out")
+
+
 def warnings(package: Path, layout: Layout) -> list[str]:
-    """What a repository of this package cannot carry, or lacks."""
+    """What a repository of this package cannot carry, or its plan lacks."""
     lost = [name for name in _parameters(package, layout) if name in WITHOUT_OPTION]
     said = []
     if lost:
@@ -114,6 +119,12 @@ def warnings(package: Path, layout: Layout) -> list[str]:
             f"{layout.name}: Triton's stock ONNX Runtime backend does not hand on {', '.join(lost)}; README.md says "
             "what that means"
         )
+    return said + plan_warnings(package, layout)
+
+
+def plan_warnings(package: Path, layout: Layout) -> list[str]:
+    """What a TensorRT plan lacks of plugins, in a repository or a service over it."""
+    said = []
     for library in layout.plugins:
         if not registers_itself(library):
             said.append(

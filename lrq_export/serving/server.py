@@ -51,7 +51,7 @@ def serve(
         raise MissingError(
             f"serving needs {error.name}, which is not installed", hint="pip install 'lrq-export[serve]'"
         ) from error
-    from lrq_export.runtime import load
+    from lrq_export.loading import load
     from lrq_export.serving.model import ServedModel
     from lrq_export.serving.signature import outputs_of
 

@@ -337,9 +337,10 @@ def test_an_edited_package_is_a_bad_input(package, copy_of):
     assert exit_code(findings) == 3
 
 
-def test_a_package_without_an_engine_is_incomplete(package, copy_of, reseal):
+@pytest.mark.parametrize("file", ["model.onnx", "session.json"])
+def test_a_package_without_an_engine_is_incomplete(package, copy_of, reseal, file):
     bare = copy_of(package)
-    (bare / "engine/onnxruntime/model.onnx").unlink()
+    (bare / "engine/onnxruntime" / file).unlink()
     reseal(bare)
     findings = list(diagnose(bare, Machine()))
     assert exit_code(findings) == 4

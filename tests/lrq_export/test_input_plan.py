@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lrq_export.errors import InputError, UsageError
+from lrq_export.loading import load
 from lrq_export.models.base import InputSpec
-from lrq_export.runtime import MOST_PLANS, PackagedTransformer, load
+from lrq_export.runtime import MOST_PLANS, PackagedTransformer
 
 SAMPLES, TEXT, SIDE, MASK = 2, 6, 8, "encoder_attention_mask"
 DIT = {

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from lrq_export.loading import load
 from lrq_export.onnx_file import ALIGNMENT, WeightTensor, write_model
-from lrq_export.runtime import load
 
 BLOCKED = ("torch", "lrq_export", "graphs", "onnx", "diffusers", "safetensors")
 ALONE = """

@@ -52,6 +52,12 @@ def test_what_is_built_is_found_and_printed(cache, cmake, cli):
     assert (built.code, built.out) == (0, f"{library}\n")
     assert plugins.find_library() == library
     assert cli("plugins", "path").out == f"{library}\n"
+    for writable in (library, library.parent):  # code that someone else could put there
+        mode = writable.stat().st_mode
+        writable.chmod(mode | 0o002)
+        cli("plugins", "path").refused(4, f"{library}: everyone on this machine may change it", "chmod o-w")
+        writable.chmod(mode)
+    assert plugins.find_library() == library
     given = arguments.read_text().splitlines()
     assert {"-DLRQ_CUDA_ARCHITECTURES=89;90a", "-DLRQ_ONE_OF_EACH=ON", str(plugins.sources())} <= set(given)
 

@@ -15,8 +15,9 @@ from lrq_export.engine import run_obstacle, tensorrt_runner
 from lrq_export.engine.built import FOLDERS
 from lrq_export.engine.onnxruntime_runner import OnnxRuntimeRunner
 from lrq_export.errors import InputError, LrqError, MissingError, UsageError
+from lrq_export.loading import load
 from lrq_export.models.base import InputSpec
-from lrq_export.runtime import PackagedTransformer, feeds, load, tensors
+from lrq_export.runtime import PackagedTransformer, feeds, tensors
 
 
 @pytest.fixture(scope="module")

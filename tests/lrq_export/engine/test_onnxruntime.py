@@ -11,9 +11,9 @@ import torch
 from graphs.passes.patterns import ROTATE_OPS
 from lrq_export.engine import onnxruntime as engine
 from lrq_export.engine.onnxruntime import lower_linears, open_session, products_saturate
+from lrq_export.loading import load
 from lrq_export.machine import describe_machine
 from lrq_export.quantized import QuantizedFile
-from lrq_export.runtime import load
 from lrq_export.saved_graphs import rewritten_graph
 
 

@@ -11,7 +11,8 @@ from lrq_export.admit import _check_session
 from lrq_export.engine.onnxruntime import open_session
 from lrq_export.engine.session_settings import EXACT_PRODUCTS, FOLD_BODIES, STOP_SPINNING, SessionSettings
 from lrq_export.errors import InputError
-from lrq_export.runtime import feeds, load
+from lrq_export.loading import load
+from lrq_export.runtime import feeds
 from lrq_export.serving.repository import Layout, _parameters
 from lrq_export.verify.reference import Reference
 

@@ -244,3 +244,14 @@ def test_what_cannot_be_run_is_told(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt_runner, "find_library", lambda: None)
     with pytest.raises(MissingError, match="plugins build"):
         opened(tmp_path)
+
+
+def test_a_library_that_cannot_be_imported_is_missing(tmp_path, monkeypatch):
+    """So `auto` goes on to the next engine."""
+
+    def fail(name):
+        raise OSError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr(tensorrt_runner.importlib, "import_module", fail)
+    with pytest.raises(MissingError, match=r"tensorrt: tensorrt cannot be imported: libnvinfer\.so\.10"):
+        opened(tmp_path)

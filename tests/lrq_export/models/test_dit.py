@@ -15,10 +15,10 @@ from lrq_export.calibrate.inputs import load_inputs, synthetic_inputs
 from lrq_export.calibrate.record import record
 from lrq_export.compiler import build
 from lrq_export.errors import InputError, UsageError
+from lrq_export.loading import load
 from lrq_export.models import family_of
 from lrq_export.models.dit import DiT
 from lrq_export.plan import plan_layers
-from lrq_export.runtime import load
 from lrq_export.sampling import ConditionalSampler
 from lrq_export.source import gather_inputs, open_source
 from lrq_export.verify.metrics import nmse

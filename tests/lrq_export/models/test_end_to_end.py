@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffu
 from safetensors.torch import load_file, save_file
 
 from lrq_export.compiler import build
-from lrq_export.runtime import load
+from lrq_export.loading import load
 from lrq_export.verify.reference import Reference
 from lrq_export.verify.run import verify
 

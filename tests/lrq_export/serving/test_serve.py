@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 
-from lrq_export.runtime import load
+from lrq_export.loading import load
 
 SLOW = {"batch": 8, "size": 64}  # some tenths of a second, so that several are inside at a time
 

@@ -207,12 +207,25 @@ def test_a_plan_without_weights_is_refused_before_anything_is_written(package, c
         4, f"{engine}: the engine has no weights (engine.strip)", "--set engine.strip=false"
     )
     assert not folder.exists()
+    service = tmp_path / "service.yaml"  # of a service alone, too
+    cli("serve-config", stripped, "--kserve", service).refused(4, "the engine has no weights")
+    cli("serve-config", package, "--kserve", service, "--plugins", "x.so").refused(2, "--plugins: the package has no")
+    assert not service.exists()
+    (engine / "build.json").write_text(json.dumps(built | {"plugins": True}))
+    reseal(stripped)
+    assert "the plan has plugins, and none were named" in cli("serve-config", stripped, "--kserve", service).out
     (engine / "build.json").write_text(json.dumps(built))
     reseal(stripped)
     assert len(write_repository(stripped, folder, Layout("tiny"))) == 2
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("Tiny_W4.a8", "tiny-w4-a8"), ("4bit", "m-4bit"), ("a" * 90, "a" * 63)])
+NAMES = {
+    "Tiny_W4.a8": "tiny-w4-a8", "4bit": "m-4bit", "a" * 90: "a" * 53, "4" * 90: "m-" + "4" * 51, "___": "model",
+    "a" * 52 + "_b": "a" * 52,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "wanted"), NAMES.items())
 def test_the_kserve_service_has_a_name_that_kubernetes_takes(name, wanted, tmp_path):
     write_kserve(tmp_path / "k.yaml", Layout(name), "s3://bucket/models: #1")
     service = yaml.safe_load((tmp_path / "k.yaml").read_text())
