@@ -14,7 +14,7 @@ from lrq_export.layer_times import layer_times
 from lrq_export.machine import describe_machine
 from lrq_export.package import verify_hashes
 from lrq_export.progress import Progress, Silent, stage
-from lrq_export.runtime import TARGETS
+from lrq_export.runtime import ONNXRUNTIME, TARGETS, obstacle
 from lrq_export.source import open_source_of
 
 PERCENTILES = (50, 90, 99)
@@ -70,8 +70,8 @@ def bench(
         for (name, device), error in left_out.items():
             where = None if device is None else str(device)
             rows.append({"batch": batch, "target": name} | NOT_MEASURED | {"device": where, "note": str(error)})
-    if refused and not any(_ran(row) for row in rows):
-        raise refused[0]
+    if not any(_ran(row) for row in rows):
+        raise refused[0] if refused else obstacle(package, ONNXRUNTIME)
     for row in rows:
         row["speedup"] = speedup(row, rows)
     return {

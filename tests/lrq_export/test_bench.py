@@ -178,6 +178,13 @@ def test_a_batch_that_no_profile_takes_leaves_the_others_their_rows(package, wit
     assert "batch 3, tensorrt: no optimization profile of the plan takes timestep (3,)" in done.out
 
 
+def test_a_package_without_any_engine_is_an_error(package, copy_of, reseal, cli):
+    bare = copy_of(package)
+    (bare / "engine/onnxruntime/session.json").unlink()
+    reseal(bare)
+    cli("bench", bare).refused(4, "the package holds no ONNX Runtime engine", "lrq-export build")
+
+
 def test_what_measured_nothing_is_an_error(package, monkeypatch, without_memory):
     def refuse(*arguments, **options):
         raise MissingError("the plugins are not compiled")
