@@ -231,8 +231,8 @@ def unversioned_library(folder: Path) -> Path:
     for place in [] if spec is None else spec.submodule_search_locations or ():
         for library in sorted(Path(place).glob(f"{_RTX_LIBRARY}.*")):
             link = folder / _RTX_LIBRARY
-            if not link.exists():
-                link.symlink_to(library)
+            link.unlink(missing_ok=True)  # of an earlier replay, maybe in another environment
+            link.symlink_to(library)
     return folder
 
 

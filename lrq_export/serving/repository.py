@@ -103,10 +103,11 @@ def serves_plan(package: Path, layout: Layout) -> bool:
 
 def check_plan(package: Path, layout: Layout) -> None:
     """Raise MissingError for a plan without its weights, UsageError for plugins of none."""
-    stripped = without_weights(package, TENSORRT)
+    served = serves_plan(package, layout)
+    stripped = without_weights(package, TENSORRT) if served else None
     if stripped is not None:
         raise stripped
-    if layout.plugins and not serves_plan(package, layout):
+    if layout.plugins and not served:
         raise UsageError(f"--plugins: the package has no {TENSORRT_PLAN} that would use them", hint="leave it out")
 
 

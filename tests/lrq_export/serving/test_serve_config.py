@@ -211,6 +211,7 @@ def test_a_plan_without_weights_is_refused_before_anything_is_written(package, c
     cli("serve-config", stripped, "--kserve", service).refused(4, "the engine has no weights")
     cli("serve-config", package, "--kserve", service, "--plugins", "x.so").refused(2, "--plugins: the package has no")
     assert not service.exists()
+    assert cli("serve-config", stripped, "--kserve", service, "--no-gpu").code == 0  # which leaves the plan out
     (engine / "build.json").write_text(json.dumps(built | {"plugins": True}))
     reseal(stripped)
     assert "the plan has plugins, and none were named" in cli("serve-config", stripped, "--kserve", service).out
