@@ -76,9 +76,14 @@ class TensorFile:
         self.metadata, entries = read_header(self.path)
         self.entries = {name: Entry(DTYPES[each.code], each.shape) for name, each in entries.items()}
 
+    def entry(self, name: str) -> Entry:
+        """Raises InputError for a name that the file does not have."""
+        require_name(name, self.entries, str(self.path))
+        return self.entries[name]
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor in its own dtype. The mapping lives as long as the tensor. Raises InputError."""
-        require_name(name, self.entries, str(self.path))
+        self.entry(name)
         try:
             with safe_open(str(self.path), framework="pt") as file:
                 return file.get_tensor(name)

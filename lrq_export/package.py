@@ -281,7 +281,16 @@ def is_plain_relative(name: str) -> bool:
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder's names to disk, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's bytes to disk, before it is renamed."""
+    _sync(path, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

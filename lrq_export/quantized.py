@@ -10,12 +10,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import ml_dtypes
 import numpy as np
 import onnx
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from graphs import equalizer, names
 from graphs.expressions import RotateOutput
@@ -32,19 +33,21 @@ ONLINE, FOLDED, UNROTATED = "HadamardRotate", "the layer before it", "nothing"
 # What is stored to give codes their meaning, by method: a role of `names.WEIGHT_ROLES`.
 LEVELS = {names.TWIN_LOG: "exponents", names.CODEBOOK: "table"}
 _FLOAT = np.dtype(np.float32)
+Size = Annotated[int, Field(ge=1)]
 
 
+@with_config(ConfigDict(extra="forbid", strict=True))
 @dataclass(frozen=True)
 class LayerRecord:
     """What was done to one linear layer; everything the report and a second export need to know of it."""
 
     layer: str
-    rows: int
-    cols: int
-    bits: int
-    group_size: int
+    rows: Size
+    cols: Size
+    bits: Literal[2, 3, 4, 8]
+    group_size: Size
     act_bits: int
-    block: int  # of the rotation on its input, 0 if none
+    block: Annotated[int, Field(ge=0)]  # of the rotation on its input, 0 if none
     signs_seed: int | None
     rotated_by: str  # ONLINE, FOLDED or UNROTATED
     reason: str
@@ -65,6 +68,20 @@ class LayerRecord:
     def roles(self) -> tuple[str, ...]:
         """The tensors that hold its weight: `<layer>.<role>` on disk, inputs of its node in the graph."""
         return ("codes", "scale") if self.bits == names.INT8_BITS else ("codes", LEVELS[self.method], "scale")
+
+    def stored(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of each of those tensors, by role."""
+        groups = -(-self.cols // self.group_size)
+        forms = {
+            "scale": (torch.float32, (self.rows,)),
+            "exponents": (torch.int8, (self.rows, groups, 2, 3)),
+            "table": (torch.int8, (self.rows, groups, 2**self.bits)),
+        }
+        if self.bits == names.INT8_BITS:
+            forms["codes"] = (torch.int8, (self.rows, self.cols))
+        else:
+            forms["codes"] = (torch.uint8, (packing.layout(self.bits).raw_bytes(self.rows, self.cols),))
+        return {role: forms[role] for role in self.roles()}
 
     def rotation(self) -> Rotation | None:
         """The rotation of its input, None if there is none."""
@@ -149,18 +166,28 @@ class LayerTensors:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
 
+_RECORDS = TypeAdapter(list[LayerRecord])
+
+
 class QuantizedFile:
-    """Reads what `write_quantized` wrote, one tensor at a time."""
+    """Reads what `write_quantized` wrote, one tensor at a time.
+
+    Raises InputError for a file whose records are not of its tensors.
+    """
 
     def __init__(self, path: Path):
         self.file = TensorFile(path)
-        try:
-            rows = json.loads(self.file.metadata["layers"])
-            self.records = {row["layer"]: LayerRecord(**row) for row in rows}
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: its layer records are missing or damaged ({error})") from error
+        self.records = {record.layer: record for record in _records(self.file)}
+        for name, record in self.records.items():
+            for role, (dtype, shape) in record.stored().items():
+                entry = self.file.entry(f"{name}.{role}")
+                if (entry.dtype, entry.shape) != (dtype, shape):
+                    raise _damaged(path, f"{name}.{role} is {entry.dtype} {entry.shape}, needed {dtype} {shape}")
 
     def layer(self, name: str) -> LayerTensors:
+        """Raises InputError for a layer that was not quantized."""
+        if name not in self.records:
+            raise InputError(f"{self.file.path}: no layer {name}", hint="build the package again")
         record = self.records[name]
         return LayerTensors(record, **{role: self.file.read(f"{name}.{role}") for role in record.roles()})
 
@@ -178,6 +205,21 @@ class QuantizedFile:
         record = layer.record
         bias = None if record.bias is None else self.read(record.bias)
         return QuantizedLinear(layer, bias, act_bits=record.act_bits, rotation=record.input_rotation())
+
+
+def _records(file: TensorFile) -> list[LayerRecord]:
+    try:
+        return _RECORDS.validate_json(file.metadata["layers"])
+    except KeyError:
+        raise _damaged(file.path, "there are none") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise _damaged(file.path, f"{where}: {first['msg']}" if where else first["msg"]) from error
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(f"{path}: its layer records are missing or damaged: {why}", hint="build the package again")
 
 
 def write_quantized(path: Path, layers: Iterable[LayerTensors], floats: Mapping[str, torch.Tensor]) -> None:

@@ -36,6 +36,7 @@ class Runner(Protocol):
     """An engine that is open, on one device."""
 
     device: torch.device
+    input_names: Sequence[str]
 
     def __call__(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor: ...
 
@@ -48,13 +49,19 @@ def open_admitted(package: Path, manifest: dict[str, Any], target: str, threads:
         raise UsageError(f"target: got {target!r}, needed one of {', '.join((AUTO, *TARGETS))}")
     config = manifest["source"]["config"]
     try:
-        family_of(config["_class_name"], str(package / MANIFEST)).inputs(config)
+        specs = family_of(config["_class_name"], str(package / MANIFEST)).inputs(config)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{package / MANIFEST}: source: not a config of {config['_class_name']}: {error!r}",
             hint="build the package again",
         ) from error
     chosen, runner = _open_first(package, TARGETS if target == AUTO else (target,), threads)
+    if set(runner.input_names) != specs.keys():
+        raise InputError(
+            f"{package}: its {chosen} engine takes {', '.join(runner.input_names)}; the model of its manifest takes "
+            f"{', '.join(specs)}",
+            hint="build the package again",
+        )
     return PackagedTransformer(runner, config, chosen)
 
 
@@ -87,12 +94,18 @@ def obstacle(package: Path, target: str) -> MissingError | None:
 
 
 def open_runner(package: Path, target: str, threads: int | None = None) -> Runner:
-    """The engine of a target of an admitted package."""
+    """The engine of a target of an admitted package. Raises MissingError for one too large for the GPU's memory."""
     if target == ONNXRUNTIME:
         return OnnxRuntimeRunner(engine.open_session(package / ONNXRUNTIME_ENGINE, threads))
     from lrq_export.engine.tensorrt_runner import TensorRtRunner
 
-    return TensorRtRunner(package / FOLDERS[target], target)
+    try:
+        return TensorRtRunner(package / FOLDERS[target], target)
+    except torch.OutOfMemoryError as error:
+        raise MissingError(
+            f"{package / FOLDERS[target]}: the GPU has too little free memory: {str(error).partition('. ')[0]}",
+            hint="end what else runs there, or build the engine with engine.weight_streaming=true or smaller profiles",
+        ) from error
 
 
 class PackagedTransformer:

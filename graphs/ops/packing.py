@@ -17,6 +17,7 @@ or UINT4: TensorRT widens or refuses those. TensorRT wants an even number of INT
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -41,6 +42,10 @@ class Layout:
     def shape(self, rows: int, cols: int) -> tuple[int, int, int]:
         """The packed shape (rows, planes, elements) of (rows, cols) codes."""
         return rows, self.planes, -(-cols // self.per)
+
+    def raw_bytes(self, rows: int, cols: int) -> int:
+        """Bytes of (rows, cols) codes as ONNX stores them: two INT4 elements share one."""
+        return -(-math.prod(self.shape(rows, cols)) * self.element_bits // 8)
 
 
 LAYOUTS = {
@@ -142,7 +147,7 @@ def from_tensor(tensor: onnx.TensorProto, bits: int, cols: int) -> Packed:
         got = f"{onnx.TensorProto.DataType.Name(tensor.data_type)}{list(shape)}"
         needed = f"{onnx.TensorProto.DataType.Name(form.onnx_type)}{list(form.shape(shape[0] if shape else 0, cols))}"
         raise ValueError(f"{tensor.name}: packed codes are {got}, needed {needed}")
-    size = -(-int(np.prod(shape)) * form.element_bits // 8)
+    size = form.raw_bytes(shape[0], cols)
     if len(tensor.raw_data) != size:
         raise ValueError(f"{tensor.name}: {len(tensor.raw_data)} bytes of packed codes, needed {size}")
     return Packed(bits, cols, shape, form.onnx_type, tensor.raw_data)

@@ -21,6 +21,7 @@ class OnnxRuntimeRunner:
         # ONNX Runtime's CUDA provider takes the first GPU unless it is told another.
         self.device = torch.device("cuda", 0) if on_cuda else torch.device("cpu")
         self._bind = on_cuda if bind is None else bind
+        self.input_names = [value.name for value in session.get_inputs()]
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The output, on the runner's device; `inputs` by name, contiguous and there as well."""

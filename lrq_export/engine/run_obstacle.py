@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lrq_export.doctor.gpu import installed_tensorrt
-from lrq_export.doctor.system import System
+from lrq_export.doctor.system import System, version_of
 from lrq_export.engine.built import FOLDERS, PLAN, RTX, TENSORRT, BuiltEngine, built_engine
 from lrq_export.errors import MissingError
 from lrq_export.plugins import LIBRARY
@@ -57,7 +57,7 @@ def gpu_obstacle(target: str, system: System, fix: str) -> MissingError | None:
 def _version_obstacle(folder: Path, target: str, built: BuiltEngine, system: System, again: str) -> MissingError | None:
     """A library opens what its own version built. One that does not tell its version is tried."""
     here = installed_tensorrt(system, target)
-    if here in (None, built.version):
+    if here is None or version_of(here) == version_of(built.version):
         return None
     return MissingError(f"{folder}: the engine is of {target} {built.version}, the library here is {here}", hint=again)
 

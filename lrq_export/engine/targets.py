@@ -10,7 +10,7 @@ from typing import Any
 
 from lrq_export.admit import admit
 from lrq_export.doctor.gpu import installed_tensorrt
-from lrq_export.doctor.system import System
+from lrq_export.doctor.system import System, version_of
 from lrq_export.engine import tensorrt
 from lrq_export.engine.built import BUILD, EARLIER, FOLDERS, RTX, TENSORRT, BuiltEngine, built_engine, read_built
 from lrq_export.engine.profiles import parse_profile, recorded_sizes
@@ -154,7 +154,7 @@ def other_settings(built: BuiltEngine, target: str, settings: Engine) -> dict[st
 def _fits_here(built: BuiltEngine, target: str, settings: Engine) -> bool:
     """Whether nothing on this machine refuses an engine: another version of its library, or another GPU."""
     library, gpu = installed_tensorrt(System(), target), tensorrt.gpu_at_hand()
-    if library not in (None, built.version):
+    if library is not None and version_of(library) != version_of(built.version):
         return False
     return target == RTX or settings.hardware != "this" or None in (gpu, built.gpu) or built.gpu == gpu
 

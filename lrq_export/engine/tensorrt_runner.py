@@ -73,12 +73,12 @@ class TensorRtRunner:
             self._scratch = torch.empty(max(1, engine.device_memory_size_v2), dtype=torch.uint8, device=self.device)
         self._engine = engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        self._inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        (self._output,) = (name for name in names if name not in self._inputs)
+        self.input_names = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        (self._output,) = (name for name in names if name not in self.input_names)
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The output, float32 on the runner's device. Raises UsageError for sizes that no profile of the plan takes."""
-        shapes = tuple((name, tuple(inputs[name].shape)) for name in self._inputs)
+        shapes = tuple((name, tuple(inputs[name].shape)) for name in self.input_names)
         with self._lock, torch.cuda.device(self.device):
             bucket = self._ready(shapes)
             caller = torch.cuda.current_stream(self.device)
@@ -103,7 +103,7 @@ class TensorRtRunner:
 
         In a context of its own, without a CUDA graph: the profiler is told of what is enqueued, not of replays.
         """
-        shapes = tuple((name, tuple(inputs[name].shape)) for name in self._inputs)
+        shapes = tuple((name, tuple(inputs[name].shape)) for name in self.input_names)
         profiler = _profiler(self._trt)
         with self._lock, torch.cuda.device(self.device):
             bucket = self._bucket(shapes, captures=False)

@@ -136,7 +136,9 @@ def create_app(service: Service) -> FastAPI:
     """The application; `service` is closed by whoever made it."""
     app, model = FastAPI(openapi_url=None), service.model
     config = config_json(
-        model_config(model.name, model.inputs.values(), model.outputs.values(), platform=model.platform)
+        model_config(
+            model.name, model.inputs.values(), model.outputs.values(), kind=model.kind, platform=model.platform
+        )
     )
 
     @app.exception_handler(HTTPException)

@@ -11,6 +11,7 @@ from lrq_export.errors import UsageError
 from lrq_export.runtime import ONNXRUNTIME, PackagedTransformer, tensors
 from lrq_export.serving.protocol import TensorInfo, invalid
 from lrq_export.serving.signature import inputs_of
+from lrq_export.serving.triton import KIND_CPU, KIND_GPU
 
 VERSION = "1"
 PLATFORMS = {ONNXRUNTIME: "onnxruntime_onnx", TENSORRT: "tensorrt_plan", RTX: "tensorrt-rtx_plan"}  # of the protocol
@@ -32,6 +33,7 @@ class ServedModel:
     ):
         self.name, self.specs, self.limits = name, transformer.specs, dict(limits or {})
         self.platform, self._transformer = PLATFORMS[transformer.target], transformer
+        self.kind = KIND_GPU if transformer.device.type == "cuda" else KIND_CPU
         self.inputs, self.outputs = inputs_of(self.specs), dict(outputs)
         known = {size for spec in self.specs.values() for size in spec.shape if isinstance(size, str)}
         for dimension in self.limits.keys() - known:

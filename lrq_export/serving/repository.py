@@ -23,6 +23,7 @@ from lrq_export.package import (
     MODEL,
     MODEL_DATA,
     ONNXRUNTIME_ENGINE,
+    sync_file,
     sync_folder,
     verify_hashes,
     write_bytes_atomic,
@@ -175,6 +176,8 @@ def _write_model(model: Path, files: Mapping[str, Path], layout: Layout, config:
             _link(path, unfinished / name)
         else:
             shutil.copyfile(path, unfinished / name)
+            sync_file(unfinished / name)
+    sync_folder(unfinished)
     first = not (model / CONFIG).exists()
     if first:  # a version without any config would be served by guesses; a config without its version is not served
         write_bytes_atomic(model / CONFIG, config.encode())

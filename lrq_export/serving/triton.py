@@ -26,19 +26,18 @@ def model_config(
     inputs: Iterable[TensorInfo],
     outputs: Iterable[TensorInfo],
     *,
+    kind: str,
     platform: str = "onnxruntime_onnx",
     max_batch: int = 0,
     instances: int = 1,
     version: int = 1,
-    kind: str | None = None,
     parameters: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The `ModelConfig` of one version of an engine. With `max_batch` > 0 every tensor's first axis is the batch.
 
-    `kind`: the processors that it runs on; default: CPU for ONNX Runtime, GPU for others.
+    `kind`: the processors that it runs on.
     """
     backend, _, _ = platform.partition("_")
-    kind = kind or (KIND_CPU if backend == "onnxruntime" else KIND_GPU)
     config: dict[str, Any] = {
         "name": name, "platform": platform, "backend": backend, "max_batch_size": max_batch,
         "input": [_tensor(info, max_batch > 0) for info in inputs],

@@ -17,6 +17,7 @@ from lrq_export.saved_graphs import left_out
 from lrq_export.source import Source, open_source_of
 from lrq_export.verify import ladder, rungs
 from lrq_export.verify.layers import histograms, layer_table
+from lrq_export.verify.one_model import check_one_model
 from lrq_export.verify.reference import Reference
 from lrq_export.verify.report_engines import engine_rows
 from lrq_export.verify.subject import Subject, quantized_model
@@ -51,6 +52,8 @@ def climb(
     family = family_of(config["_class_name"])
     quantized, reference = QuantizedFile(package / QUANTIZED), Reference.load(package)
     subject = Subject(package, recipe, family, config, source, quantized, reference)
+    if source is None:  # of one that is at hand, all of this was checked before the build
+        check_one_model(subject)
     climbed: list[ladder.Rung] = []
 
     def passed(rung: ladder.Rung) -> None:

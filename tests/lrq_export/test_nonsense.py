@@ -4,6 +4,7 @@ import json
 
 import onnx
 import pytest
+import torch
 
 from lrq_export.package import save_tensors_atomic
 from lrq_export.saved_graphs import pass_files
@@ -59,18 +60,53 @@ def without_metadata(key):
     return edit
 
 
+def config(**changes):
+    """The manifest's config of the model, of which the other files are not any more."""
+
+    def edit(folder):
+        facts = json.loads((folder / "manifest.json").read_text())
+        facts["source"]["config"] |= changes
+        (folder / "manifest.json").write_text(json.dumps(facts))
+
+    return edit
+
+
+def another_float(folder):
+    """A weight in floating point under a name that the model does not have."""
+    from lrq_export.checkpoint import TensorFile
+
+    file = TensorFile(folder / "quantized.safetensors")
+    tensors = {
+        name.replace("proj_out.bias", "proj_out.bios"): tensor.clone() for name, tensor in file.read_all().items()
+    }
+    save_tensors_atomic(file.path, tensors, file.metadata)
+
+
 def without_graphs(folder):
     for path in pass_files(folder):
         path.unlink()
 
 
+ONES = torch.ones(1)
 ADD, VERIFY = ("build", "--target", "tensorrt"), ("verify", "--against", "onnxruntime")
+SAMPLE = ("sample", "-o", "not-written.png")
 NONSENSE = {
     "a reference of no facts": (reference(facts=None), VERIFY, "reference.safetensors: not the answers of a model"),
     "facts that are no JSON": (reference(facts="{"), VERIFY, "reference.safetensors: not the answers of a model"),
     "facts that are a list": (reference(facts="[1]"), VERIFY, "reference.safetensors: not the answers of a model"),
     "facts of no statistics": (reference(facts='{"adapter_nmse": 0}'), ADD, "reference.safetensors: not the answers"),
     "a reference of no noise": (reference(noise=None), VERIFY, "reference.safetensors: not the answers of a model"),
+    "a config of more layers": (config(num_layers=3), ("verify",), "quantized.safetensors: transformer_blocks.2"),
+    "a config of fewer layers": (config(num_layers=1), ("verify",), "quantized.safetensors: transformer_blocks.1"),
+    "a config of other widths": (config(in_channels=3), ("verify",), "pos_embed.proj.weight: got shape"),
+    "a config of text": (config(num_layers="x"), ("verify",), "manifest.json: num_layers: got 'x'"),
+    "a config of another class": (config(_class_name="DiTTransformer2DModel"), ("verify",), "manifest.json"),
+    "an engine of another class": (config(_class_name="DiTTransformer2DModel"), SAMPLE, "its onnxruntime engine takes"),
+    "a weight of no model": (another_float, ("verify",), "quantized.safetensors: proj_out.bias: got no such tensor"),
+    "a reference of other inputs": (reference(**{"inputs.x": ONES}), ("verify",), "inputs.x is unknown"),
+    "a reference of no timesteps": (reference(**{"inputs.timestep": None}), ("verify",), "inputs.timestep is missing"),
+    "a reference of one timestep": (reference(**{"inputs.timestep": ONES}), ("verify",), "timestep: got shape (1,)"),
+    "answers to fewer inputs": (reference(noise=ONES), ("verify",), "noise: got shape (1,)"),
     "a report of no source": (report(lambda facts: facts.pop("source")), ADD, "report.json: not the report"),
     "a report of text": (lambda folder: (folder / "report.json").write_text("?"), ADD, "report.json: not the report"),
     "no report": (lambda folder: (folder / "report.json").unlink(), ADD, "report.json: cannot be read"),

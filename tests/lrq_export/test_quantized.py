@@ -1,5 +1,6 @@
 """The stored form of weights: what is written reads back, and every consumer decodes the same integers."""
 
+import json
 from dataclasses import asdict
 
 import numpy as np
@@ -91,11 +92,61 @@ def test_records_say_what_became_of_each_rotation(package):
         assert each.bias in (f"{name}.bias", None) or each.bias.startswith("folded")
 
 
-@pytest.mark.parametrize("metadata", [{}, {"layers": "{"}, {"layers": '[{"layer": "x"}]'}])
+@pytest.fixture(params=["tlq", "codebook", "int8"])
+def stored(request, tmp_path):
+    """A file of one layer: writes it with changes of its record and of its tensors, and gives its path."""
+    weight = torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
+    bits, method = (8, "tlq") if request.param == "int8" else (3, request.param)
+    layer = quantize_layer(weight, None, record(8, 24, bits, method=method))
+
+    def write(tensors=None, **changes):
+        held = {name: tensor for name, tensor in (layer.tensors() | (tensors or {})).items() if tensor is not None}
+        records = json.dumps([asdict(layer.record) | changes])
+        save_tensors_atomic(tmp_path / "q", held, {"format": "x", "layers": records})
+        return tmp_path / "q"
+
+    return write
+
+
+def test_records_of_their_tensors_are_read(stored):
+    assert QuantizedFile(stored()).layer("net.0").record.rows == 8
+
+
+@pytest.mark.parametrize("metadata", [{}, {"layers": "{"}, {"layers": "{}"}, {"layers": '[{"layer": "x"}]'}])
 def test_damaged_records_are_refused(tmp_path, metadata):
     save_tensors_atomic(tmp_path / "q", {"x.scale": torch.ones(2)}, {"format": "x"} | metadata)
     with pytest.raises(InputError, match="layer records"):
         QuantizedFile(tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": "8"}, {"rows": 8.5}, {"rows": 0}, {"rows": 9}, {"cols": -24}, {"cols": 25}, {"bits": 5}, {"bits": 2},
+        {"group_size": 0}, {"act_bits": None}, {"block": -1}, {"signs_seed": "1"}, {"method": "none"}, {"more": 1},
+        {"layer": "net.1"}, {"output_rotations": [1]}, {"online_channels": [0.5, 1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_records_of_other_fields_are_refused_in_one_line(stored, changes):
+    with pytest.raises(InputError) as refused:
+        QuantizedFile(stored(**changes))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [None, torch.ones(7), torch.ones(8, dtype=torch.float64), torch.ones(8, 1)],
+    ids=["absent", "too few", "of another type", "of another rank"],
+)
+def test_tensors_of_other_records_are_refused(stored, tensor):
+    with pytest.raises(InputError, match="scale"):
+        QuantizedFile(stored({"net.0.scale": tensor}))
+
+
+def test_a_layer_that_was_not_quantized_is_refused(stored):
+    with pytest.raises(InputError, match=r"no layer net\.1"):
+        QuantizedFile(stored()).layer("net.1")
 
 
 @pytest.mark.parametrize(("method", "levels"), [("tlq", "exponents"), ("codebook", "table")])

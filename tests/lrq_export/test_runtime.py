@@ -250,9 +250,10 @@ def with_engine(package, copy_of, reseal):
     return make
 
 
+@pytest.mark.parametrize("version", ["1", "1.post2"])
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
-def test_an_engine_for_a_gpu_is_taken_where_it_can_run(with_engine, drop_in, machine, target):
-    folder = with_engine(target)
+def test_an_engine_for_a_gpu_is_taken_where_it_can_run(with_engine, drop_in, machine, target, version):
+    folder = with_engine(target, version=version)
     with load(folder) as transformer:
         assert transformer.target == target
         assert torch.equal(transformer(**arguments()).sample, drop_in(**arguments()).sample)
@@ -281,6 +282,13 @@ def refused(patch):
     patch.setattr(tensorrt_runner, "TensorRtRunner", refuse)
 
 
+def too_large(patch):
+    def allocate(folder, target):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    patch.setattr(tensorrt_runner, "TensorRtRunner", allocate)
+
+
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
 @pytest.mark.parametrize(
     ("lose", "facts", "reason"),
@@ -291,8 +299,9 @@ def refused(patch):
         (lambda patch: None, {"version": "2"}, "is of .* 2, the library here is 1"),
         (lambda patch: None, {"options": {"strip": True}}, "no weights"),
         (refused, {}, "does not take it"),
+        (too_large, {}, "too little free memory: CUDA out of memory"),
     ],
-    ids=["GPU", "library", "plugins", "version", "weights", "refused"],
+    ids=["GPU", "library", "plugins", "version", "weights", "refused", "memory"],
 )
 def test_where_its_engine_cannot_run_onnx_runtime_s_is_taken_unless_it_is_asked_for(
     with_engine, machine, monkeypatch, target, lose, facts, reason

@@ -21,7 +21,7 @@ from lrq_export.serving.kserve import write_kserve
 from lrq_export.serving.plugin_libraries import registers_itself, with_companions
 from lrq_export.serving.repository import Layout, warnings, write_repository
 from lrq_export.serving.signature import outputs_of
-from lrq_export.serving.triton import config_json, config_text, model_config
+from lrq_export.serving.triton import KIND_AUTO, config_json, config_text, model_config
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_a_config_that_is_none_does_not_parse(package, messages, tmp_path, old, 
 
 def test_the_served_config_is_the_same_message(messages, package):
     outputs = outputs_of(package).values()
-    config = model_config('odd "name"', outputs, outputs, max_batch=4, parameters={"a\nb": 'c"d'})
+    config = model_config('odd "name"', outputs, outputs, kind=KIND_AUTO, max_batch=4, parameters={"a\nb": 'c"d'})
     from_text = text_format.Parse(config_text(config), messages.ModelConfig())
     assert from_text == json_format.ParseDict(config_json(config), messages.ModelConfig())
     assert from_text.parameters["a\nb"].string_value == 'c"d'
