@@ -81,6 +81,13 @@ def build(
                  "--conditions": conditions, "--validate": validate, "--keep-going": keep_going}  # fmt: skip
         add_engines(source, overrides, [flag for flag, value in given.items() if value is not None], as_json)
         return
+    from lrq_export.package import is_package
+
+    if is_package(source):
+        raise UsageError(
+            f"-o {out}: {source} is a package itself",
+            hint="leave -o out to add engines to it, or name the model that it was built from",
+        )
     from lrq_export.calibrate.pipeline import record_prompts
     from lrq_export.compiler import build as run
     from lrq_export.engine.targets import finish_elsewhere

@@ -50,6 +50,8 @@ BITS = {
 TEXT, COMPLEX = 8, (14, 15)
 # Fields of a tensor that hold values one by one: bytes of each, 0 for variable length, None for messages.
 TYPED = {4: 4, 5: 0, 6: None, 7: 0, 10: 8, 11: 0}
+# Fields of a fixed size; protobuf steps over any other that is written as one.
+FIXED = {"attribute": {(2, 5), (7, 5)}, "tensor": {(4, 5), (10, 1)}}  # (number, wire type)
 # Fields that may occur often and are looked at when their message is whole.
 REPEATED = {"node": {ATTRIBUTES}, "tensor": {DIMS, SEGMENT, EXTERNAL, *TYPED}}
 LAST_BYTES = bytes(range(128))  # what a number of variable length ends with
@@ -92,7 +94,9 @@ class _Scan:
         if depth > MOST_NESTED:
             raise _Unsound(f"more than {MOST_NESTED} messages are nested in one another")
         found: dict[int, list] = defaultdict(list)
-        for number, value in self.fields(begin, end):
+        for number, wire, value in self.fields(begin, end):
+            if wire in (1, 5) and (number, wire) not in FIXED.get(kind, ()):
+                raise _Unsound(f"field {number} of a {kind} is of a fixed size")
             inner = INSIDE[kind].get(number)
             if inner is not None:
                 if isinstance(value, int):
@@ -108,14 +112,16 @@ class _Scan:
             self.cached_engine(found)
         return found
 
-    def fields(self, begin: int, end: int) -> Iterator[tuple[int, int | Range]]:
-        """Every field of a message: (number, its value or the range of its bytes)."""
+    def fields(self, begin: int, end: int) -> Iterator[tuple[int, int, int | Range]]:
+        """Every field of a message: (number, wire type, its value or the range of its bytes)."""
         place = begin
         while place < end:
             self.visited += 1
             if self.visited > MOST_FIELDS:
                 raise _Unsound(f"it has more than {MOST_FIELDS} fields")
             tag, place = self.varint(place, end)
+            if tag >= 2**32:  # of which protobuf in C++ keeps the lower half: another field than is read here
+                raise _Unsound(f"the tag before byte {place} has more than 32 bits")
             number, wire = tag >> 3, tag & 7
             if wire == 0:
                 value, place = self.varint(place, end)
@@ -128,7 +134,7 @@ class _Scan:
                 raise _Unsound(f"byte {place} is of no known kind")
             if number == 0 or place > end:
                 raise _Unsound(f"it is damaged or cut off before byte {min(place, end)}")
-            yield number, value
+            yield number, wire, value
 
     def varint(self, place: int, end: int) -> tuple[int, int]:
         """A number of variable length, as unsigned 64 bits, and the place after it."""

@@ -21,6 +21,7 @@ from lrq_export.errors import UsageError
 from lrq_export.models.base import SAMPLES, InputSpec
 
 KEY = "engine.profiles"
+MOST = 2**31 - 1  # of TensorRT's axes
 
 
 class Range(NamedTuple):
@@ -46,7 +47,12 @@ def parse_profile(text: str, recorded: Mapping[str, int], specs: Mapping[str, In
 
     `text` is a profile such as "samples=1:2:8 height=64"; "" takes all sizes from `recorded`.
     """
-    given = dict(_range(part, recorded) for part in text.split())
+    given: dict[str, Range] = {}
+    for part in text.split():
+        axis, sizes = _range(part, recorded)
+        if axis in given:
+            raise UsageError(f"{KEY}: got {axis} twice in {text!r}, needed it once")
+        given[axis] = sizes
     default = {SAMPLES: Range(1, recorded[SAMPLES], 4 * recorded[SAMPLES])}
     ranges = {axis: given.get(axis, default.get(axis, Range(size, size, size))) for axis, size in recorded.items()}
     for spec in specs.values():
@@ -75,8 +81,8 @@ def _range(part: str, known: Mapping[str, int]) -> tuple[str, Range]:
     if not equals or len(numbers) not in (1, 3) or not all(number.isdecimal() for number in numbers):
         raise UsageError(f"{KEY}: got {part!r}, needed AXIS=SIZE or AXIS=LEAST:USUAL:LARGEST")
     found = Range(*map(int, numbers * 3 if len(numbers) == 1 else numbers))
-    if not 1 <= found.least <= found.usual <= found.most:
-        raise UsageError(f"{KEY}: got {part!r}, needed sizes from 1 up, in ascending order")
+    if not 1 <= found.least <= found.usual <= found.most <= MOST:
+        raise UsageError(f"{KEY}: got {part!r}, needed sizes from 1 to {MOST}, in ascending order")
     return axis, found
 
 

@@ -178,6 +178,20 @@ def built(**facts):
     return resealed(put("engine/tensorrt/build.json", json.dumps(told).encode()))
 
 
+def varint(number):
+    """As protobuf writes it."""
+    groups = [number >> shift & 127 for shift in range(0, max(number.bit_length(), 1), 7)]
+    return bytes([*(group | 128 for group in groups[:-1]), groups[-1]])
+
+
+EVIL = onnx.GraphProto(  # what a reader that keeps the lower half of a tag merges into the model's graph
+    initializer=[
+        onnx.TensorProto(
+            name="evil", data_type=1, dims=[1 << 38], data_location=onnx.TensorProto.EXTERNAL,
+            external_data=[onnx.StringStringEntryProto(key="location", value="../../../../etc/passwd")],
+        )
+    ]
+).SerializeToString()  # fmt: skip
 ZIP = b"PK\x03\x04\x14\x00\x00\x00\x08\x00" + random.Random(0).randbytes(5000)
 NOISE = random.Random(1).randbytes(50_000)
 TENSORRT_RTX = b"vtrt" + bytes(20) + bytes([1, 7, 1, 0x74]) + bytes(100)
@@ -305,6 +319,13 @@ HOSTILE = {
     "data in two places": (external("report.json", ("location", "report.html")), "lies in two places"),
     "data without a place": (first_weight(external=[]), "no file of the package beside it"),
     "two graphs": (resealed(change_bytes(MODEL, lambda model: model + b"\x3a\x00")), "field 7 of a model occurs twice"),
+    "a second graph that half of a tag hides": (
+        resealed(change_bytes(MODEL, lambda model: model + varint(1 << 32 | 0x3A) + varint(len(EVIL)) + EVIL)),
+        "has more than 32 bits",
+    ),
+    "a graph of four bytes": (
+        resealed(change_bytes(MODEL, lambda model: model + b"\x3d" + bytes(4))), "field 7 of a model is of a fixed size"
+    ),
     "two million nodes": (resealed(put(MODEL, b"\x3a\x84\x84\xbd\x01" + b"\x0a\x00" * 1_548_546)), "more than 500000"),
     "an engine above the package": (cached_engine("../../evil.plan", embed_mode=0), "'../../evil.plan'"),
     "an engine in the model": (cached_engine("ftrt"), "holds an engine itself"),
