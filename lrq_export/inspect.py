@@ -13,6 +13,7 @@ from graphs.passes import TARGETS, target_passes
 from graphs.traced import TracedGraph
 from lrq_export.admit import admit
 from lrq_export.errors import UsageError
+from lrq_export.onnx_file import read_model
 from lrq_export.package import MODEL, QUANTIZED
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe, nearest
@@ -35,7 +36,7 @@ class Section:
 def describe(package: Path) -> Section:
     """The package at a glance: source, recipe, ops of model.onnx, sizes."""
     manifest = admit(package)
-    model = onnx.load(package / MODEL, load_external_data=False)
+    model = read_model(package / MODEL)
     ops = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
     inputs = {value.name: _shape(value) for value in model.graph.input}
     outputs = {value.name: _shape(value) for value in model.graph.output}

@@ -1,4 +1,7 @@
-"""Write an ONNX file whose weights arrive one at a time; past a limit they stream into external data."""
+"""ONNX files: read without their external data; written while weights arrive one at a time.
+
+Past a limit they stream into external data.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -6,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 
 from graphs import names
 from graphs.ops import attach_bodies
+from lrq_export.errors import InputError
 from lrq_export.package import atomic_file
 
 # protobuf ends at 2 GiB; a file that small still copies as one piece, which is what people expect of a small model.
 INLINE_LIMIT = 1 << 30
+_AGAIN = "build the package again"
 ALIGNMENT = 4096  # bytes; lets a runtime map each tensor by itself
 
 
@@ -39,6 +45,16 @@ class WeightTensor:
             name, first.onnx_type, (rows, *first.shape[1:]), sum(part.size for part in parts),
             lambda: b"".join(part.read() for part in parts),
         )  # fmt: skip
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """The model in a file, without its external data. Raises InputError for a file that is none, or is not there."""
+    try:
+        return onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", hint=_AGAIN) from error
+    except DecodeError as error:  # `admit` steps over what it has no use for
+        raise InputError(f"{path}: no ONNX model: {error}", hint=_AGAIN) from error
 
 
 def write_model(

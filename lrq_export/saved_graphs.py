@@ -1,6 +1,7 @@
 """The graphs of a package before its weights were bound: after trace and after each pass, each one small ONNX file."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import onnx
 
 from graphs.traced import TracedGraph
 from lrq_export.errors import InputError
+from lrq_export.onnx_file import read_model
 from lrq_export.package import GRAPHS, write_bytes_atomic
 
 TRACE = f"{GRAPHS}/0-trace.onnx"
 OUTCOME_KEY = "lrq.pass"  # metadata of a pass's graph: its name, fire count and near misses
+_PLACE = re.compile("([0-9]+)-")  # how the name of a pass's graph begins
 _AGAIN = "build the package again"
 
 
@@ -21,13 +24,13 @@ def pass_file(folder: Path, index: int, name: str) -> Path:
 
 def load_graph(path: Path) -> TracedGraph:
     """Raises InputError for a file that is not there, or is no such graph."""
-    return _traced(path, _model(path))
+    return _traced(path, read_model(path))
 
 
 def pass_files(folder: Path) -> list[Path]:
     """The graphs after each pass, in the order of the pipeline that made this package, which may not be today's."""
-    files = [path for path in (folder / GRAPHS).glob("[0-9]*-*.onnx") if path != folder / TRACE]
-    return sorted(files, key=lambda path: int(path.name.partition("-")[0]))
+    places = {path: _PLACE.match(path.name) for path in (folder / GRAPHS).glob("*.onnx") if path != folder / TRACE}
+    return sorted((path for path, place in places.items() if place), key=lambda path: int(places[path][1]))
 
 
 def rewritten_graph(folder: Path) -> TracedGraph:
@@ -50,7 +53,7 @@ def saved_graphs(package: Path) -> tuple[list[TracedGraph], list[dict[str, Any]]
     """The graph after trace and after each pass, and what became of each pass."""
     stages, outcomes = [load_graph(package / TRACE)], []
     for path in pass_files(package):
-        model = _model(path)
+        model = read_model(path)
         stages.append(_traced(path, model))
         properties = {entry.key: entry.value for entry in model.metadata_props}
         try:
@@ -63,13 +66,6 @@ def saved_graphs(package: Path) -> tuple[list[TracedGraph], list[dict[str, Any]]
 def left_out(outcomes: list[dict[str, Any]]) -> list[str]:
     """A line for every pass that --keep-going left out."""
     return [f"rewrite: pass {row['name']} was left out: {row['refused']}" for row in outcomes if row["refused"]]
-
-
-def _model(path: Path) -> onnx.ModelProto:
-    try:
-        return onnx.load(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}", hint=_AGAIN) from error
 
 
 def _traced(path: Path, model: onnx.ModelProto) -> TracedGraph:

@@ -22,7 +22,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_graphsurgeon as gs
 
 from graphs import names
@@ -40,7 +39,7 @@ from lrq_export.engine.profiles import Range, shapes_of
 from lrq_export.engine.run_obstacle import gpu_obstacle, library_obstacle
 from lrq_export.errors import CheckFailed, MissingError
 from lrq_export.models.base import InputSpec
-from lrq_export.onnx_file import data_file
+from lrq_export.onnx_file import data_file, read_model
 from lrq_export.package import write_json_atomic
 from lrq_export.plugins import LIBRARY, find_library
 from lrq_export.quantized import QuantizedFile
@@ -168,7 +167,7 @@ def build_plan(traced: TracedGraph, quantized: QuantizedFile, folder: Path, requ
             hint="engine.plugins=never builds from standard ops" if nodes else "report this fault of lrq-export",
         )
     if request.target == TENSORRT:
-        outputs = onnx.load(folder / MODEL, load_external_data=False).graph.output
+        outputs = read_model(folder / MODEL).graph.output
         write_context(folder, PLAN, request.specs, outputs, answer["version"])
     facts = answer | {
         "target": request.target, "plugins": library is not None, "nodes": len(nodes),

@@ -19,9 +19,10 @@ import numpy as np
 import onnx
 
 from lrq_export.errors import MissingError
+from lrq_export.onnx_file import read_model
 from lrq_export.package import atomic_file
 from lrq_export.verify.metrics import cosine, error_quantiles, nmse
-from lrq_export.verify.sliced import FOLDER_OPTION, frugal_options
+from lrq_export.verify.sliced import FOLDER_OPTION, frugal_options, refusals
 
 # What a side is: named tensors of one run on fixed inputs. Of TensorRT, for example, an engine with these marked.
 Tensors = Callable[[Sequence[str]], Mapping[str, np.ndarray]]
@@ -48,7 +49,7 @@ class OnnxTensors:
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ):
         self.path, self.inputs, self.config, self.providers = Path(path), dict(inputs), dict(config or {}), providers
-        self.model = onnx.load(self.path, load_external_data=False)
+        self.model = read_model(self.path)
         self.outputs = [value.name for value in self.model.graph.output]
 
     @cached_property
@@ -69,10 +70,11 @@ class OnnxTensors:
         marked.CopyFrom(self.model)
         del marked.graph.output[:]
         marked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)  # ONNX Runtime infers their types
-        session = onnxruntime.InferenceSession(marked.SerializeToString(), options, providers=list(self.providers))
-        read = {value.name for value in session.get_inputs()}
-        feed = {name: array for name, array in self.inputs.items() if name in read}
-        return dict(zip(names, session.run(list(names), feed), strict=True))
+        with refusals(self.path):
+            session = onnxruntime.InferenceSession(marked.SerializeToString(), options, providers=list(self.providers))
+            read = {value.name for value in session.get_inputs()}
+            feed = {name: array for name, array in self.inputs.items() if name in read}
+            return dict(zip(names, session.run(list(names), feed), strict=True))
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import onnx
 
-from lrq_export.onnx_file import WeightTensor
+from lrq_export.onnx_file import WeightTensor, read_model
 
 
 def differing_weight(path: Path, expected: Iterable[WeightTensor]) -> str | None:
     """Name of the first weight that the file lacks or holds with other bytes, type or shape; None if all are right."""
-    stored = {tensor.name: tensor for tensor in onnx.load(path, load_external_data=False).graph.initializer}
+    stored = {tensor.name: tensor for tensor in read_model(path).graph.initializer}
     for weight in expected:
         tensor = stored.get(weight.name)
         if tensor is None or tensor.data_type != weight.onnx_type or tuple(tensor.dims) != tuple(weight.shape):

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from torch import nn
 
 from lrq_export.bind import portable_weights
 from lrq_export.engine.onnxruntime import MODEL as ENGINE_MODEL
 from lrq_export.engine.onnxruntime import engine_weights, lower_linears, session_config
-from lrq_export.onnx_file import WeightTensor
+from lrq_export.onnx_file import WeightTensor, read_model
 from lrq_export.package import MODEL, ONNXRUNTIME_ENGINE, QUANTIZED
 from lrq_export.proof import Proof, difference
 from lrq_export.runtime import PackagedTransformer, feeds
@@ -73,7 +72,7 @@ def r2(subject: Subject, answers: list[ArrayFile]) -> ladder.Rung:
 
 def free_run(subject: Subject, inputs: ladder.Inputs) -> np.ndarray:
     """The output of model.onnx, nothing forced."""
-    model = onnx.load(subject.package / MODEL, load_external_data=False)
+    model = read_model(subject.package / MODEL)
     sliced = SlicedModel(model, subject.package)
     ((_, _, output),) = sliced.run([feeds(subject.specs, inputs).__getitem__])
     return output
@@ -81,7 +80,7 @@ def free_run(subject: Subject, inputs: ladder.Inputs) -> np.ndarray:
 
 def forced_model(subject: Subject, path: Path, config: dict[str, str] | None = None) -> SlicedModel:
     """The model at `path`, cut before every quantized layer."""
-    model = onnx.load(path, load_external_data=False)
+    model = read_model(path)
     forced.cut_model(model, set(subject.tensor_of.values()))
     return SlicedModel(model, path.parent, config=config)
 

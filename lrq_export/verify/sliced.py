@@ -7,6 +7,7 @@ is one slice, the session that a user would open. The function is the same; fusi
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +15,26 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from lrq_export.errors import InputError
 from lrq_export.memory import trim
+from lrq_export.onnx_file import read_model
 from lrq_export.verify.folded_bodies import fold_bodies
 
 SLICE_BYTES = 48 << 20  # of weights, two elements of 4 bits counted as two bytes
 FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 ReadInput = Callable[[str], np.ndarray]
+
+
+@contextmanager
+def refusals(where: Path | None) -> Iterator[None]:
+    """Make what ONNX Runtime says of a model in a file an InputError; of one without, it is a fault of lrq-export."""
+    try:
+        yield
+    except Exception as error:  # it has a class of its own for each kind of failure
+        if where is None or not type(error).__module__.startswith("onnxruntime."):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"{where}: ONNX Runtime refuses it: {reason}", hint="build the package again") from error
 
 
 class SlicedModel:
@@ -43,6 +58,7 @@ class SlicedModel:
         limit: int = SLICE_BYTES,
     ):
         self.model, self.weights = model, dict(weights or {})
+        self.folder = folder
         self.config = dict(config or {}) | ({} if folder is None else {FOLDER_OPTION: str(folder)})
         self.stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self.slices = list(cut(model.graph, self._weight_bytes(), limit))
@@ -64,15 +80,17 @@ class SlicedModel:
             session = None
             for case, (known, given) in enumerate(zip(computed, cases, strict=True)):
                 feed = made | {name: known[name] if name in known else given(name) for name in wanted}
-                session = session or self._session(nodes, read, feed, produced)
-                for name, array in zip(produced, session.run(produced, feed), strict=True):
+                with refusals(self.folder):
+                    session = session or self._session(nodes, read, feed, produced)
+                    answers = session.run(produced, feed)
+                for name, array in zip(produced, answers, strict=True):
                     if name in later:
                         known[name] = array
                     if name in outputs:
                         yield case, name, array
                 for name in known.keys() - later:
                     del known[name]
-            del session, made, feed
+            del session, made, feed, answers
             trim()
 
     def _weight_bytes(self) -> dict[str, int]:
@@ -129,7 +147,7 @@ class SlicedSession:
 
 def sliced_session(path: Path, config: Mapping[str, str] | None = None) -> SlicedSession:
     """A session of the model at `path`, run a slice at a time."""
-    return SlicedSession(SlicedModel(onnx.load(path, load_external_data=False), path.parent, config=config))
+    return SlicedSession(SlicedModel(read_model(path), path.parent, config=config))
 
 
 def _sizes(value: onnx.ValueInfoProto) -> list[int | None]:

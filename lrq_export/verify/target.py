@@ -18,7 +18,7 @@ from lrq_export.engine.run_obstacle import machine_obstacle, run_obstacle
 from lrq_export.engine.targets import ONNXRUNTIME
 from lrq_export.errors import MissingError, UsageError
 from lrq_export.models.base import InputSpec
-from lrq_export.onnx_file import WeightTensor
+from lrq_export.onnx_file import WeightTensor, read_model
 from lrq_export.package import ONNXRUNTIME_ENGINE, QUANTIZED
 from lrq_export.quantized import QuantizedFile
 from lrq_export.saved_graphs import rewritten_graph
@@ -59,13 +59,13 @@ class Target:
         """The nodes of its model that plugins run: ONNX Runtime does not know them."""
         if not self.is_nvidia:
             return []
-        nodes = onnx.load(self.path, load_external_data=False).graph.node
+        nodes = read_model(self.path).graph.node
         return [node.name for node in nodes if node.domain == names.DOMAIN]
 
     @cached_property
     def activations(self) -> str:
         """The type in which its model computes: that of what it keeps in floating point."""
-        held = {tensor.data_type for tensor in onnx.load(self.path, load_external_data=False).graph.initializer}
+        held = {tensor.data_type for tensor in read_model(self.path).graph.initializer}
         return next((name for name, element in _HALF.items() if element in held), tensorrt.FLOAT32)
 
     @property

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from lrq_export.errors import UsageError
+from lrq_export.onnx_file import read_model
 from lrq_export.package import MODEL, QUANTIZED
 from lrq_export.runtime import feeds
 from lrq_export.verify import forced, ladder, nvidia
@@ -100,7 +101,7 @@ class Compared:
     @cached_property
     def answers(self) -> list[ArrayFile]:
         """Of model.onnx for each case: the input of every quantized layer, and the output."""
-        model = onnx.load(self.subject.package / MODEL, load_external_data=False)
+        model = read_model(self.subject.package / MODEL)
         known = {value.name for value in model.graph.output}
         for name in sorted(set(self.subject.tensor_of.values()) - known):
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))

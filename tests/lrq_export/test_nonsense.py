@@ -60,6 +60,31 @@ def without_metadata(key):
     return edit
 
 
+def behind(name):
+    """A file with the first half of an entry behind it, of a kind that is stepped over when a package is admitted."""
+
+    def edit(folder):
+        (folder / name).write_bytes((folder / name).read_bytes() + b"\x42\x02\xff\xff")
+
+    return edit
+
+
+def opset(name):
+    """A model that parses, of an opset that no runtime has."""
+
+    def edit(folder):
+        model = onnx.load(folder / name)
+        for each in model.opset_import:
+            each.version = 999
+        (folder / name).write_bytes(model.SerializeToString())
+
+    return edit
+
+
+def last_graph(folder):
+    return pass_files(folder)[-1].relative_to(folder)
+
+
 def config(**changes):
     """The manifest's config of the model, of which the other files are not any more."""
 
@@ -114,6 +139,12 @@ NONSENSE = {
         without_metadata("lrq.pass"), ("inspect", "--passes"), "says not what its pass did"
     ),
     "a graph of no weights": (without_metadata("lrq.weights"), ADD, "no graph of a build"),
+    "half of an opset as portable model": (behind("model.onnx"), ("verify",), "model.onnx: no ONNX model"),
+    "an opset of nowhere in the portable model": (opset("model.onnx"), ("verify",), "ONNX Runtime refuses it"),
+    "half of an opset in a package that is shown": (behind("model.onnx"), ("inspect",), "model.onnx: no ONNX model"),
+    "half of an opset as engine": (behind("engine/onnxruntime/model.onnx"), VERIFY, "model.onnx: no ONNX model"),
+    "an engine of an opset of nowhere": (opset("engine/onnxruntime/model.onnx"), SAMPLE, "ONNX Runtime 1.31"),
+    "half of an opset as last graph": (lambda folder: behind(last_graph(folder))(folder), ADD, "no ONNX model"),
     "no graphs": (without_graphs, ADD, "graphs: holds the graph of no pass"),
     "no trace": (lambda folder: (folder / "graphs/0-trace.onnx").unlink(), ("inspect", "--passes"), "0-trace.onnx"),
 }  # fmt: skip

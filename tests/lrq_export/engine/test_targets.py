@@ -439,7 +439,7 @@ REFUSED = {
     "no such target": (["--target", "onnx"], "engine.targets", "'onnxruntime', 'tensorrt' or 'tensorrt-rtx'"),
     "no such axis": (
         ["--target", "tensorrt-rtx", "--set", 'engine.profiles=["depth=3"]'], "an axis of this model", ""),
-    "another folder": (["--target", "tensorrt-rtx", "-o", "other"], "is a package itself", "leave -o other out"),
+    "another folder": (["--target", "tensorrt-rtx", "-o", "other"], "is a package itself", "leave -o out"),
 }  # fmt: skip
 
 
