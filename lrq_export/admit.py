@@ -7,6 +7,7 @@ tensors, the options of sessions, the kind of every engine. Nothing here loads t
 The author of a package is trusted with what its graph computes: no check bounds the time and memory that takes.
 """
 
+import reprlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,6 +29,7 @@ PROVIDERS, THREADS = "providers", "threads"  # keys of session.json; the others 
 SESSION_KEYS = frozenset({"options", "config_where_products_saturate", PROVIDERS, THREADS})
 SESSION_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 SESSION_THREADS, MOST_THREADS = ("intra_op", "inter_op"), 1024
+MOST_SIZE = 100_000  # of a whole number in a model's config
 ENGINES = (".plan", ".engine")
 # How an engine starts, by the folder of its target. An engine is for one library, and crashes another.
 ENGINE_STARTS = {TENSORRT: (b"ftrt", "TensorRT"), RTX: (b"vtrt", "TensorRT-RTX")}
@@ -57,6 +59,8 @@ def admit(package: Path) -> dict[str, Any]:
             raise InputError(f"{package / name}: is missing", hint="build the package again")
     for name in manifest["files"]:
         _check_file(package, name, manifest["files"])
+    _, tensors = read_header(package / QUANTIZED)
+    _check_sizes(package / MANIFEST, manifest["source"]["config"], len(tensors))
     if _signature(package) != signature:
         raise InputError(f"{package}: changed while it was checked", hint="wait until it is written, then try again")
     _admitted.add(signature)
@@ -90,6 +94,18 @@ def _check_facts(path: Path, manifest: dict[str, Any]) -> None:
         Recipe.model_validate(manifest["recipe"])
     except (ValueError, UsageError) as error:
         raise InputError(f"{path}: recipe: {error}", hint="build the package again") from error
+
+
+def _check_sizes(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Raise InputError for a config of sizes that no model has, or of more layers than there are tensors."""
+    for key, value in config.items():
+        most = tensors if key.endswith("layers") else MOST_SIZE
+        for size in value if isinstance(value, list) else [value]:
+            if type(size) is int and not 0 <= size <= most:
+                raise InputError(
+                    f"{path}: source: {key}: got {reprlib.repr(size)}, needed 0 to {most}",
+                    hint="build the package again",
+                )
 
 
 def _check_file(package: Path, name: str, files: dict[str, Any]) -> None:

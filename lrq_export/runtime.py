@@ -21,7 +21,7 @@ from lrq_export.engine.run_obstacle import run_obstacle
 from lrq_export.engine.session_settings import SESSION
 from lrq_export.errors import InputError, MissingError, UsageError
 from lrq_export.loading import AUTO
-from lrq_export.models import family_of
+from lrq_export.models import family_of, model_inputs
 from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily, Sizes, flatten, nest
 from lrq_export.package import MANIFEST, ONNXRUNTIME_ENGINE
 
@@ -48,13 +48,7 @@ def open_admitted(package: Path, manifest: dict[str, Any], target: str, threads:
     if target not in (AUTO, *TARGETS):
         raise UsageError(f"target: got {target!r}, needed one of {', '.join((AUTO, *TARGETS))}")
     config = manifest["source"]["config"]
-    try:
-        specs = family_of(config["_class_name"], str(package / MANIFEST)).inputs(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{package / MANIFEST}: source: not a config of {config['_class_name']}: {error!r}",
-            hint="build the package again",
-        ) from error
+    specs = model_inputs(config, str(package / MANIFEST))
     chosen, runner = _open_first(package, TARGETS if target == AUTO else (target,), threads)
     if set(runner.input_names) != specs.keys():
         raise InputError(

@@ -101,8 +101,8 @@ def open_source(path: Path) -> Source:
     config_file = checkpoint.path / CONFIG
     config = current_config(checkpoint.config)
     family = family_of(config["_class_name"], str(config_file))
+    check_tensors(checkpoint, trial.shapes(config_file, family, config))
     model = trial.construct(config_file, family, config)
-    check_tensors(checkpoint, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     trial.run(config_file, family, config)
     return Source(checkpoint, family, {"_class_name": family.class_name} | dict(model.config))
 

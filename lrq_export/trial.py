@@ -19,6 +19,7 @@ from lrq_export.checkpoint import check_finite
 from lrq_export.errors import InputError, LrqError
 from lrq_export.models.base import ModelFamily, Sizes
 
+MOST_TABLES = 2 << 30  # bytes of what a model computes when it is constructed; images of 4096 pixels take 0.3 GiB
 Config = Mapping[str, Any]
 T = TypeVar("T")
 
@@ -29,6 +30,14 @@ def construct(path: Path, family: ModelFamily, config: Config) -> nn.Module:
     Raises InputError when diffusers cannot construct it, or constructs it with buffers that are NaN or Inf.
     """
     return _tried(_construct, path, family, config)
+
+
+def shapes(path: Path, family: ModelFamily, config: Config) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a file of the model's weights holds, by name, for the `config` that `path` holds.
+
+    No tensor is made. Raises InputError when diffusers cannot construct it, or would with enormous tables beside them.
+    """
+    return _tried(_shapes, path, family, config)
 
 
 def run(path: Path, family: ModelFamily, config: Config) -> None:
@@ -44,6 +53,16 @@ def _construct(family: ModelFamily, config: Config) -> nn.Module:
     for name, buffer in model.named_buffers():
         check_finite(name, buffer)
     return model
+
+
+def _shapes(family: ModelFamily, config: Config) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):  # where tables of positions, too, take no memory
+        model = family.construct(dict(config))
+    stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    made = sum(tensor.nbytes for name, tensor in model.named_buffers() if name not in stored)
+    if made > MOST_TABLES:
+        raise ValueError(f"its tables of positions take {made / 2**30:.0f} GiB, needed at most {MOST_TABLES >> 30}")
+    return stored
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from lrq_export.engine import tensorrt
 from lrq_export.engine.built import BUILD, EARLIER, FOLDERS, RTX, TENSORRT, BuiltEngine, built_engine, read_built
 from lrq_export.engine.profiles import parse_profile, recorded_sizes
 from lrq_export.errors import InputError, MissingError
-from lrq_export.models import family_of
+from lrq_export.models import model_inputs
 from lrq_export.package import (
     MANIFEST,
     QUANTIZED,
@@ -217,7 +217,7 @@ def finish_elsewhere(out: Path, missing: Sequence[MissingError], targets: Sequen
 
 
 def _request(target: str, folder: Path, config: dict[str, Any], settings: Engine) -> tensorrt.Request:
-    specs = family_of(config["_class_name"]).inputs(config)
+    specs = model_inputs(config, str(folder / MANIFEST))
     recorded = recorded_sizes(specs, Reference.load(folder).inputs)
     profiles = [parse_profile(text, recorded, specs) for text in settings.profiles or ("",)]
     return tensorrt.Request(target, profiles, specs, settings)

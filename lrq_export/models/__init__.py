@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lrq_export.errors import InputError
-from lrq_export.models.base import ModelFamily
+from lrq_export.models.base import InputSpec, ModelFamily
 from lrq_export.models.dit import DiT
 from lrq_export.models.flux import Flux
 from lrq_export.models.pixart import PixArt
@@ -31,6 +31,17 @@ def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
     known = inspect.signature(getattr(diffusers, LEGACY_CLASSES[kind])).parameters
     kept = {key: value for key, value in config.items() if key in known or key.startswith("_")}
     return kept | {"_class_name": LEGACY_CLASSES[kind]}
+
+
+def model_inputs(config: Mapping[str, Any], where: str) -> dict[str, InputSpec]:
+    """What the model of a config takes. Raises InputError for a config that says no such thing; `where` it stands."""
+    family = family_of(config["_class_name"], where)
+    try:
+        return family.inputs(dict(config))
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(
+            f"{where}: not a config of {config['_class_name']}: {error!r}", hint="build the package again"
+        ) from error
 
 
 def family_of(class_name: str, where: str = "config.json") -> ModelFamily:

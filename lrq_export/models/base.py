@@ -26,6 +26,11 @@ class InputSpec:
     shared: bool = False  # diffusers takes one for all samples, without their axis; of many the first one counts
     between: tuple[float, float] | None = None  # what synthetic values lie between; None: a standard normal
 
+    def __post_init__(self):
+        units = self.multiple_of.values() if isinstance(self.multiple_of, dict) else [self.multiple_of]
+        if any(unit < 1 for unit in units):
+            raise ValueError(f"sizes in multiples of {self.multiple_of}, needed 1 or more")
+
     def __str__(self) -> str:
         return f"({', '.join(map(str, self.shape))})"
 

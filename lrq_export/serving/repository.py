@@ -18,8 +18,9 @@ from lrq_export.engine.built import FOLDERS, PLAN, TENSORRT, built_engine
 from lrq_export.engine.run_obstacle import without_weights
 from lrq_export.engine.session_settings import CUDA, FOLD_BODIES, SessionSettings
 from lrq_export.errors import MissingError, UsageError
-from lrq_export.models import family_of
+from lrq_export.models import model_inputs
 from lrq_export.package import (
+    MANIFEST,
     MODEL,
     MODEL_DATA,
     ONNXRUNTIME_ENGINE,
@@ -70,7 +71,7 @@ def write_repository(package: Path, folder: Path, layout: Layout) -> list[Path]:
     plan = package / TENSORRT_PLAN
     libraries = {path.name: path.read_bytes() for named in layout.plugins for path in with_companions(named)}
     config = manifest["source"]["config"]
-    specs = family_of(config["_class_name"]).inputs(config)
+    specs = model_inputs(config, str(package / MANIFEST))
     # A shared input is the first sample's for all: requests that differ in it must not meet in one batch.
     batched = layout.max_batch > 0 and not any(spec.shared for spec in specs.values())
     files = _model_files(package, layout.portable)

@@ -19,8 +19,8 @@ from typing import Any
 from lrq_export.admit import admit
 from lrq_export.calibrate.inputs import load_inputs
 from lrq_export.errors import MissingError
-from lrq_export.models import family_of
-from lrq_export.package import QUANTIZED
+from lrq_export.models import family_of, model_inputs
+from lrq_export.package import MANIFEST, QUANTIZED
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe
 from lrq_export.verify.reference import Reference
@@ -86,8 +86,8 @@ def compare(
 
 def _subject(package: Path, manifest: Mapping[str, Any], inputs: Path | None, samples: int) -> Subject:
     config, reference = manifest["source"]["config"], Reference.load(package)
-    family = family_of(config["_class_name"])
+    specs, family = model_inputs(config, str(package / MANIFEST)), family_of(config["_class_name"])
     if inputs is not None:
-        reference = replace(reference, inputs=load_inputs(inputs, family.inputs(config), samples))
+        reference = replace(reference, inputs=load_inputs(inputs, specs, samples))
     recipe, quantized = Recipe.model_validate(manifest["recipe"]), QuantizedFile(package / QUANTIZED)
     return Subject(package, recipe, family, config, None, quantized, reference, samples)

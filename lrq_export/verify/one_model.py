@@ -16,8 +16,7 @@ _AGAIN = "build the package again"
 def check_one_model(subject: Subject) -> None:
     """Raise InputError for a config that makes no model, weights of another model, or answers to other inputs."""
     manifest = subject.package / MANIFEST
-    model = trial.construct(manifest, subject.family, subject.config)
-    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    needed = trial.shapes(manifest, subject.family, subject.config)
     _check_weights(subject.package / QUANTIZED, subject.quantized, needed)
     trial.run(manifest, subject.family, subject.config)
     _check_reference(subject)

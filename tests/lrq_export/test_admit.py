@@ -105,6 +105,10 @@ def nothing_stored(folder):
     listed("model.onnx.data", bytes=1 << 40)(folder)
 
 
+def config(**changes):
+    return lambda folder: edit_manifest(folder, lambda facts: facts["source"]["config"].update(changes))
+
+
 def header(text, data=b""):
     return len(text).to_bytes(8, "little") + text + data
 
@@ -266,6 +270,10 @@ HOSTILE = {
     "no source": (manifest(source=[]), "source: got list"),
     "a config of no class": (manifest(source={"config": {"_class_name": 3}}), "needed the config of a model"),
     "no scheduler": (lambda folder: edit_manifest(folder, lambda facts: facts.pop("scheduler")), "scheduler: needed"),
+    "a config of a million layers": (config(num_layers=10**6), "num_layers: got 1000000, needed 0 to"),
+    "a config of fewer layers than none": (config(num_layers=-1), "num_layers: got -1, needed 0 to"),
+    "a config of enormous images": (config(sample_size=10**9), "sample_size: got 1000000000, needed 0 to 100000"),
+    "a config of enormous patches": (config(patch_size=[1, 10**30]), "patch_size: got 1000"),
     "a source of no fingerprint": (
         lambda folder: edit_manifest(folder, lambda facts: facts["source"].pop("fingerprint")), "source: needed"
     ),

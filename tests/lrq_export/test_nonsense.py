@@ -122,6 +122,14 @@ NONSENSE = {
     "facts of no statistics": (reference(facts='{"adapter_nmse": 0}'), ADD, "reference.safetensors: not the answers"),
     "a reference of no noise": (reference(noise=None), VERIFY, "reference.safetensors: not the answers of a model"),
     "a config of more layers": (config(num_layers=3), ("verify",), "quantized.safetensors: transformer_blocks.2"),
+    "a config of larger images": (config(sample_size=99_998), ("verify",), "manifest.json: sample_size: got 99998"),
+    "a config of empty patches": (config(patch_size=0), ("verify",), "manifest.json: patch_size: got 0"),
+    "an engine of empty patches": (config(patch_size=0), SAMPLE, "manifest.json: not a config of PixArt"),
+    "a target of empty patches": (config(patch_size=0), VERIFY, "manifest.json: not a config of PixArt"),
+    "a plan of empty patches": (config(patch_size=0), ADD, "manifest.json: not a config of PixArt"),
+    "a repository of empty patches": (
+        config(patch_size=0), ("serve-config", "--triton", "not-written"), "manifest.json: not a config of PixArt"
+    ),
     "a config of fewer layers": (config(num_layers=1), ("verify",), "quantized.safetensors: transformer_blocks.1"),
     "a config of other widths": (config(in_channels=3), ("verify",), "pos_embed.proj.weight: got shape"),
     "a config of text": (config(num_layers="x"), ("verify",), "manifest.json: num_layers: got 'x'"),

@@ -86,8 +86,7 @@ def test_the_served_config_is_the_same_message(messages, package):
 def test_inputs_that_samples_share_are_not_batched(package, parsed, tmp_path, monkeypatch):
     widths = {"in_channels": 16, "joint_attention_dim": 8, "pooled_projection_dim": 8}
     specs = Flux().inputs(widths | {"axes_dims_rope": (2, 2, 4), "guidance_embeds": True})
-    shared = type("Family", (), {"inputs": lambda self, config: specs})()
-    monkeypatch.setattr(repository, "family_of", lambda name: shared)
+    monkeypatch.setattr(repository, "model_inputs", lambda config, where: specs)
     (model,) = write_repository(package, tmp_path, Layout("tiny"))
     config = parsed(model)
     assert config.max_batch_size == 0
