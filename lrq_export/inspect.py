@@ -30,7 +30,11 @@ class Section:
     lines: list[str]
 
     def text(self) -> str:
-        return "\n".join(self.lines)
+        """On a terminal nothing but text, whatever the package holds."""
+        return "\n".join(
+            line if line.isprintable() else "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in line)
+            for line in self.lines
+        )
 
 
 def describe(package: Path) -> Section:

@@ -17,6 +17,9 @@ from lrq_export.errors import InputError
 MOST_FIELDS = 500_000  # of a file; a block of a transformer takes some 2,000
 MOST_NESTED = 40  # messages in one another; ONNX's own limit for functions is below it
 MOST_AXES = 64
+MOST_TYPED = (
+    4 << 20
+)  # bytes of values that are stored one by one: they are read to be counted, and all else as raw data
 
 # Field numbers of onnx.proto, by the names used here.
 GRAPH, FUNCTIONS = 7, 25  # of a model
@@ -81,7 +84,8 @@ class _Unsound(Exception):
 
 class _Scan:
     def __init__(self, path: Path, data: mmap.mmap, beside: Collection[str]):
-        self.path, self.data, self.beside, self.visited = path, data, beside, 0
+        self.path, self.data, self.beside = path, data, beside
+        self.visited, self.typed = 0, 0  # fields, and bytes of values one by one
 
     def model(self) -> None:
         if GRAPH not in self.message("model", 0, len(self.data), 0):
@@ -203,6 +207,9 @@ class _Scan:
         """How many values a typed field of a tensor holds, packed or not."""
         total = 0
         for value in values:
+            self.typed += 0 if isinstance(value, int) else value[1] - value[0]
+            if self.typed > MOST_TYPED:
+                raise _Unsound(f"more than {MOST_TYPED} bytes of values are stored one by one")
             if isinstance(value, int) or TYPED[number] is None:
                 total += 1
             elif TYPED[number]:

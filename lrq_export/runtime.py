@@ -19,7 +19,7 @@ from lrq_export.engine.gate import Gate
 from lrq_export.engine.onnxruntime_runner import OnnxRuntimeRunner
 from lrq_export.engine.run_obstacle import run_obstacle
 from lrq_export.engine.session_settings import SESSION
-from lrq_export.errors import InputError, MissingError, UsageError
+from lrq_export.errors import InputError, LrqError, MissingError, UsageError
 from lrq_export.loading import AUTO
 from lrq_export.models import family_of, model_inputs
 from lrq_export.models.base import SAMPLES, InputSpec, ModelFamily, Sizes, flatten, nest
@@ -77,7 +77,7 @@ def _open(package: Path, target: str, threads: int | None) -> Runner:
     return open_runner(package, target, threads)
 
 
-def obstacle(package: Path, target: str) -> MissingError | None:
+def obstacle(package: Path, target: str) -> LrqError | None:
     """Why a target of an admitted package cannot be loaded here; None if nothing is known to be in the way."""
     if target != ONNXRUNTIME:
         return run_obstacle(package, target)

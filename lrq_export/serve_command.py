@@ -13,7 +13,9 @@ _SHOWN_LAYERS = 20
 Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines.")]
 Name = Annotated[str | None, typer.Option(help="Name of the model; default: the package's folder.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one run; default: as ONNX Runtime chooses.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Threads of one run; default: as ONNX Runtime chooses.")
+]
 
 
 def add_serving(app: typer.Typer) -> None:
@@ -150,6 +152,8 @@ def bench(
     """Time each target of a package and, with --source, the same model in fp32 and bf16, in turns."""
     if require_speedup is not None and source is None:
         raise UsageError("--require-speedup: nothing to compare with", hint="pass --source")
+    if require_speedup is not None and not 0 < require_speedup < float("inf"):
+        raise UsageError(f"--require-speedup: got {require_speedup}, needed a number above 0", hint="e.g. 1.5")
     admit(package)  # before what takes long to import
     from lrq_export.bench.run import bench as run
     from lrq_export.bench.run import require_speedup as check
@@ -171,6 +175,7 @@ def bench(
 
 
 def _show_bench(rows: list[dict[str, Any]]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -178,8 +183,9 @@ def _show_bench(rows: list[dict[str, Any]]) -> None:
         return "–" if value is None else f"{value:,.{digits}f}"
 
     on_gpu = any(row["device_mib"] is not None for row in rows)
-    columns = ("p50 ms", "p90 ms", "p99 ms", "per s", "peak MiB", *(["GPU MiB"] if on_gpu else []), "speedup")
-    table = Table("batch", Column("target", no_wrap=True), "device", *columns)
+    figures = ("p50\nms", "p90\nms", "p99\nms", "per s", "peak\nMiB", *(["GPU\nMiB"] if on_gpu else []), "speed-\nup")
+    columns = (Column(name, no_wrap=True) for name in ("batch", "target", "device", *figures))
+    table = Table(*columns, box=SIMPLE_HEAD, padding=0, pad_edge=False, collapse_padding=True)
     for row in rows:
         numbers = [shown(row[key]) for key in ("p50_ms", "p90_ms", "p99_ms", "samples_per_second")]
         memory = [shown(row[key], 0) for key in ("peak_mib", *(["device_mib"] if on_gpu else []))]

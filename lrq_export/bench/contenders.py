@@ -9,6 +9,7 @@ import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 from torch import nn
 
+from lrq_export.doctor.system import System
 from lrq_export.errors import CheckFailed, LrqError, MissingError
 from lrq_export.loading import load
 from lrq_export.models import family_of
@@ -32,8 +33,17 @@ class Contender:
 
 
 def inputs_of(package: Path, batch: int) -> Inputs:
-    """`batch` rows of the package's evaluation inputs, repeated where there are fewer."""
+    """`batch` rows of the package's evaluation inputs, repeated where there are fewer.
+
+    Raises MissingError if there is no memory for them.
+    """
     recorded = Reference.load(package).inputs
+    needed, memory = batch * sum(tensor[:1].nbytes for tensor in recorded.values()), System().memory()
+    if memory is not None and needed > memory[1]:
+        raise MissingError(
+            f"batch {batch}: its inputs take {needed / 2**30:.1f} GiB, {memory[1] / 2**30:.1f} are free",
+            hint="try a smaller batch",
+        )
     rows = torch.arange(batch) % len(recorded["hidden_states"])
     return {name: tensor[rows] for name, tensor in recorded.items()}
 

@@ -5,23 +5,28 @@ from pathlib import Path
 from lrq_export.doctor.gpu import installed_tensorrt
 from lrq_export.doctor.system import System, version_of
 from lrq_export.engine.built import FOLDERS, PLAN, RTX, TENSORRT, BuiltEngine, built_engine
-from lrq_export.errors import MissingError
+from lrq_export.errors import InputError, LrqError, MissingError
 from lrq_export.plugins import LIBRARY
 
 MODULES = {TENSORRT: "tensorrt", RTX: "tensorrt_rtx"}  # of Python
+_ANOTHER = "find one that has"
 _INSTALL = {TENSORRT: "pip install tensorrt-cu13", RTX: "pip install lrq-export[rtx]"}
 
 
-def run_obstacle(package: Path, target: str, system: System | None = None) -> MissingError | None:
-    """Why a target's engine in an admitted package cannot run here; None if nothing is known to be in the way."""
+def run_obstacle(package: Path, target: str, system: System | None = None) -> LrqError | None:
+    """Why a target's engine in an admitted package cannot run here; None if nothing is known to be in the way.
+
+    InputError for an engine of another version than the library here, else MissingError.
+    """
     system, folder, built = system or System(), package / FOLDERS[target], built_engine(package, target)
     again = f"run lrq-export build {package} --target {target}"
     if built is None or not (folder / PLAN).is_file():
         return MissingError(f"{folder}: the package holds no {target} engine", hint=again)
     return (
         without_weights(package, target)
-        or machine_obstacle(target, system)
+        or library_obstacle(target, system)
         or _version_obstacle(folder, target, built, system, again)
+        or gpu_obstacle(target, system, _ANOTHER)
         or (_plugin_obstacle(folder, system) if built.plugins else None)
     )
 
@@ -41,7 +46,7 @@ def without_weights(package: Path, target: str) -> MissingError | None:
 def machine_obstacle(target: str, system: System | None = None) -> MissingError | None:
     """Why no engine of a target can run here, whatever package it is of."""
     system = system or System()
-    return library_obstacle(target, system) or gpu_obstacle(target, system, "find one that has")
+    return library_obstacle(target, system) or gpu_obstacle(target, system, _ANOTHER)
 
 
 def library_obstacle(target: str, system: System) -> MissingError | None:
@@ -54,12 +59,12 @@ def gpu_obstacle(target: str, system: System, fix: str) -> MissingError | None:
     return None if system.gpu() else MissingError(f"{target}: this machine has no CUDA GPU that torch sees", hint=fix)
 
 
-def _version_obstacle(folder: Path, target: str, built: BuiltEngine, system: System, again: str) -> MissingError | None:
+def _version_obstacle(folder: Path, target: str, built: BuiltEngine, system: System, again: str) -> InputError | None:
     """A library opens what its own version built. One that does not tell its version is tried."""
     here = installed_tensorrt(system, target)
     if here is None or version_of(here) == version_of(built.version):
         return None
-    return MissingError(f"{folder}: the engine is of {target} {built.version}, the library here is {here}", hint=again)
+    return InputError(f"{folder}: the engine is of {target} {built.version}, the library here is {here}", hint=again)
 
 
 def _plugin_obstacle(folder: Path, system: System) -> MissingError | None:

@@ -82,7 +82,8 @@ class Request:
             return None
         return MissingError(
             f"{self.target}: without a CUDA GPU it builds no engine that can be refitted (engine.{asked[-1]})",
-            hint=f"build the engine where it will run, or with engine.{asked[-1]}=false",
+            hint=f"build the engine where it will run, or with --set engine.{asked[-1]}=false: a recipe keeps what was "
+            "asked for, by an earlier command too",
         )
 
 

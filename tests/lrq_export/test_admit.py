@@ -150,16 +150,45 @@ def external(location, *more):
     return first_weight(external=[("location", location), *more])
 
 
-def in_node(model):
+def bomb():
     tensor = onnx.helper.make_tensor("bomb", onnx.TensorProto.FLOAT, [1], [1.0])
     tensor.dims[0] = 1 << 50
-    model.graph.node.append(onnx.helper.make_node("Constant", [], ["bomb"], value=tensor))
+    return tensor
+
+
+def in_node_of(graph):
+    graph.node.append(onnx.helper.make_node("Constant", [], ["bomb"], value=bomb()))
+
+
+def in_node(model):
+    in_node_of(model.graph)
 
 
 def in_body(model):
     tensor = onnx.helper.make_tensor("bomb", onnx.TensorProto.INT8, [4], b"1234", raw=True)
     tensor.dims[0] = 1 << 50
     model.functions[0].node.append(onnx.helper.make_node("Constant", [], ["bomb"], value=tensor))
+
+
+def in_subgraph(model):
+    graph = onnx.GraphProto(name="then")
+    in_node_of(graph)
+    model.graph.node.append(onnx.helper.make_node("If", ["c"], ["y"], then_branch=graph))
+
+
+def in_subgraphs(model):
+    graph = onnx.GraphProto(name="one of several")
+    in_node_of(graph)
+    model.graph.node.append(onnx.helper.make_node("Many", [], ["y"], branches=[graph]))
+
+
+def in_tensors(model):
+    model.graph.node.append(onnx.helper.make_node("Many", [], ["y"], tensors=[bomb()]))
+
+
+def one_by_one(model):
+    tensor = onnx.helper.make_tensor("typed", onnx.TensorProto.INT32, [5_000_000], [1] * 5_000_000)
+    model.graph.initializer.append(tensor)
 
 
 def sparse(model):
@@ -316,6 +345,10 @@ HOSTILE = {
     "a type from nowhere": (first_weight(data_type=99), "has the type 99"),
     "an enormous constant": (onnx_edit(in_node), "'bomb' has 1 values"),
     "an enormous constant in a body": (onnx_edit(in_body), "'bomb' has 4 bytes"),
+    "an enormous constant in a graph of a node": (onnx_edit(in_subgraph), "'bomb' has 1 values"),
+    "an enormous constant in one of its graphs": (onnx_edit(in_subgraphs), "'bomb' has 1 values"),
+    "an enormous tensor of several": (onnx_edit(in_tensors), "'bomb' has 1 values"),
+    "millions of values one by one": (onnx_edit(one_by_one), "are stored one by one"),
     "a sparse tensor": (onnx_edit(sparse), "sparse tensor"),
     "data above the package": (external("../../../../etc/passwd"), "no file of the package beside it"),
     "data at an absolute path": (external("/etc/passwd"), "no file of the package beside it"),

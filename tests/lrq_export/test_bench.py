@@ -16,6 +16,7 @@ from lrq_export.doctor.system import Driver
 from lrq_export.engine.onnxruntime import layer_times, open_session
 from lrq_export.errors import CheckFailed, MissingError, UsageError
 from lrq_export.machine import describe_gpus
+from lrq_export.serve_command import _show_bench
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,31 @@ def test_without_a_source_there_is_no_baseline(package, cli, without_memory):
     assert "torch" not in done.out
     assert "no baselines in fp32 and bf16: pass --source" in done.out
     cli("bench", package, "--require-speedup", 1).refused(2, "--require-speedup", "pass --source")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (["--require-speedup", "nan"], 2, "needed a number above 0"),
+        (["--require-speedup", "inf"], 2, "needed a number above 0"),
+        (["--require-speedup", "-1"], 2, "needed a number above 0"),
+        (["--threads", "1025"], 2, "--threads"),
+        (["--batch", str(10**9)], 4, "try a smaller batch"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_one_line(package, tiny, cli, arguments, code, part):
+    cli("bench", package, "--source", tiny.source, *arguments).refused(code, part)
+
+
+def test_every_figure_is_shown_in_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    row = {"batch": 16, "target": "tensorrt-rtx", "device": "cuda:0", "p50_ms": 1234.56, "p90_ms": 2345.67}
+    row |= {"p99_ms": 3456.78, "samples_per_second": 12.96, "peak_mib": 12345.6, "device_mib": 23456.7, "speedup": 1.25}
+    _show_bench([row | {"note": None}])
+    shown = capsys.readouterr().out
+    figures = ("tensorrt-rtx", "cuda:0", "1,234.56", "2,345.67", "3,456.78", "12.96", "12,346", "23,457", "1.25")
+    assert [figure for figure in figures if figure not in shown] == []
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_a_baseline_is_the_same_model(package, tiny, cli, copy_of, without_memory):

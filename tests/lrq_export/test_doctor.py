@@ -14,7 +14,7 @@ from lrq_export.doctor.finding import Status
 from lrq_export.doctor.run import diagnose, exit_code
 from lrq_export.doctor.system import Driver, System, version_of
 from lrq_export.engine.run_obstacle import run_obstacle
-from lrq_export.errors import MissingError
+from lrq_export.errors import InputError, MissingError
 
 GOOD_DRIVER = Driver((13, 0), (("H100", (9, 0)),))
 FIT = {"versions": {"tensorrt": "10.16.1"}, "driver": GOOD_DRIVER}  # a machine that runs engines of that version
@@ -377,6 +377,15 @@ def test_an_engine_that_cannot_run_here_says_why(package, copy_of, reseal, targe
     assert text in found.text
     lack = run_obstacle(folder, target, Machine(**answers))  # what `load` says
     assert (found.text, found.fix) == (lack.message, lack.hint)
+
+
+def test_an_engine_of_another_version_is_a_bad_file_with_a_gpu_or_without(package, copy_of, reseal):
+    folder = copy_of(package)
+    engine(folder, "tensorrt-rtx", "10.16.1")
+    reseal(folder)
+    lack = run_obstacle(folder, "tensorrt-rtx", Machine(versions={"tensorrt-rtx": "1.6.0"}))
+    assert isinstance(lack, InputError)
+    assert "the library here is 1.6.0" in lack.message
 
 
 def test_an_engine_of_another_library_is_built_again_with_nothing_removed(package, copy_of, reseal):

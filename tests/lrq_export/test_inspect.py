@@ -7,6 +7,7 @@ import pytest
 
 from graphs.passes import PIPELINE
 from lrq_export import __version__
+from lrq_export.inspect import Section
 from lrq_export.recipe import load_recipe
 from lrq_export.saved_graphs import saved_graphs
 
@@ -20,6 +21,11 @@ def test_inspect_shows_what_a_package_holds(package, cli):
         assert part in outcome.out
     size = (package / "model.onnx").stat().st_size
     assert f"{size:,} bytes  model.onnx" in outcome.out
+
+
+def test_what_is_shown_is_nothing_but_text():
+    section = Section({}, ["a reason\x1b]0;title\x07 of two\nlines", "plain"])
+    assert section.text() == "a reason\\x1b]0;title\\x07 of two\nlines\nplain"
 
 
 def test_inspect_lists_passes_with_near_misses_and_layers_with_reasons(package, cli):

@@ -44,6 +44,35 @@ def told(monkeypatch):
     return tell
 
 
+@pytest.mark.parametrize(("target", "inspected"), [(TENSORRT, {"layers": 3}), (RTX, None)])
+def test_an_engine_is_built_of_a_strongly_typed_network_and_inspected(monkeypatch, tmp_path, target, inspected):
+    """TensorRT-RTX opens no engine without a GPU."""
+    polygraphy_trt = pytest.importorskip("polygraphy.backend.trt", reason="needs polygraphy, of the extra rtx")
+    library = SimpleNamespace(__version__="11.4", LayerType=SimpleNamespace(PLUGIN_V3="plugin"))
+    parsed, seen = [], []
+
+    def network_from_onnx_path(path, **options):
+        parsed.append((path, options))
+        return "builder", SimpleNamespace(num_layers=0, get_layer=None), "parser"
+
+    def inspect(trt, file, nodes, listed):
+        seen.append((trt, file.read_bytes(), nodes, listed.name))
+        return {"layers": 3}
+
+    monkeypatch.setattr(polygraphy_trt, "network_from_onnx_path", network_from_onnx_path)
+    monkeypatch.setattr(polygraphy_trt, "engine_bytes_from_network", lambda *_, **__: b"plan")
+    for name, fake in {"_library": lambda target: library, "_config": lambda *_: None, "_inspect": inspect}.items():
+        monkeypatch.setattr(tensorrt_worker, name, fake)
+    job = {
+        "target": target, "plugins": None, "model": "model.onnx", "plugin_nodes": {}, "timing_cache": None,
+        "engine": str(tmp_path / "model.plan"), "layers": str(tmp_path / "layers.json"),
+    }  # fmt: skip
+    answer = tensorrt_worker.run(job)
+    assert parsed == [("model.onnx", {"strongly_typed": True})]
+    assert (answer["engine_bytes"], answer["inspected"]) == (4, inspected)
+    assert seen == ([(library, b"plan", {}, "layers.json")] if inspected else [])
+
+
 def test_by_default_nothing_is_asked_for(told):
     given, flags, _ = told(TENSORRT)
     assert (given["hardware_compatibility_level"], given["load_timing_cache"]) == ("none", "timing.cache")

@@ -150,13 +150,17 @@ class Graph:
 @pytest.fixture
 def engine(monkeypatch, tmp_path):
     """A plan in tmp_path, and a GPU that is this machine's memory."""
-    made = Engine()
+    made, runtimes = Engine(), []
+
+    def runtime(logger):
+        runtimes.append(SimpleNamespace(deserialize_cuda_engine=lambda plan: made if plan == b"ftrt good" else None))
+        return runtimes[-1]
+
+    made.runtimes = runtimes
     stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda other: None, synchronize=lambda: None)
     trt = SimpleNamespace(
         __version__="11.4", Logger=type("Logger", (), {"WARNING": 1, "__init__": lambda self, level: None}),
-        Runtime=lambda logger: SimpleNamespace(
-            deserialize_cuda_engine=lambda plan: made if plan == b"ftrt good" else None
-        ),
+        Runtime=runtime,
         IProfiler=type("IProfiler", (), {}),
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
         TensorIOMode=SimpleNamespace(INPUT="input"),
@@ -207,6 +211,13 @@ def test_answers_are_the_plan_s_and_sizes_are_made_ready_once(engine, tmp_path, 
     assert [context.profile for context in engine.contexts] == [1, 0]
     assert {context.nvtx_verbosity for context in engine.contexts} == {"names"}
     assert all(bucket.graph is None for bucket in runner._buckets.values()) == (target == "tensorrt-rtx")
+
+
+def test_no_plan_may_run_code_of_its_own(engine, tmp_path):
+    """TensorRT's runtimes do not let it unless they are told to."""
+    opened(tmp_path)
+    (runtime,) = engine.runtimes
+    assert vars(runtime).keys() == {"deserialize_cuda_engine"}
 
 
 def test_buckets_that_were_not_used_for_longest_go(engine, tmp_path):
