@@ -17,6 +17,7 @@ from lrq_export.errors import InputError
 MOST_FIELDS = 500_000  # of a file; a block of a transformer takes some 2,000
 MOST_NESTED = 40  # messages in one another; ONNX's own limit for functions is below it
 MOST_AXES = 64
+FORGOTTEN = 1000  # fields; a look at one maps up to 64 KiB around it
 MOST_TYPED = (
     4 << 20
 )  # bytes of values that are stored one by one: they are read to be counted, and all else as raw data
@@ -123,6 +124,8 @@ class _Scan:
             self.visited += 1
             if self.visited > MOST_FIELDS:
                 raise _Unsound(f"it has more than {MOST_FIELDS} fields")
+            if self.visited % FORGOTTEN == 0:  # a page that was looked at counts as this process's memory
+                self.data.madvise(mmap.MADV_DONTNEED)
             tag, place = self.varint(place, end)
             if tag >= 2**32:  # of which protobuf in C++ keeps the lower half: another field than is read here
                 raise _Unsound(f"the tag before byte {place} has more than 32 bits")

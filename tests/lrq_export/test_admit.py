@@ -438,6 +438,27 @@ def test_a_hostile_package_is_refused(judged, name):
     assert verdict["seconds"] < MOST_SECONDS
 
 
+def test_the_memory_of_a_scan_does_not_grow_with_the_file(tmp_path):
+    """A hundred thousand weights, 800 MB of holes."""
+    path, size, count = tmp_path / "model.onnx", 8000, 100_000
+    weight = b"\x08" + varint(size) + b"\x10\x03\x4a" + varint(size)  # dims, INT8, raw data
+    entry = b"\x2a" + varint(len(weight) + size) + weight
+    with open(path, "wb") as file:
+        file.write(b"\x3a" + varint((len(entry) + size) * count))
+        for _ in range(count):
+            file.write(entry)
+            file.seek(size, os.SEEK_CUR)
+        file.truncate(file.tell())
+    code = (
+        "import sys; from pathlib import Path; from lrq_export.onnx_scan import check_model_file\n"
+        "check_model_file(Path(sys.argv[1]), ())\n"
+        'print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")))'
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * 1024 < MOST_BYTES
+
+
 def test_a_sound_package_is_admitted(judged):
     assert judged["verdicts"]["sound"]["code"] == 0
 
