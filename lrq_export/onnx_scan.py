@@ -233,6 +233,9 @@ class _Scan:
         for entry in entries:
             if facts.setdefault(self.text(entry, KEY), self.text(entry, VALUE)) != self.text(entry, VALUE):
                 raise _Unsound(f"tensor {name} lies in two places")
+        others = facts.keys() - {"location", "offset", "length"}
+        if others:  # ONNX Runtime reads what it packed before from places that further keys name
+            raise _Unsound(f"the place of tensor {name} has {reprlib.repr(min(others))}")
         location = facts.get("location", "")
         if location not in self.beside:
             raise _Unsound(f"tensor {name} lies in {reprlib.repr(location)}, which is no file of the package beside it")

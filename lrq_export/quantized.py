@@ -22,7 +22,7 @@ from graphs import equalizer, names
 from graphs.expressions import RotateOutput
 from graphs.ops import codebook_dequant, packing, twin_log_dequant, words
 from lrq_export.checkpoint import TensorFile
-from lrq_export.errors import CheckFailed, InputError
+from lrq_export.errors import CheckFailed, InputError, UsageError
 from lrq_export.onnx_file import WeightTensor
 from lrq_export.package import save_tensors_atomic
 from lrq_export.quant.linear import QuantizedLinear
@@ -46,7 +46,7 @@ class LayerRecord:
     cols: Size
     bits: Literal[2, 3, 4, 8]
     group_size: Size
-    act_bits: int
+    act_bits: Literal[4, 6, 8, 16]
     block: Annotated[int, Field(ge=0)]  # of the rotation on its input, 0 if none
     signs_seed: int | None
     rotated_by: str  # ONLINE, FOLDED or UNROTATED
@@ -183,6 +183,7 @@ class QuantizedFile:
                 entry = self.file.entry(f"{name}.{role}")
                 if (entry.dtype, entry.shape) != (dtype, shape):
                     raise _damaged(path, f"{name}.{role} is {entry.dtype} {entry.shape}, needed {dtype} {shape}")
+            _check_rotations(path, record)
 
     def layer(self, name: str) -> LayerTensors:
         """Raises InputError for a layer that was not quantized."""
@@ -216,6 +217,21 @@ def _records(file: TensorFile) -> list[LayerRecord]:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise _damaged(file.path, f"{where}: {first['msg']}" if where else first["msg"]) from error
+
+
+def _check_rotations(path: Path, record: LayerRecord) -> None:
+    """Raise InputError for rotations of another width than their layer's, or of no Hadamard matrix."""
+    ends = record.online_channels
+    try:
+        if ends is not None and not (len(ends) == 2 and 0 <= ends[0] < ends[1] <= record.cols):
+            raise ValueError(f"online_channels are {ends}, needed two of {record.cols}")
+        rotations = [record.rotation] if ends is None else [record.input_rotation, record.folded_rotation]
+        for rotation in rotations:
+            rotation()
+        for step in record.output_steps():
+            step.output_shape((record.rows, record.cols))
+    except (TypeError, ValueError, UsageError) as error:
+        raise _damaged(path, f"{record.layer}: {error}") from error
 
 
 def _damaged(path: Path, why: str) -> InputError:

@@ -357,6 +357,9 @@ HOSTILE = {
     "data behind the end": (external("report.json", ("offset", str(1 << 40))), "of report.json, which has"),
     "data before the start": (external("report.json", ("offset", "-8")), "lies at"),
     "data of another length": (external("report.json", ("length", "3")), "and has 3 at 0"),
+    "data that was packed before": (
+        external("report.json", ("length", "64"), ("prepacked_0", "x|0;64;y")), "has 'prepacked_0'"
+    ),
     "data in two places": (external("report.json", ("location", "report.html")), "lies in two places"),
     "data without a place": (first_weight(external=[]), "no file of the package beside it"),
     "two graphs": (resealed(change_bytes(MODEL, lambda model: model + b"\x3a\x00")), "field 7 of a model occurs twice"),

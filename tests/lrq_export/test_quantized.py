@@ -125,6 +125,9 @@ def test_damaged_records_are_refused(tmp_path, metadata):
         {"rows": "8"}, {"rows": 8.5}, {"rows": 0}, {"rows": 9}, {"cols": -24}, {"cols": 25}, {"bits": 5}, {"bits": 2},
         {"group_size": 0}, {"act_bits": None}, {"block": -1}, {"signs_seed": "1"}, {"method": "none"}, {"more": 1},
         {"layer": "net.1"}, {"output_rotations": [1]}, {"online_channels": [0.5, 1]},
+        {"act_bits": 77}, {"block": 7}, {"block": 8, "equalizer": "?"}, {"block": 8, "equalizer": "AAAA"},
+        {"online_channels": [1]}, {"block": 8, "online_channels": [0, 25]}, {"output_rotations": [{"block": 5}]},
+        {"output_rotations": [{"size": 5}]}, {"block": 8, "rotated_by": "HadamardRotate", "signs_seed": 1.5},
     ],
     ids=str,
 )  # fmt: skip
