@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrq_export.admit import admit
+from lrq_export.engine.built import FOLDERS
+from lrq_export.engine.run_obstacle import version_obstacle
 
 if TYPE_CHECKING:
     from lrq_export.runtime import PackagedTransformer
@@ -19,11 +21,15 @@ def load(package: str | Path, *, target: str = AUTO, threads: int | None = None)
     session.json says.
 
     Raises InputError for a folder that is no package, or was edited: there is no way around the checks (`admit`); a
-    package that did not change since is not hashed again. Raises MissingError for an engine that is not built or a
-    runtime that is not here, UsageError for another target.
+    package that did not change since is not hashed again. So it does for the engine of a named target that another
+    version than the library here built. Raises MissingError for an engine that is not built or a runtime that is not
+    here, UsageError for another target.
     """
     package = Path(package)
     manifest = admit(package)
+    foreign = version_obstacle(package, target) if target in FOLDERS else None
+    if foreign is not None:
+        raise foreign
     from lrq_export.runtime import open_admitted
 
     return open_admitted(package, manifest, target, threads)

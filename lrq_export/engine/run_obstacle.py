@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lrq_export.doctor.gpu import installed_tensorrt
 from lrq_export.doctor.system import System, version_of
-from lrq_export.engine.built import FOLDERS, PLAN, RTX, TENSORRT, BuiltEngine, built_engine
+from lrq_export.engine.built import FOLDERS, PLAN, RTX, TENSORRT, built_engine
 from lrq_export.errors import InputError, LrqError, MissingError
 from lrq_export.plugins import LIBRARY
 
@@ -25,7 +25,7 @@ def run_obstacle(package: Path, target: str, system: System | None = None) -> Lr
     return (
         without_weights(package, target)
         or library_obstacle(target, system)
-        or _version_obstacle(folder, target, built, system, again)
+        or version_obstacle(package, target, system)
         or gpu_obstacle(target, system, _ANOTHER)
         or (_plugin_obstacle(folder, system) if built.plugins else None)
     )
@@ -59,11 +59,16 @@ def gpu_obstacle(target: str, system: System, fix: str) -> MissingError | None:
     return None if system.gpu() else MissingError(f"{target}: this machine has no CUDA GPU that torch sees", hint=fix)
 
 
-def _version_obstacle(folder: Path, target: str, built: BuiltEngine, system: System, again: str) -> InputError | None:
-    """A library opens what its own version built. One that does not tell its version is tried."""
-    here = installed_tensorrt(system, target)
-    if here is None or version_of(here) == version_of(built.version):
+def version_obstacle(package: Path, target: str, system: System | None = None) -> InputError | None:
+    """Why a target's engine is not one of the library that is here, asked without torch; None if it is, or is not here.
+
+    A library opens what its own version built. One that does not tell its version is tried.
+    """
+    built, folder = built_engine(package, target), package / FOLDERS[target]
+    here = installed_tensorrt(system or System(), target)
+    if built is None or here is None or version_of(here) == version_of(built.version):
         return None
+    again = f"run lrq-export build {package} --target {target}"
     return InputError(f"{folder}: the engine is of {target} {built.version}, the library here is {here}", hint=again)
 
 

@@ -602,7 +602,7 @@ print(json.dumps({{"code": code, "peak": peak, "seconds": time.process_time(), "
 
 def program(entry, package):
     """What a whole program made of a package: exit code, bytes at most, processor seconds, whether torch was there."""
-    command = [sys.executable, "-c", WHOLE_PROGRAM.format(entry=ENTRIES[entry]), str(package)]
+    command = [sys.executable, "-c", WHOLE_PROGRAM.format(entry=ENTRIES.get(entry, entry)), str(package)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -618,6 +618,27 @@ def test_a_whole_program_refuses_within_the_bounds(judged, entry):
         assert found["peak"] < MOST_BYTES, name
         assert found["seconds"] < MOST_SECONDS, name
         assert not found["torch"], name
+
+
+OTHER_VERSION = """from lrq_export.engine import run_obstacle
+    run_obstacle.installed_tensorrt = lambda system, target: "{here}"
+    import lrq_export; lrq_export.load(sys.argv[1], target="tensorrt-rtx")"""
+
+
+def test_a_plan_from_another_version_is_refused_within_the_bounds(package, copy_of, reseal):
+    """As its build.json tells; without a GPU one of the same version is exit code 4, which torch is asked for."""
+    folder = copy_of(package)
+    put("engine/tensorrt-rtx/model.plan", TENSORRT_RTX)(folder)
+    facts = {"target": "tensorrt-rtx", "version": "1.6.0.5", "plugins": False}
+    put("engine/tensorrt-rtx/build.json", json.dumps(facts).encode())(folder)
+    reseal(folder)
+    found = program(OTHER_VERSION.format(here="1.7.1.116"), folder)
+    assert found["code"] == 3
+    assert found["peak"] < MOST_BYTES
+    assert found["seconds"] < MOST_SECONDS
+    assert not found["torch"]
+    same = program(OTHER_VERSION.format(here="1.6.0.5"), folder)
+    assert (same["code"], same["torch"]) == (4, True)
 
 
 def test_a_program_that_loads_torch_would_be_seen(judged):
