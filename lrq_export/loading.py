@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lrq_export.admit import admit
+from lrq_export.admit import MOST_THREADS, admit
 from lrq_export.engine.built import FOLDERS
 from lrq_export.engine.run_obstacle import version_obstacle
+from lrq_export.errors import UsageError
 
 if TYPE_CHECKING:
     from lrq_export.runtime import PackagedTransformer
@@ -25,6 +26,10 @@ def load(package: str | Path, *, target: str = AUTO, threads: int | None = None)
     version than the library here built. Raises MissingError for an engine that is not built or a runtime that is not
     here, UsageError for another target.
     """
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
+        raise UsageError(
+            f"threads: got {threads!r}, needed 1 to {MOST_THREADS}", hint="leave it out: as session.json says"
+        )
     package = Path(package)
     manifest = admit(package)
     foreign = version_obstacle(package, target) if target in FOLDERS else None

@@ -40,7 +40,9 @@ def serve(
         list[str] | None, typer.Option(metavar="DIMENSION=SIZE", help="Largest size of a dimension, e.g. samples=8.")
     ] = None,
     body_limit: Annotated[int, typer.Option(min=1, help="MiB of a request.")] = 64,
-    body_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that a request's body may take.")] = 30.0,
+    body_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for a request's body, and for its answer.")
+    ] = 30.0,
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="On SIGTERM: not ready, but serving, for so long before it stops.")
     ] = 0.0,

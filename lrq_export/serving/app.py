@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from lrq_export.serving.model import VERSION, ServedModel
 from lrq_export.serving.protocol import JSON_LENGTH, InferRequest, RefusedError, invalid, parse_request, render_answer
 from lrq_export.serving.triton import config_json, model_config
 
+PIECE = 1 << 18  # bytes of an answer that are handed to its connection at a time
 EXTENSIONS = ["binary_tensor_data", "model_configuration"]
 log = logging.getLogger("lrq_export.serving")
 
@@ -32,7 +34,30 @@ class Bounds:
     workers: int = 1  # requests in the session at a time; each uses all of its threads
     queue: int = 16  # requests that wait
     body_bytes: int = 64 << 20
-    body_seconds: float = 30.0  # from a request's headers to the last byte of its body
+    body_seconds: float = 30.0  # from a request's headers to the last byte of its body; as long to read the answer
+
+
+class Answer(Response):
+    """Sent in pieces, each when the client has read most of those before; `sent` is told whether it was in time."""
+
+    def __init__(self, content: bytes, headers: Mapping[str, str], seconds: float, sent: Callable[[bool], None]):
+        super().__init__(content, headers=dict(headers))
+        self._seconds, self._sent = seconds, sent
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        whole = False
+        try:
+            async with asyncio.timeout(self._seconds):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                for begin in range(0, len(self.body), PIECE):
+                    piece = self.body[begin : begin + PIECE]
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            whole = True
+        except TimeoutError:
+            log.warning("an answer was not read in %g s", self._seconds)
+        finally:
+            self._sent(whole)
 
 
 class Service:
@@ -49,16 +74,25 @@ class Service:
         """Answer one request with tensors, or with one line that says why not."""
         started = time.perf_counter()
         self.metrics.requests.inc()
-        try:
-            with self.admission.admitted():
+        with ExitStack() as place:
+            try:
+                place.enter_context(self.admission.admitted())
                 body = await read_body(request, self.bounds)
                 headers, answer = await self._in_turn(request, body)
-        except RefusedError as refused:
-            self.metrics.failures.labels(refused.reason).inc()
-            return error_response(refused.status, str(refused), refused.headers)
-        self.metrics.answered.inc()
-        self.metrics.request_seconds.observe(time.perf_counter() - started)
-        return Response(answer, headers=headers)
+            except RefusedError as refused:
+                self.metrics.failures.labels(refused.reason).inc()
+                return error_response(refused.status, str(refused), refused.headers)
+            held = place.pop_all()  # until the answer is sent
+
+        def sent(whole: bool) -> None:
+            held.close()
+            if not whole:
+                self.metrics.failures.labels("unread").inc()
+                return
+            self.metrics.answered.inc()
+            self.metrics.request_seconds.observe(time.perf_counter() - started)
+
+        return Answer(answer, headers, self.bounds.body_seconds, sent)
 
     async def _in_turn(self, request: Request, body: bytearray) -> tuple[dict[str, str], bytes]:
         await self.admission.turn()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+MOST_ID = 1024  # characters
 JSON_LENGTH = "Inference-Header-Content-Length"
 # A JSON number is a Python object while it is read: some 20 times its bytes. Larger tensors belong behind the JSON.
 JSON_LIMIT = 8 << 20  # bytes
@@ -85,6 +86,8 @@ def parse_request(
     message = _json_object(bytes(body[:size]))
     if not isinstance(message.get("id", ""), str):
         raise invalid(f"id: got {_shown(message['id'])}, needed a string")
+    if len(message.get("id", "")) > MOST_ID:  # an answer repeats it
+        raise invalid(f"id: got {len(message['id'])} characters, needed at most {MOST_ID}")
     arrays = _tensors(message, memoryview(body)[size:], inputs)
     return InferRequest(message.get("id"), arrays, _wanted(message, tuple(outputs)))
 

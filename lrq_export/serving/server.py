@@ -17,6 +17,7 @@ from lrq_export.errors import Interrupted, MissingError, UsageError
 # A client that sends its next request on a connection that the server is just closing loses it: uvicorn's own 5 s are
 # shorter than many clients pause between two steps.
 KEEP_ALIVE_SECONDS = 75
+LINGER_SECONDS = 5  # for the last bytes of answers, at the end of a drain
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Report = Callable[[dict[str, Any]], None]
 
@@ -78,19 +79,32 @@ def serve(
 
 async def _until_signalled(server: Any, service: Any, listener: socket.socket, drain_seconds: float) -> int:
     """Serve; returns how many requests were left without an answer."""
-    loop = asyncio.get_running_loop()
+    loop, ending = asyncio.get_running_loop(), []  # of a task the loop itself keeps no hold
 
     def stop() -> None:
         if service.draining:
             server.should_exit = server.force_exit = True
             return
         service.draining = True
-        loop.call_later(drain_seconds, setattr, server, "should_exit", True)
+        ending.append(loop.create_task(end(server, service, drain_seconds)))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     await server.serve(sockets=[listener])
+    for task in ending:
+        task.cancel()
     return service.admission.inside
+
+
+async def end(server: Any, service: Any, drain_seconds: float) -> None:
+    """Take no more requests after `drain_seconds`; once all inside are answered, leave those who do not read that."""
+    await asyncio.sleep(drain_seconds)
+    server.should_exit = True
+    while service.admission.inside:
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(LINGER_SECONDS)
+    for connection in list(server.server_state.connections):
+        connection.transport.abort()
 
 
 def check_name(name: str) -> str:

@@ -314,6 +314,12 @@ def test_where_its_engine_cannot_run_onnx_runtime_s_is_taken_unless_it_is_asked_
     assert machine == []
 
 
+@pytest.mark.parametrize("threads", [0, -1, 1025, 1.5, "2", True])
+def test_a_number_of_threads_that_is_none_is_refused(package, threads):
+    with pytest.raises(UsageError, match="threads: got"):
+        load(package, threads=threads)
+
+
 def test_a_closed_transformer_answers_no_more(package):
     with load(package, threads=1) as transformer:
         transformer(**arguments())

@@ -6,6 +6,8 @@ import ast
 import contextlib
 import ctypes
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,6 +108,11 @@ class Context:
             return np.ctypeslib.as_array((ctypes.c_float * size).from_address(self.addresses[name])).reshape(shape)
 
         self.runs += 1
+        self.engine.events.append(f"run on {stream}")
+        assert not self.engine.running, "two calls run at a time"
+        self.engine.running = True
+        time.sleep(self.engine.seconds)
+        self.engine.running = False
         at("sample")[:] = 2 * at("x") + at("t")[:, None]
         if self.profiler is not None:
             self.profiler.report_layer_time("blocks.0", 0.5)
@@ -118,7 +125,10 @@ class Engine:
     names, num_io_tensors, runs_well = ("x", "t", "sample"), 3, True
 
     def __init__(self):
-        self.contexts = []
+        self.contexts, self.events, self.running, self.seconds = [], [], False, 0.0
+
+    def get_weight_streaming_automatic_budget(self):
+        return 77
 
     def get_tensor_name(self, index):
         return self.names[index]
@@ -144,7 +154,20 @@ class Graph:
     captured = None
 
     def replay(self):
-        Graph.captured.execute_async_v3(0)
+        Graph.captured.execute_async_v3("own")
+
+
+class Stream:
+    """Of CUDA, by name; what it is told is an event of the engine's."""
+
+    def __init__(self, name, events):
+        self.cuda_stream, self._events = name, events
+
+    def wait_stream(self, other):
+        self._events.append(f"{self.cuda_stream} waits for {other.cuda_stream}")
+
+    def synchronize(self):
+        self._events.append(f"{self.cuda_stream} is done")
 
 
 @pytest.fixture
@@ -157,7 +180,7 @@ def engine(monkeypatch, tmp_path):
         return runtimes[-1]
 
     made.runtimes = runtimes
-    stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda other: None, synchronize=lambda: None)
+    own, current = Stream("own", made.events), [Stream("caller", made.events)]
     trt = SimpleNamespace(
         __version__="11.4", Logger=type("Logger", (), {"WARNING": 1, "__init__": lambda self, level: None}),
         Runtime=runtime,
@@ -170,13 +193,20 @@ def engine(monkeypatch, tmp_path):
 
     @contextlib.contextmanager
     def capture(graph, stream, capture_error_mode):
-        yield
+        with on(stream):
+            yield
         Graph.captured = made.contexts[-1]
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
 
     monkeypatch.setattr(tensorrt_runner.importlib, "import_module", lambda name: trt)
     fakes = {
-        "Stream": lambda device: stream, "current_stream": lambda device=None: stream, "graph": capture,
-        "stream": lambda one: contextlib.nullcontext(), "device": lambda device: contextlib.nullcontext(),
+        "Stream": lambda device: own, "current_stream": lambda device=None: current[-1], "graph": capture,
+        "stream": on, "device": lambda device: contextlib.nullcontext(),
         "CUDAGraph": Graph,
     }  # fmt: skip
     for name, fake in fakes.items():
@@ -228,6 +258,51 @@ def test_buckets_that_were_not_used_for_longest_go(engine, tmp_path):
     assert len(engine.contexts) == BUCKETS + 1
     assert right(runner, given(2))
     assert len(engine.contexts) == BUCKETS + 2
+
+
+def test_a_run_comes_after_what_its_inputs_need_and_before_what_comes_next(engine, tmp_path):
+    runner = opened(tmp_path)
+    runner(given(2))
+    assert engine.events == [
+        "own waits for caller", "run on own", "run on own",  # a bucket is made: after its zeros, to allocate, captured
+        "own waits for caller", "run on own", "caller waits for own",
+    ]  # fmt: skip
+    engine.events.clear()
+    runner(given(2))
+    assert engine.events == ["own waits for caller", "run on own", "caller waits for own"]
+
+
+def test_a_bucket_goes_when_it_runs_no_more(engine, tmp_path):
+    runner = opened(tmp_path)
+    for samples in range(2, BUCKETS + 2):
+        runner(given(samples))
+    assert "own is done" not in engine.events
+    engine.events.clear()
+    runner(given(BUCKETS + 2))
+    assert engine.events[0] == "own is done"
+
+
+def test_calls_of_threads_take_turns(engine, tmp_path):
+    runner = opened(tmp_path, "tensorrt-rtx")
+    runner(given(2))
+    engine.seconds = 0.02
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda seed: right(runner, given(2, seed)), range(8)))
+
+
+def test_a_closed_runner_holds_nothing(engine, tmp_path):
+    runner = opened(tmp_path)
+    runner(given(2))
+    runner.close()
+    assert engine.events[-1] == "own is done"
+    assert not runner._buckets
+    assert (runner._engine, runner._runtime, runner._scratch) == (None, None, None)
+
+
+def test_weights_are_streamed_where_they_can_be(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(Engine, "streamable_weights_size", 1 << 30)
+    opened(tmp_path)
+    assert engine.weight_streaming_budget_v2 == 77
 
 
 def test_layers_are_timed_outside_of_a_graph(engine, tmp_path):

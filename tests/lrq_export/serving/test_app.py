@@ -1,9 +1,11 @@
 """The routes and the queue over a model that answers when it is told to, and the requests that are refused."""
 
+import asyncio
 import json
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from fastapi.testclient import TestClient
 
 from lrq_export.errors import UsageError
 from lrq_export.models.base import SAMPLES, InputSpec
+from lrq_export.serving import server
 from lrq_export.serving.admission import LONGEST_WAIT, Admission
-from lrq_export.serving.app import Bounds, Service, create_app
+from lrq_export.serving.app import PIECE, Answer, Bounds, Service, create_app
 from lrq_export.serving.model import ServedModel
 from lrq_export.serving.protocol import JSON_LENGTH, RefusedError, TensorInfo
 
@@ -103,6 +106,63 @@ def test_the_engine_that_is_served_is_told(target, device, platform, backend, ki
         config = client.get("/v2/models/double/config").json()
         assert (config["platform"], config["backend"]) == (platform, backend)
         assert config["instance_group"] == [{"kind": kind, "count": 1}]
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_an_answer_keeps_its_place_until_it_is_read_or_time_is_up(reads):
+    service = Service(
+        ServedModel(Doubling(), "double", {"y": TensorInfo("y", "FP32", (-1, 2, -1))}), Bounds(body_seconds=0.3)
+    )
+    body, inside = json.dumps({"inputs": inputs()}).encode(), []
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message):
+        inside.append((message["type"], service.admission.inside))
+        if message.get("body") and not reads:
+            await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "POST", "path": "/v2/models/double/infer", "headers": [], "query_string": b""}
+    asyncio.run(create_app(service)(scope, receive, send))
+    service.close()
+    assert inside[:2] == [("http.response.start", 1), ("http.response.body", 1)]
+    assert service.admission.inside == 0
+    counted = service.metrics.registry.get_sample_value
+    assert counted("lrq_answered_total") == reads
+    assert (counted("lrq_failures_total", {"reason": "unread"}) or 0) == (not reads)
+
+
+def test_a_long_answer_is_sent_in_pieces():
+    told, body = [], bytes(range(256)) * 4096
+
+    async def send(message):
+        told.append(message)
+
+    asyncio.run(Answer(body, {}, 5, lambda whole: told.append(whole))({}, None, send))
+    start, *pieces, last, whole = told
+    assert dict(start["headers"])[b"content-length"] == str(len(body)).encode()
+    assert b"".join(piece["body"] for piece in pieces) == body
+    assert [len(piece["body"]) for piece in pieces] == [PIECE] * 4
+    assert (last["body"], last["more_body"], whole) == (b"", False, True)
+
+
+def test_a_drain_leaves_those_who_read_nothing_once_all_are_answered(monkeypatch):
+    monkeypatch.setattr(server, "LINGER_SECONDS", 0.1)
+    events, admission = [], Admission(1, 1)
+    connection = SimpleNamespace(transport=SimpleNamespace(abort=lambda: events.append(admission.inside)))
+    uvicorn = SimpleNamespace(should_exit=False, server_state=SimpleNamespace(connections={1: connection}.values()))
+
+    async def drained():
+        with admission.admitted():
+            ending = asyncio.create_task(server.end(uvicorn, SimpleNamespace(admission=admission), 0.0))
+            await asyncio.sleep(0.3)
+            assert uvicorn.should_exit
+            assert events == []
+        await ending
+
+    asyncio.run(drained())
+    assert events == [0]
 
 
 @pytest.mark.parametrize(
