@@ -31,6 +31,11 @@ class LinearWeight:
     group_size: int  # columns that share levels; cols when per channel
     act_bits: int
 
+    def __post_init__(self):
+        numbers = (self.bits, self.group_size, self.act_bits)
+        if not isinstance(self.layer, str) or not all(type(number) is int for number in numbers):
+            raise TypeError(f"a weight of layer {self.layer!r}: {numbers}, needed a name and whole numbers")
+
     def tensor(self, role: str) -> str:
         """Name of the graph tensor of one of `names.WEIGHT_ROLES`."""
         return f"{self.layer}.{role}"
@@ -42,6 +47,10 @@ class Signs:
 
     seed: int | None = None
     equalizer: str | None = None
+
+    def __post_init__(self):
+        if type(self.seed) not in (int, type(None)) or not isinstance(self.equalizer, str | None):
+            raise TypeError(f"signs of seed {self.seed!r} and equalizer {self.equalizer!r}")
 
     def magnitudes(self, width: int) -> np.ndarray:
         """Their absolute values, float32 (width,)."""
@@ -155,8 +164,14 @@ class TracedGraph:
             },
             {name: Expression.from_json(row) for name, row in tables["tensors"].items()},
             {name: Signs(**row) for name, row in tables["signs"].items()},
-            {name: tuple(parts) for name, parts in tables["stacks"].items()},
+            {name: _names(parts) for name, parts in tables["stacks"].items()},
         )
+
+
+def _names(parts: list[str]) -> tuple[str, ...]:
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise TypeError(f"a stack of {parts!r}, needed names")
+    return tuple(parts)
 
 
 def _imported(model: onnx.ModelProto) -> gs.Graph:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lrq_export.engine.built import BUILD, RTX, TENSORRT, read_built
 from lrq_export.errors import InputError, UsageError
-from lrq_export.onnx_scan import check_model_file
+from lrq_export.onnx_scan import MOST_FIELDS, MOST_OF_ALL, check_model_file
 from lrq_export.package import MANIFEST, MODEL, QUANTIZED, list_files, load_manifest, verify_hashes
 from lrq_export.recipe import Recipe
 from lrq_export.tensor_header import read_header
@@ -30,6 +30,7 @@ SESSION_KEYS = frozenset({"options", "config_where_products_saturate", PROVIDERS
 SESSION_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 SESSION_THREADS, MOST_THREADS = ("intra_op", "inter_op"), 1024
 MOST_SIZE = 100_000  # of a whole number in a model's config
+MOST_LAYERS = 500  # of one kind
 ENGINES = (".plan", ".engine")
 # How an engine starts, by the folder of its target. An engine is for one library, and crashes another.
 ENGINE_STARTS = {TENSORRT: (b"ftrt", "TensorRT"), RTX: (b"vtrt", "TensorRT-RTX")}
@@ -57,10 +58,10 @@ def admit(package: Path) -> dict[str, Any]:
     for name in REQUIRED:
         if name not in manifest["files"]:
             raise InputError(f"{package / name}: is missing", hint="build the package again")
-    for name in manifest["files"]:
-        _check_file(package, name, manifest["files"])
+    _check_files(package, manifest["files"])
     _, tensors = read_header(package / QUANTIZED)
-    _check_sizes(package / MANIFEST, manifest["source"]["config"], len(tensors))
+    layers = min(MOST_LAYERS, sum(entry.begin < entry.end for entry in tensors.values()))
+    _check_sizes(package / MANIFEST, manifest["source"]["config"], layers)
     if _signature(package) != signature:
         raise InputError(f"{package}: changed while it was checked", hint="wait until it is written, then try again")
     _admitted.add(signature)
@@ -96,10 +97,10 @@ def _check_facts(path: Path, manifest: dict[str, Any]) -> None:
         raise InputError(f"{path}: recipe: {error}", hint="build the package again") from error
 
 
-def _check_sizes(path: Path, config: dict[str, Any], tensors: int) -> None:
-    """Raise InputError for a config of sizes that no model has, or of more layers than there are tensors."""
+def _check_sizes(path: Path, config: dict[str, Any], layers: int) -> None:
+    """Raise InputError for a config of sizes that no model has, or of more than so many layers."""
     for key, value in config.items():
-        most = tensors if key.endswith("layers") else MOST_SIZE
+        most = layers if key.endswith("layers") else MOST_SIZE
         for size in value if isinstance(value, list) else [value]:
             if type(size) is int and not 0 <= size <= most:
                 raise InputError(
@@ -108,15 +109,21 @@ def _check_sizes(path: Path, config: dict[str, Any], tensors: int) -> None:
                 )
 
 
-def _check_file(package: Path, name: str, files: dict[str, Any]) -> None:
-    """Raise InputError if a file is not what its name says."""
+def _check_files(package: Path, files: dict[str, Any]) -> None:
+    """Raise InputError for a file that is not what its name says, or for models of too many fields together."""
+    fields = 0
+    for name in files:
+        fields += _check_file(package, name, files, min(MOST_FIELDS, MOST_OF_ALL - fields))
+
+
+def _check_file(package: Path, name: str, files: dict[str, Any], most: int = MOST_FIELDS) -> int:
+    """Raise InputError if a file is not what its name says; returns a model's fields, of which it may have `most`."""
     path, place = package / name, PurePosixPath(name)
     if place.suffix == ".safetensors":
         read_header(path)
     elif place.suffix == ".onnx":
-        check_model_file(
-            path, {PurePosixPath(each).name for each in files if PurePosixPath(each).parent == place.parent}
-        )
+        beside = {PurePosixPath(each).name for each in files if PurePosixPath(each).parent == place.parent}
+        return check_model_file(path, beside, most)
     elif place.suffix in ENGINES:
         _check_engine(path)
     elif place.name == SESSION:
@@ -125,6 +132,7 @@ def _check_file(package: Path, name: str, files: dict[str, Any]) -> None:
         got = read_built(path.parent).target
         if got != place.parent.name:
             raise InputError(f"{path}: got the target {got!r}, needed {place.parent.name}", hint="build it again")
+    return 0
 
 
 def _check_engine(path: Path) -> None:

@@ -14,7 +14,12 @@ def one_line(text: str) -> str:
     text = " ".join(text.split())
     if len(text) > MOST_CHARACTERS:
         text = f"{text[: MOST_CHARACTERS // 2]} ... {text[-MOST_CHARACTERS // 2 :]}"
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(text)
+
+
+def printable(text: str, kept: str = "") -> str:
+    """`text` with all that is not, but for characters in `kept`, spelled out: what a terminal would obey."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
 class LrqError(Exception):

@@ -12,7 +12,7 @@ import onnx.printer
 from graphs.passes import TARGETS, target_passes
 from graphs.traced import TracedGraph
 from lrq_export.admit import admit
-from lrq_export.errors import UsageError
+from lrq_export.errors import UsageError, printable
 from lrq_export.onnx_file import read_model
 from lrq_export.package import MODEL, QUANTIZED
 from lrq_export.quantized import QuantizedFile
@@ -31,10 +31,7 @@ class Section:
 
     def text(self) -> str:
         """On a terminal nothing but text, whatever the package holds."""
-        return "\n".join(
-            line if line.isprintable() else "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in line)
-            for line in self.lines
-        )
+        return printable("\n".join(self.lines), kept="\n")
 
 
 def describe(package: Path) -> Section:

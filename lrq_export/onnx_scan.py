@@ -15,6 +15,7 @@ from pathlib import Path
 from lrq_export.errors import InputError
 
 MOST_FIELDS = 500_000  # of a file; a block of a transformer takes some 2,000
+MOST_OF_ALL = 3_000_000  # fields of all files of a package; those of FLUX.1-dev take some 1,700,000
 MOST_NESTED = 40  # messages in one another; ONNX's own limit for functions is below it
 MOST_AXES = 64
 FORGOTTEN = 1000  # fields; a look at one maps up to 64 KiB around it
@@ -27,7 +28,7 @@ GRAPH, FUNCTIONS = 7, 25  # of a model
 NODES, INITIALIZERS, SPARSE_INITIALIZERS = 1, 5, 15  # of a graph
 FUNCTION_NODES, FUNCTION_ATTRIBUTES = 7, 11
 OP_TYPE, ATTRIBUTES = 4, 5  # of a node
-ATTRIBUTE_NAME, INTEGER, STRING = 1, 3, 4
+ATTRIBUTE_NAME, INTEGER, STRING, REFERENCE = 1, 3, 4, 21
 DIMS, DATA_TYPE, SEGMENT, TENSOR_NAME, RAW, EXTERNAL, LOCATION = 1, 2, 3, 8, 9, 13, 14  # of a tensor
 KEY, VALUE = 1, 2  # of an entry of a tensor's external data
 
@@ -44,7 +45,7 @@ INSIDE = {
 # Fields that count once: of a second one, readers take the last, or a mixture of both.
 SINGLE = {
     "model": {GRAPH}, "graph": set(), "function": set(), "node": {OP_TYPE}, "entry": {KEY, VALUE},
-    "attribute": {ATTRIBUTE_NAME, INTEGER, STRING, 5, 6}, "tensor": {DATA_TYPE, TENSOR_NAME, RAW, LOCATION},
+    "attribute": {ATTRIBUTE_NAME, INTEGER, STRING, REFERENCE, 5, 6}, "tensor": {DATA_TYPE, TENSOR_NAME, RAW, LOCATION},
 }  # fmt: skip
 # Bits of a value, by TensorProto.DataType.
 BITS = {
@@ -54,22 +55,30 @@ BITS = {
 TEXT, COMPLEX = 8, (14, 15)
 # Fields of a tensor that hold values one by one: bytes of each, 0 for variable length, None for messages.
 TYPED = {4: 4, 5: 0, 6: None, 7: 0, 10: 8, 11: 0}
-# Fields of a fixed size; protobuf steps over any other that is written as one.
-FIXED = {"attribute": {(2, 5), (7, 5)}, "tensor": {(4, 5), (10, 1)}}  # (number, wire type)
+VARINT, WIDE, BYTES, NARROW = 0, 1, 2, 5  # protobuf's wire types
+# How fields that are looked at may be written, where that is not as bytes alone: protobuf steps over others.
+WIRES = {
+    "attribute": {INTEGER: {VARINT}},
+    "tensor": {DIMS: {VARINT, BYTES}, DATA_TYPE: {VARINT}, LOCATION: {VARINT}, 4: {NARROW, BYTES}, 5: {VARINT, BYTES},
+               7: {VARINT, BYTES}, 10: {WIDE, BYTES}, 11: {VARINT, BYTES}},
+}  # fmt: skip
 # Fields that may occur often and are looked at when their message is whole.
 REPEATED = {"node": {ATTRIBUTES}, "tensor": {DIMS, SEGMENT, EXTERNAL, *TYPED}}
 LAST_BYTES = bytes(range(128))  # what a number of variable length ends with
 Range = tuple[int, int]
 
 
-def check_model_file(path: Path, beside: Collection[str]) -> None:
+def check_model_file(path: Path, beside: Collection[str], most: int = MOST_FIELDS) -> int:
     """Raise InputError unless the file is an ONNX model whose every tensor has the bytes that its shape takes.
 
-    `beside`: names of the files in its folder that external data and cached engines may lie in.
+    `beside`: names of the files in its folder that external data and cached engines may lie in. `most`: fields that it
+    may have. Returns how many it has.
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _Scan(path, data, beside).model()
+            scan = _Scan(path, data, beside, most)
+            scan.model()
+            return scan.visited
     except _Unsound as error:
         raise InputError(
             f"{path}: not an ONNX model that can be trusted: {error}",
@@ -84,8 +93,8 @@ class _Unsound(Exception):
 
 
 class _Scan:
-    def __init__(self, path: Path, data: mmap.mmap, beside: Collection[str]):
-        self.path, self.data, self.beside = path, data, beside
+    def __init__(self, path: Path, data: mmap.mmap, beside: Collection[str], most: int):
+        self.path, self.data, self.beside, self.most = path, data, beside, most
         self.visited, self.typed = 0, 0  # fields, and bytes of values one by one
 
     def model(self) -> None:
@@ -99,17 +108,18 @@ class _Scan:
         if depth > MOST_NESTED:
             raise _Unsound(f"more than {MOST_NESTED} messages are nested in one another")
         found: dict[int, list] = defaultdict(list)
+        inside, single, repeated, wires = INSIDE[kind], SINGLE[kind], REPEATED.get(kind, ()), WIRES.get(kind, {})
         for number, wire, value in self.fields(begin, end):
-            if wire in (1, 5) and (number, wire) not in FIXED.get(kind, ()):
-                raise _Unsound(f"field {number} of a {kind} is of a fixed size")
-            inner = INSIDE[kind].get(number)
+            inner = inside.get(number)
+            if inner is None and number not in single and number not in repeated:
+                continue
+            if wire not in wires.get(number, (BYTES,)):
+                raise _Unsound(f"field {number} of a {kind} is of another kind")
             if inner is not None:
-                if isinstance(value, int):
-                    raise _Unsound(f"field {number} of a {kind} is a number")
                 value = self.message(inner, *value, depth + 1)
-            if number in SINGLE[kind] and found[number]:
+            if number in single and found[number]:
                 raise _Unsound(f"field {number} of a {kind} occurs twice")
-            if number in SINGLE[kind] or number in REPEATED.get(kind, ()):
+            if number in single or number in repeated:
                 found[number].append(value)
         if kind == "tensor":
             self.tensor(found)
@@ -119,23 +129,28 @@ class _Scan:
 
     def fields(self, begin: int, end: int) -> Iterator[tuple[int, int, int | Range]]:
         """Every field of a message: (number, wire type, its value or the range of its bytes)."""
-        place = begin
+        place, data = begin, self.data
         while place < end:
             self.visited += 1
-            if self.visited > MOST_FIELDS:
-                raise _Unsound(f"it has more than {MOST_FIELDS} fields")
+            if self.visited > self.most:
+                raise _Unsound(f"it has more than {self.most} fields")
             if self.visited % FORGOTTEN == 0:  # a page that was looked at counts as this process's memory
                 self.data.madvise(mmap.MADV_DONTNEED)
-            tag, place = self.varint(place, end)
+            tag, place = data[place], place + 1
+            if tag > 127:  # most take one byte
+                tag, place = self.varint(place - 1, end)
             if tag >= 2**32:  # of which protobuf in C++ keeps the lower half: another field than is read here
                 raise _Unsound(f"the tag before byte {place} has more than 32 bits")
             number, wire = tag >> 3, tag & 7
-            if wire == 0:
+            if wire == VARINT:
                 value, place = self.varint(place, end)
-            elif wire == 1 or wire == 5:
-                value, place = (place, place + (8 if wire == 1 else 4)), place + (8 if wire == 1 else 4)
-            elif wire == 2:
-                length, place = self.varint(place, end)
+            elif wire in (WIDE, NARROW):
+                size = 8 if wire == WIDE else 4
+                value, place = (place, place + size), place + size
+            elif wire == BYTES:
+                length, place = data[place] if place < end else 128, place + 1
+                if length > 127:
+                    length, place = self.varint(place - 1, end)
                 value, place = (place, place + length), place + length
             else:
                 raise _Unsound(f"byte {place} is of no known kind")
@@ -252,6 +267,8 @@ class _Scan:
     def cached_engine(self, found: dict[int, list]) -> None:
         """Raise _Unsound unless a node that stands for an engine names one of the package, beside the model."""
         facts = {self.text(each, ATTRIBUTE_NAME): each for each in found[ATTRIBUTES]}
+        if any(each[REFERENCE] for each in found[ATTRIBUTES]):  # a function's caller would say what they are
+            raise _Unsound("an attribute of an EPContext node refers to another")
         if len(facts) != len(found[ATTRIBUTES]):
             raise _Unsound("an attribute of an EPContext node occurs twice")
         if facts.get("embed_mode", {}).get(INTEGER, [1]) != [0]:  # 1 is what is meant where nothing is said

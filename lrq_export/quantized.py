@@ -184,6 +184,8 @@ class QuantizedFile:
                 if (entry.dtype, entry.shape) != (dtype, shape):
                     raise _damaged(path, f"{name}.{role} is {entry.dtype} {entry.shape}, needed {dtype} {shape}")
             _check_rotations(path, record)
+            if record.bias is not None and self.file.entry(record.bias).shape != (record.rows,):
+                raise _damaged(path, f"{record.bias} has another shape than a bias of {name}, ({record.rows},)")
 
     def layer(self, name: str) -> LayerTensors:
         """Raises InputError for a layer that was not quantized."""

@@ -6,11 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from pydantic import BaseModel
 
+from graphs.checks import check
 from graphs.traced import TracedGraph
 from lrq_export.errors import InputError
 from lrq_export.onnx_file import read_model
 from lrq_export.package import GRAPHS, write_bytes_atomic
+
+
+class NearMiss(BaseModel):
+    """A node that a pass looked at and left."""
+
+    node: str
+    reason: str
+
+
+class PassRow(BaseModel):
+    """What a pass reported (`rewrite.Outcome`)."""
+
+    name: str
+    fired: int
+    skipped: list[NearMiss]
+    nmse: float | None
+    refused: str | None
+
 
 TRACE = f"{GRAPHS}/0-trace.onnx"
 OUTCOME_KEY = "lrq.pass"  # metadata of a pass's graph: its name, fire count and near misses
@@ -37,7 +57,7 @@ def rewritten_graph(folder: Path) -> TracedGraph:
     """The graph after the last pass. Raises InputError for a folder that holds none."""
     files = pass_files(folder)
     if not files:
-        raise InputError(f"{folder / GRAPHS}: holds the graph of no pass", hint=_AGAIN)
+        raise _no_pass(folder)
     return load_graph(files[-1])
 
 
@@ -57,9 +77,11 @@ def saved_graphs(package: Path) -> tuple[list[TracedGraph], list[dict[str, Any]]
         stages.append(_traced(path, model))
         properties = {entry.key: entry.value for entry in model.metadata_props}
         try:
-            outcomes.append(json.loads(properties[OUTCOME_KEY]))
+            outcomes.append(PassRow.model_validate_json(properties[OUTCOME_KEY]).model_dump())
         except (KeyError, ValueError) as error:
             raise InputError(f"{path}: says not what its pass did: {error!r}", hint=_AGAIN) from error
+    if not outcomes:
+        raise _no_pass(package)
     return stages, outcomes
 
 
@@ -68,8 +90,15 @@ def left_out(outcomes: list[dict[str, Any]]) -> list[str]:
     return [f"rewrite: pass {row['name']} was left out: {row['refused']}" for row in outcomes if row["refused"]]
 
 
+def _no_pass(folder: Path) -> InputError:
+    return InputError(f"{folder / GRAPHS}: holds the graph of no pass", hint=_AGAIN)
+
+
 def _traced(path: Path, model: onnx.ModelProto) -> TracedGraph:
+    """The graph of a file that may come from anyone, held to the rules that each pass was held to."""
     try:
-        return TracedGraph.from_onnx(model)
-    except (KeyError, TypeError, ValueError) as error:
+        traced = TracedGraph.from_onnx(model)
+        check(traced)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # of tables and nodes of any kind
         raise InputError(f"{path}: no graph of a build: {error!r}", hint=_AGAIN) from error
+    return traced

@@ -19,7 +19,8 @@ from lrq_export.checkpoint import check_finite
 from lrq_export.errors import InputError, LrqError
 from lrq_export.models.base import ModelFamily, Sizes
 
-MOST_TABLES = 2 << 30  # bytes of what a model computes when it is constructed; images of 4096 pixels take 0.3 GiB
+# Bytes of what a model computes when it is constructed, which takes several times that; 4096 pixels need 0.3 GiB.
+MOST_TABLES = 1 << 29
 Config = Mapping[str, Any]
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ def _shapes(family: ModelFamily, config: Config) -> dict[str, tuple[int, ...]]:
     stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     made = sum(tensor.nbytes for name, tensor in model.named_buffers() if name not in stored)
     if made > MOST_TABLES:
-        raise ValueError(f"its tables of positions take {made / 2**30:.0f} GiB, needed at most {MOST_TABLES >> 30}")
+        raise ValueError(f"its tables of positions take {made >> 20} MiB, needed at most {MOST_TABLES >> 20}")
     return stored
 
 

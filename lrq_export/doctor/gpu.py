@@ -173,9 +173,14 @@ def plugins(system: System) -> Finding:
     return ok("plugins", str(path))
 
 
-def installed_tensorrt(system: System, target: str = "tensorrt") -> str | None:
-    """The version of the library that builds and runs a target's engines."""
-    return next(filter(None, map(system.version, DISTRIBUTIONS[target])), None)
+def installed_tensorrt(system: System, target: str = "tensorrt", built: str | None = None) -> str | None:
+    """The version of the library that builds and runs a target's engines.
+
+    Several distributions may say one, the stale one of a library that is gone among them: that of `built` if any does.
+    """
+    said = list(filter(None, map(system.version, DISTRIBUTIONS[target])))
+    alike = [version for version in said if built is not None and version_of(version) == version_of(built)]
+    return next(iter(alike + said), None)
 
 
 def provider_needs(system: System) -> int | None:

@@ -27,7 +27,7 @@ class BuiltEngine(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     target: str
-    version: str  # of the library that built it, and alone opens it
+    version: Annotated[str, Field(max_length=64)]  # of the library that built it, and alone opens it
     plugins: bool  # whether lrq nodes are plugins
     engine_bytes: Count | None = None
     layers: Count | None = None  # of the network

@@ -65,8 +65,10 @@ def version_obstacle(package: Path, target: str, system: System | None = None) -
     A library opens what its own version built. One that does not tell its version is tried.
     """
     built, folder = built_engine(package, target), package / FOLDERS[target]
-    here = installed_tensorrt(system or System(), target)
-    if built is None or here is None or version_of(here) == version_of(built.version):
+    if built is None:
+        return None
+    here = installed_tensorrt(system or System(), target, built.version)
+    if here is None or version_of(here) == version_of(built.version):
         return None
     again = f"run lrq-export build {package} --target {target}"
     return InputError(f"{folder}: the engine is of {target} {built.version}, the library here is {here}", hint=again)

@@ -153,7 +153,7 @@ def other_settings(built: BuiltEngine, target: str, settings: Engine) -> dict[st
 
 def _fits_here(built: BuiltEngine, target: str, settings: Engine) -> bool:
     """Whether nothing on this machine refuses an engine: another version of its library, or another GPU."""
-    library, gpu = installed_tensorrt(System(), target), tensorrt.gpu_at_hand()
+    library, gpu = installed_tensorrt(System(), target, built.version), tensorrt.gpu_at_hand()
     if library is not None and version_of(library) != version_of(built.version):
         return False
     return target == RTX or settings.hardware != "this" or None in (gpu, built.gpu) or built.gpu == gpu

@@ -18,11 +18,12 @@ from typing import Any
 
 from lrq_export.admit import admit
 from lrq_export.calibrate.inputs import load_inputs
-from lrq_export.errors import MissingError
+from lrq_export.errors import LrqError, MissingError
 from lrq_export.models import family_of, model_inputs
 from lrq_export.package import MANIFEST, QUANTIZED
 from lrq_export.quantized import QuantizedFile
 from lrq_export.recipe import Recipe
+from lrq_export.verify.one_model import check_one_model
 from lrq_export.verify.reference import Reference
 from lrq_export.verify.subject import PARITY_SAMPLES, Subject
 from lrq_export.verify.target import Target
@@ -36,7 +37,7 @@ class Findings:
     """What was compared. `not_run` says what this machine lacks for the rungs that are missing."""
 
     rungs: list[Comparison] = field(default_factory=list)
-    not_run: MissingError | None = None
+    not_run: LrqError | None = None
     bisection: Bisection | None = None  # None: it was not asked for, or all rungs hold
 
     @property
@@ -87,7 +88,9 @@ def compare(
 def _subject(package: Path, manifest: Mapping[str, Any], inputs: Path | None, samples: int) -> Subject:
     config, reference = manifest["source"]["config"], Reference.load(package)
     specs, family = model_inputs(config, str(package / MANIFEST)), family_of(config["_class_name"])
-    if inputs is not None:
-        reference = replace(reference, inputs=load_inputs(inputs, specs, samples))
     recipe, quantized = Recipe.model_validate(manifest["recipe"]), QuantizedFile(package / QUANTIZED)
-    return Subject(package, recipe, family, config, None, quantized, reference, samples)
+    subject = Subject(package, recipe, family, config, None, quantized, reference, samples)
+    check_one_model(subject)
+    if inputs is not None:
+        subject.reference = replace(reference, inputs=load_inputs(inputs, specs, samples))
+    return subject

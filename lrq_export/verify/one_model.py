@@ -43,9 +43,17 @@ def _check_reference(subject: Subject) -> None:
     unknown = inputs.keys() - subject.specs.keys()
     if unknown:
         raise InputError(f"{path}: inputs.{min(unknown)} is unknown to the manifest's model", hint=_AGAIN)
-    answers = subject.reference.noise
-    if answers.ndim != inputs["hidden_states"].ndim or len(answers) != sizes[SAMPLES]:
+    answers, latents = subject.reference.noise, subject.reference.latents
+    rank, conditions = inputs["hidden_states"].ndim, subject.reference.conditions
+    if answers.ndim != rank or len(answers) != sizes[SAMPLES]:
         raise InputError(
             f"{path}: noise: got shape {tuple(answers.shape)} for {sizes[SAMPLES]} inputs, needed one for each",
             hint=_AGAIN,
         )
+    if latents.ndim != rank + 1 or not latents.numel():
+        raise InputError(f"{path}: latents: got shape {tuple(latents.shape)}, needed steps of samples", hint=_AGAIN)
+    if not conditions or not all(tensor.ndim and len(tensor) for tensor in conditions.values()):
+        raise InputError(f"{path}: conditions: needed a row of each at least", hint=_AGAIN)
+    unseen = subject.quantized.records.keys() - subject.reference.statistics.keys()
+    if unseen:
+        raise InputError(f"{path}: statistics: {min(unseen)} is missing", hint=_AGAIN)

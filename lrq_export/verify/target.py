@@ -14,9 +14,9 @@ from lrq_export.engine import tensorrt
 from lrq_export.engine.built import FOLDERS as NVIDIA_FOLDERS
 from lrq_export.engine.built import PLAN, read_built
 from lrq_export.engine.onnxruntime import engine_weights, lower_linears, open_session, session_config
-from lrq_export.engine.run_obstacle import machine_obstacle, run_obstacle
+from lrq_export.engine.run_obstacle import machine_obstacle, run_obstacle, version_obstacle
 from lrq_export.engine.targets import ONNXRUNTIME
-from lrq_export.errors import MissingError, UsageError
+from lrq_export.errors import LrqError, MissingError, UsageError
 from lrq_export.models.base import InputSpec
 from lrq_export.onnx_file import WeightTensor, read_model
 from lrq_export.package import ONNXRUNTIME_ENGINE, QUANTIZED
@@ -89,15 +89,22 @@ class Target:
             return engine_weights(traced, quantized, lower_linears(traced))
         return portable_weights(tensorrt.lower(traced, bool(self.plugin_nodes), self.activations), quantized)
 
-    def obstacle(self) -> MissingError | None:
-        """Why NVIDIA's library cannot run it here; None if it can, and for ONNX Runtime's own target."""
+    def obstacle(self) -> LrqError | None:
+        """Why NVIDIA's library cannot run it here; None if it can, and for ONNX Runtime's own target.
+
+        InputError for an engine of another version than the library here, else MissingError.
+        """
         if not self.is_nvidia:
             return None
-        found = machine_obstacle(self.name) or run_obstacle(self.package, self.name)
+        found = (
+            version_obstacle(self.package, self.name)
+            or machine_obstacle(self.name)
+            or run_obstacle(self.package, self.name)
+        )
         if found is None:
             return None
         again = f"lrq-export verify {self.package} --against {self.name}"
-        return MissingError(found.message, hint=f"{found.hint}, then run there: {again}")
+        return type(found)(found.message, hint=f"{found.hint}, then run there: {again}")
 
     def profile_of(self, specs: Mapping[str, InputSpec], feed: Mapping[str, np.ndarray]) -> int | None:
         """The optimization profile of its plan that takes inputs of these sizes; None if none does."""

@@ -10,10 +10,12 @@ from pathlib import Path
 import onnx
 import pytest
 
+from lrq_export import admit as admission
 from lrq_export import package as packages
 from lrq_export.admit import _check_file, admit
 from lrq_export.engine.onnxruntime import open_session
 from lrq_export.errors import InputError
+from lrq_export.onnx_scan import check_model_file
 from lrq_export.tensor_header import read_header
 
 ROOT = Path(packages.__file__).parents[1]
@@ -205,6 +207,21 @@ def cached_engine(location, **more):
     return onnx_edit(change, ENGINE)
 
 
+def given_engine(model):
+    """A node in a function that takes the engine from whoever calls it."""
+    node = onnx.helper.make_node("EPContext", [], ["y"], domain="com.microsoft", ep_cache_context="x", embed_mode=0)
+    for attribute in node.attribute:
+        attribute.ref_attr_name = attribute.name
+    names = [attribute.name for attribute in node.attribute]
+    opset = [onnx.helper.make_opsetid("com.microsoft", 1)]
+    model.functions.append(onnx.helper.make_function("other", "Runs", [], ["y"], [node], opset, names))
+
+
+def type_as_bytes(model):
+    """The first type of a weight: to protobuf, which knows it as a number alone, there is none."""
+    return model + varint(0x3A) + varint(5) + b"\x2a\x03\x12\x01\x01"
+
+
 def built(**facts):
     """What an engine says of itself; all that is not in `facts` is right."""
     told = {"target": "tensorrt", "version": "11.4.0", "plugins": False, "profiles": [], "options": {}} | facts
@@ -300,6 +317,7 @@ HOSTILE = {
     "a config of no class": (manifest(source={"config": {"_class_name": 3}}), "needed the config of a model"),
     "no scheduler": (lambda folder: edit_manifest(folder, lambda facts: facts.pop("scheduler")), "scheduler: needed"),
     "a config of a million layers": (config(num_layers=10**6), "num_layers: got 1000000, needed 0 to"),
+    "a config of more layers than any model has": (config(num_layers=501), "num_layers: got 501, needed 0 to"),
     "a config of fewer layers than none": (config(num_layers=-1), "num_layers: got -1, needed 0 to"),
     "a config of enormous images": (config(sample_size=10**9), "sample_size: got 1000000000, needed 0 to 100000"),
     "a config of enormous patches": (config(patch_size=[1, 10**30]), "patch_size: got 1000"),
@@ -325,6 +343,7 @@ HOSTILE = {
     ),
     "facts of another target": (built(target="tensorrt-rtx"), "got the target 'tensorrt-rtx'"),
     "an engine of no version": (built(version=None), "build.json: version: "),
+    "an engine of a version without end": (built(version="9" * 5000 + ".1"), "build.json: version: "),
     "an engine whose facts are a list": (resealed(put("engine/tensorrt/build.json", b"[]")), "needed an object"),
     "an engine whose options are a list": (built(options=[1]), "build.json: options: "),
     "an engine of an unknown option": (built(options={"speed": 9}), "build.json: options.speed: "),
@@ -368,10 +387,12 @@ HOSTILE = {
         "has more than 32 bits",
     ),
     "a graph of four bytes": (
-        resealed(change_bytes(MODEL, lambda model: model + b"\x3d" + bytes(4))), "field 7 of a model is of a fixed size"
+        resealed(change_bytes(MODEL, lambda model: model + b"\x3d" + bytes(4))), "field 7 of a model is of another kind"
     ),
     "two million nodes": (resealed(put(MODEL, b"\x3a\x84\x84\xbd\x01" + b"\x0a\x00" * 1_548_546)), "more than 500000"),
     "an engine above the package": (cached_engine("../../evil.plan", embed_mode=0), "'../../evil.plan'"),
+    "an engine that a function is given": (onnx_edit(given_engine, ENGINE), "refers to another"),
+    "a type written as bytes": (resealed(change_bytes(MODEL, type_as_bytes)), "field 2 of a tensor is of another kind"),
     "an engine in the model": (cached_engine("ftrt"), "holds an engine itself"),
     "a header without end": (resealed(put(QUANTIZED, b"\xff" * 7 + b"\x7f" + b"{}")), "got a header of"),
     "a tensor of exabytes": (resealed(put(QUANTIZED, tensor_file({"shape": [1 << 60]}))), "got 4 bytes, needed"),
@@ -460,6 +481,19 @@ def test_the_memory_of_a_scan_does_not_grow_with_the_file(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) * 1024 < MOST_BYTES
+
+
+def test_fields_are_counted_over_all_files(package, copy_of, monkeypatch):
+    folder = copy_of(package)
+    whole = sum(
+        check_model_file(path, {each.name for each in path.parent.iterdir()}) for path in folder.rglob("*.onnx")
+    )
+    monkeypatch.setattr(admission, "MOST_OF_ALL", whole)
+    admit(folder)
+    monkeypatch.setattr(admission, "_admitted", set())
+    monkeypatch.setattr(admission, "MOST_OF_ALL", whole - 1)
+    with pytest.raises(InputError, match="fields"):
+        admit(folder)
 
 
 def test_a_sound_package_is_admitted(judged):
@@ -621,7 +655,7 @@ def test_a_whole_program_refuses_within_the_bounds(judged, entry):
 
 
 OTHER_VERSION = """from lrq_export.engine import run_obstacle
-    run_obstacle.installed_tensorrt = lambda system, target: "{here}"
+    run_obstacle.installed_tensorrt = lambda *_: "{here}"
     import lrq_export; lrq_export.load(sys.argv[1], target="tensorrt-rtx")"""
 
 

@@ -47,6 +47,76 @@ def report(change):
     return edit
 
 
+def conditions():
+    """The answers of the model to no conditions at all."""
+
+    def edit(folder):
+        from lrq_export.checkpoint import TensorFile
+
+        names = [
+            name for name in TensorFile(folder / "reference.safetensors").entries if name.startswith("conditions.")
+        ]
+        reference(**dict.fromkeys(names))(folder)
+
+    return edit
+
+
+def without_samples(folder):
+    from lrq_export.checkpoint import TensorFile
+
+    file = TensorFile(folder / "reference.safetensors")
+    reference(**{name: file.read(name)[:0].clone() for name in file.entries if name.startswith("inputs.")})(folder)
+
+
+def record(**changes):
+    """The first layer of quantized.safetensors that has a bias, with fields of its record replaced."""
+
+    def edit(folder):
+        from lrq_export.checkpoint import TensorFile
+
+        file = TensorFile(folder / "quantized.safetensors")
+        records = json.loads(file.metadata["layers"])
+        next(each for each in records if each["bias"]).update(changes)
+        tensors = {name: tensor.clone() for name, tensor in file.read_all().items()}
+        save_tensors_atomic(file.path, tensors, file.metadata | {"layers": json.dumps(records)})
+
+    return edit
+
+
+def last_model(change):
+    def edit(folder):
+        path = pass_files(folder)[-1]
+        model = onnx.load(path)
+        change(model)
+        path.write_bytes(model.SerializeToString())
+
+    return edit
+
+
+def tables(table, row):
+    """The last graph, the first row of one of its tables replaced."""
+
+    def change(model):
+        (entry,) = (entry for entry in model.metadata_props if entry.key == "lrq.weights")
+        held = json.loads(entry.value)
+        held[table][next(iter(held[table]))] = row
+        entry.value = json.dumps(held)
+
+    return last_model(change)
+
+
+def first_node(change):
+    return last_model(lambda model: change(model.graph.node[0]))
+
+
+def outcome(text):
+    def change(model):
+        (entry,) = (entry for entry in model.metadata_props if entry.key == "lrq.pass")
+        entry.value = text
+
+    return last_model(change)
+
+
 def without_metadata(key):
     """What the last graph says of itself beside its nodes."""
 
@@ -113,6 +183,7 @@ def without_graphs(folder):
 
 
 ONES = torch.ones(1)
+NO_LAYER = '{"adapter_nmse": 0, "statistics": {}}'
 ADD, VERIFY = ("build", "--target", "tensorrt"), ("verify", "--against", "onnxruntime")
 SAMPLE = ("sample", "-o", "not-written.png")
 NONSENSE = {
@@ -140,6 +211,15 @@ NONSENSE = {
     "a reference of no timesteps": (reference(**{"inputs.timestep": None}), ("verify",), "inputs.timestep is missing"),
     "a reference of one timestep": (reference(**{"inputs.timestep": ONES}), ("verify",), "timestep: got shape (1,)"),
     "answers to fewer inputs": (reference(noise=ONES), ("verify",), "noise: got shape (1,)"),
+    "a reference of no conditions": (conditions(), ("verify",), "conditions: needed a row of each at least"),
+    "a reference of no latents": (reference(latents=torch.ones(0)), ("verify",), "latents: got shape (0,)"),
+    "facts of no layer": (reference(facts=NO_LAYER), ("verify",), "statistics: "),
+    "inputs of no samples": (without_samples, VERIFY, "with samples a positive multiple of 1"),
+    "a bias of another shape": (record(bias="proj_out.weight"), ("verify",), "proj_out.weight has another shape"),
+    "a stack of a number": (tables("stacks", 3), ("inspect", "--passes"), "no graph of a build"),
+    "signs of text": (tables("signs", {"seed": "x"}), ADD, "no graph of a build"),
+    "a node that reads nothing": (first_node(lambda node: node.ClearField("input")), ADD, "no graph of a build"),
+    "a pass that is a list": (outcome("[1]"), ("inspect", "--passes"), "says not what its pass did"),
     "a report of no source": (report(lambda facts: facts.pop("source")), ADD, "report.json: not the report"),
     "a report of text": (lambda folder: (folder / "report.json").write_text("?"), ADD, "report.json: not the report"),
     "no report": (lambda folder: (folder / "report.json").unlink(), ADD, "report.json: cannot be read"),

@@ -229,7 +229,7 @@ def machine(monkeypatch, drop_in):
         return OnnxRuntimeRunner(drop_in.session)
 
     monkeypatch.setattr(System, "gpu", lambda system: "H100")
-    monkeypatch.setattr(run_obstacle, "installed_tensorrt", lambda system, target: "1")
+    monkeypatch.setattr(run_obstacle, "installed_tensorrt", lambda *_: "1")
     monkeypatch.setattr(tensorrt_runner, "TensorRtRunner", stand_in)
     return opened
 
@@ -265,7 +265,7 @@ def no_gpu(patch):
 
 
 def no_library(patch):
-    patch.setattr(run_obstacle, "installed_tensorrt", lambda system, target: None)
+    patch.setattr(run_obstacle, "installed_tensorrt", lambda *_: None)
     patch.setattr(System, "folders", lambda system, module: [])
 
 

@@ -25,7 +25,7 @@ def builder(monkeypatch):
     monkeypatch.setattr(tensorrt, "find_library", lambda: None)
     monkeypatch.setattr(tensorrt, "run_worker", answer)
     for module in (targets, run_obstacle):
-        monkeypatch.setattr(module, "installed_tensorrt", lambda system, target: "1")
+        monkeypatch.setattr(module, "installed_tensorrt", lambda *_: "1")
     monkeypatch.setattr(System, "gpu", lambda system: "H100")
     return jobs
 

@@ -366,7 +366,7 @@ def lacking(monkeypatch, tmp_path):
     """Whether an engine with these facts in its build.json is built again on a machine."""
 
     def ask(target, facts, *, library="1", gpu=None, compiled=False, **changes):
-        monkeypatch.setattr(targets, "installed_tensorrt", lambda system, target: library)
+        monkeypatch.setattr(targets, "installed_tensorrt", lambda *_: library)
         monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda: gpu)
         monkeypatch.setattr(tensorrt, "find_library", lambda: tmp_path if compiled else None)
         place = tmp_path / FOLDERS[target]
