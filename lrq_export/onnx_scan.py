@@ -15,7 +15,7 @@ from pathlib import Path
 from lrq_export.errors import InputError
 
 MOST_FIELDS = 500_000  # of a file; a block of a transformer takes some 2,000
-MOST_OF_ALL = 3_000_000  # fields of all files of a package; those of FLUX.1-dev take some 1,700,000
+MOST_OF_ALL = 2_500_000  # fields of all files of a package; those of FLUX.1-dev take some 1,700,000
 MOST_NESTED = 40  # messages in one another; ONNX's own limit for functions is below it
 MOST_AXES = 64
 FORGOTTEN = 1000  # fields; a look at one maps up to 64 KiB around it
