@@ -15,7 +15,7 @@ from lrq_export.engine.built import BUILD, RTX, TENSORRT, read_built
 from lrq_export.errors import InputError, UsageError
 from lrq_export.onnx_scan import MOST_FIELDS, MOST_OF_ALL, check_model_file
 from lrq_export.package import MANIFEST, MODEL, QUANTIZED, list_files, load_manifest, verify_hashes
-from lrq_export.recipe import Recipe
+from lrq_export.recipe import MOST_THREADS, Recipe
 from lrq_export.tensor_header import read_header
 from lrq_export.untrusted_json import read_json_object
 
@@ -28,7 +28,7 @@ SESSION_OPTIONS = frozenset(
 PROVIDERS, THREADS = "providers", "threads"  # keys of session.json; the others hold session options
 SESSION_KEYS = frozenset({"options", "config_where_products_saturate", PROVIDERS, THREADS})
 SESSION_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
-SESSION_THREADS, MOST_THREADS = ("intra_op", "inter_op"), 1024
+SESSION_THREADS = ("intra_op", "inter_op")
 MOST_SIZE = 100_000  # of a whole number in a model's config
 MOST_LAYERS = 500  # of one kind
 ENGINES = (".plan", ".engine")

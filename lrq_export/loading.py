@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lrq_export.admit import MOST_THREADS, admit
+from lrq_export.admit import admit
 from lrq_export.engine.built import FOLDERS
 from lrq_export.engine.run_obstacle import version_obstacle
 from lrq_export.errors import UsageError
+from lrq_export.recipe import MOST_THREADS
 
 if TYPE_CHECKING:
     from lrq_export.runtime import PackagedTransformer

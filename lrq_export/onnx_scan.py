@@ -19,9 +19,7 @@ MOST_OF_ALL = 2_500_000  # fields of all files of a package; those of FLUX.1-dev
 MOST_NESTED = 40  # messages in one another; ONNX's own limit for functions is below it
 MOST_AXES = 64
 FORGOTTEN = 1000  # fields; a look at one maps up to 64 KiB around it
-MOST_TYPED = (
-    4 << 20
-)  # bytes of values that are stored one by one: they are read to be counted, and all else as raw data
+MOST_TYPED = 4 << 20  # bytes of values that are stored one by one, which are read to be counted: weights are raw data
 
 # Field numbers of onnx.proto, by the names used here.
 GRAPH, FUNCTIONS = 7, 25  # of a model

@@ -118,7 +118,8 @@ class Gates(Table):
         return None if value == UNSET else value
 
 
-Threads = Annotated[int, Field(ge=0, le=1024)]
+MOST_THREADS = 1024
+Threads = Annotated[int, Field(ge=0, le=MOST_THREADS)]
 
 
 class Engine(Table):

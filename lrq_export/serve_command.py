@@ -8,13 +8,14 @@ import typer
 
 from lrq_export.admit import admit
 from lrq_export.errors import UsageError
+from lrq_export.recipe import MOST_THREADS
 
 _SHOWN_LAYERS = 20
 Package = Annotated[Path, typer.Argument(help="A package that lrq-export build wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines.")]
 Name = Annotated[str | None, typer.Option(help="Name of the model; default: the package's folder.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, max=1024, help="Threads of one run; default: as ONNX Runtime chooses.")
+    int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads of one run; default: as ONNX Runtime chooses.")
 ]
 
 
@@ -44,7 +45,7 @@ def serve(
         float, typer.Option(min=0.1, help="Seconds for a request's body, and for its answer.")
     ] = 30.0,
     drain_seconds: Annotated[
-        float, typer.Option(min=0, help="On SIGTERM: not ready, but serving, for so long before it stops.")
+        float, typer.Option(min=0, max=86_400, help="On SIGTERM: not ready, but serving, for so long before it stops.")
     ] = 0.0,
     as_json: Json = False,
 ) -> None:
