@@ -11,7 +11,9 @@ import reprlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lrq_export.engine.built import BUILD, RTX, TENSORRT, read_built
+from lrq_export.doctor.system import version_of
+from lrq_export.engine.built import BUILD, PLAN, read_built
+from lrq_export.engine.plan_header import STARTS, plan_version
 from lrq_export.errors import InputError, UsageError
 from lrq_export.onnx_scan import MOST_FIELDS, MOST_OF_ALL, check_model_file
 from lrq_export.package import MANIFEST, MODEL, QUANTIZED, list_files, load_manifest, verify_hashes
@@ -32,8 +34,6 @@ SESSION_THREADS = ("intra_op", "inter_op")
 MOST_SIZE = 100_000  # of a whole number in a model's config
 MOST_LAYERS = 500  # of one kind
 ENGINES = (".plan", ".engine")
-# How an engine starts, by the folder of its target. An engine is for one library, and crashes another.
-ENGINE_STARTS = {TENSORRT: (b"ftrt", "TensorRT"), RTX: (b"vtrt", "TensorRT-RTX")}
 # Fields of a manifest that loading relies on.
 FACTS = {"tool": dict, "source": dict, "recipe": dict, "layers": dict, "warnings": list, "fingerprint": str}
 
@@ -125,31 +125,32 @@ def _check_file(package: Path, name: str, files: dict[str, Any], most: int = MOS
         beside = {PurePosixPath(each).name for each in files if PurePosixPath(each).parent == place.parent}
         return check_model_file(path, beside, most)
     elif place.suffix in ENGINES:
-        _check_engine(path)
+        plan_version(path)
     elif place.name == SESSION:
         _check_session(path)
-    elif place.name == BUILD and place.parent.name in ENGINE_STARTS:
-        got = read_built(path.parent).target
-        if got != place.parent.name:
-            raise InputError(f"{path}: got the target {got!r}, needed {place.parent.name}", hint="build it again")
+    elif place.name == BUILD and place.parent.name in STARTS:
+        plan = files.get((place.parent / PLAN).as_posix())
+        _check_built(path, plan and plan["bytes"])
     return 0
 
 
-def _check_engine(path: Path) -> None:
-    target = path.parent.name
-    if target not in ENGINE_STARTS:
+def _check_built(path: Path, plan_bytes: int | None) -> None:
+    """Raise InputError for a build.json that tells of another engine than the plan of so many bytes beside it."""
+    built, target = read_built(path.parent), path.parent.name
+    if built.target != target:
+        raise InputError(f"{path}: got the target {built.target!r}, needed {target}", hint="build it again")
+    if plan_bytes is None:
+        return
+    if built.engine_bytes not in (None, plan_bytes):
         raise InputError(
-            f"{path}: got an engine of the unknown target {target}, needed {' or '.join(ENGINE_STARTS)}",
-            hint="build it again: lrq-export build PACKAGE --target TARGET",
+            f"{path}: engine_bytes: got {built.engine_bytes}, and {PLAN} has {plan_bytes}", hint="build it again"
         )
-    needed, library = ENGINE_STARTS[target]
-    with open(path, "rb") as file:
-        got = file.read(len(needed))
-    if got != needed:
-        others = [other for start, other in ENGINE_STARTS.values() if start == got]
+    told, written = version_of(built.version), plan_version(path.with_name(PLAN))
+    if written is not None and any(part % 256 != own for part, own in zip(told, written, strict=False)):
         raise InputError(
-            f"{path}: got {f'an engine of {others[0]}' if others else 'no engine'}, needed one of {library}",
-            hint=f"build it again: lrq-export build {path.parents[2]} --target {target}",
+            f"{path.with_name(PLAN)}: got an engine of version {'.'.join(map(str, written))}, "
+            f"and {BUILD} says {built.version}",
+            hint="build it again",
         )
 
 

@@ -146,7 +146,6 @@ def verify(
 ) -> None:
     """Check every hash, then climb the parity ladder again from the package's files, or compare one target."""
     if against is not None and source is None:
-        _admit(package)
         raise typer.Exit(verify_against(package, against, inputs, bisect, as_json))
     if inputs is not None or bisect or against is not None:
         raise UsageError("--against excludes --source, and --inputs and --bisect need it", hint="see --help")

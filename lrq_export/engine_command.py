@@ -1,6 +1,7 @@
 """`lrq-export build PACKAGE --target TARGET`: what a finished package lacks of engines."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,13 +14,14 @@ _WHOLE_BUILDS = ("engine.intra_op_threads", "engine.inter_op_threads")  # of ONN
 def add_engines(package: Path, overrides: Mapping[str, str], others: Sequence[str], as_json: bool) -> None:
     """Build the engines that `overrides` ask for into the package; `others` are flags that only a whole build takes."""
     from lrq_export.admit import admit
-    from lrq_export.package import is_package
+    from lrq_export.package import MANIFEST
 
-    if not is_package(package):
+    if not package.exists() or (package.is_dir() and not os.path.lexists(package / MANIFEST)):
         raise UsageError(
             f"{package}: is no package, and no folder was named for one",
             hint=f"lrq-export build {package} -o OUT, or name a package and --target",
         )
+    admit(package)  # says what is wrong with it, before what takes long to import
     foreign = [*others, *(f"--set {key}" for key in overrides if not key.startswith(_TABLE) or key in _WHOLE_BUILDS)]
     if foreign:
         raise UsageError(
@@ -27,7 +29,6 @@ def add_engines(package: Path, overrides: Mapping[str, str], others: Sequence[st
         )
     if "engine.targets" not in overrides:
         raise UsageError(f"{package}: is built already", hint="name an engine to add with --target")
-    admit(package)  # before what takes long to import
     from lrq_export.engine.targets import add_engines as run
     from lrq_export.engine.targets import engine_warnings, finish_elsewhere
     from lrq_export.progress import shown

@@ -1,7 +1,7 @@
 """`load`: a package is admitted before anything is imported that takes long, takes memory, or could be attacked."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lrq_export.admit import admit
 from lrq_export.engine.built import FOLDERS
@@ -32,10 +32,20 @@ def load(package: str | Path, *, target: str = AUTO, threads: int | None = None)
             f"threads: got {threads!r}, needed 1 to {MOST_THREADS}", hint="leave it out: as session.json says"
         )
     package = Path(package)
+    manifest = admit_target(package, target)
+    from lrq_export.runtime import open_admitted
+
+    return open_admitted(package, manifest, target, threads)
+
+
+def admit_target(package: Path, target: str) -> dict[str, Any]:
+    """The manifest of a package that may be loaded, for a target by name or `AUTO`.
+
+    Raises InputError for any other, as `admit` does, and for a named target's engine of another version than the
+    library here.
+    """
     manifest = admit(package)
     foreign = version_obstacle(package, target) if target in FOLDERS else None
     if foreign is not None:
         raise foreign
-    from lrq_export.runtime import open_admitted
-
-    return open_admitted(package, manifest, target, threads)
+    return manifest

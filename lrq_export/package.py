@@ -267,6 +267,8 @@ def require_free_disk(path: Path, needed: int) -> None:
 
 def is_package(folder: Path) -> bool:
     """Whether a folder holds a manifest of ours, edited or not."""
+    if (folder / MANIFEST).is_symlink():
+        return False
     try:
         return read_json_object(folder / MANIFEST).get("format") == FORMAT
     except InputError:

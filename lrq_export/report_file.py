@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lrq_export.errors import InputError
 from lrq_export.package import REPORT
@@ -47,7 +47,13 @@ def read_report(package: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_bytes())
         _Report.model_validate(report)
-    except (ValueError, RecursionError) as error:  # pydantic's own is a ValueError
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "its top"
+        raise InputError(
+            f"{path}: not the report of a build: {where}: {first['msg']}", hint="build the package again"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not the report of a build: {error}", hint="build the package again") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}", hint="build the package again") from error

@@ -8,6 +8,7 @@ import typer
 
 from lrq_export.admit import admit
 from lrq_export.errors import UsageError
+from lrq_export.loading import admit_target
 from lrq_export.recipe import MOST_THREADS
 
 _SHOWN_LAYERS = 20
@@ -50,7 +51,7 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve a package over the Open Inference Protocol v2 (KServe v2 REST), with metrics at /metrics."""
-    admit(package)  # before what takes long to import
+    admit_target(package, target)  # before what takes long to import
     from lrq_export.serving.server import serve as run
 
     def report(event: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lrq_export.errors import UsageError
+from lrq_export.loading import admit_target
 
 REPLAY = ".replay"  # behind the package's name: a folder beside it
 
@@ -15,6 +16,7 @@ def verify_against(package: Path, target: str, inputs: str | None, bisect: bool,
     `inputs`: how many of the package's own samples, or a file or folder of recorded ones. Raises the MissingError of
     what this machine lacks where nothing but weights could be compared.
     """
+    admit_target(package, target)  # before what takes long to import
     from lrq_export.progress import shown, stage
     from lrq_export.verify.against import RUNGS, compare
 

@@ -10,6 +10,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 from torch import nn
 
 from lrq_export.doctor.system import System
+from lrq_export.engine.built import FOLDERS, built_engine
 from lrq_export.errors import CheckFailed, LrqError, MissingError
 from lrq_export.loading import load
 from lrq_export.models import family_of
@@ -72,8 +73,11 @@ def all_contenders(
             opened.append(contender)
 
     for target in TARGETS:
-        if obstacle(package, target) is None:
+        lack = obstacle(package, target)
+        if lack is None:
             attempt(target)
+        elif target in FOLDERS and built_engine(package, target) is not None:
+            refused[target, None] = lack  # an engine that is there and cannot run here
     for device in dict.fromkeys(target.device for target in opened):
         for name in BASELINES if source is not None else ():
             attempt(name, device)

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lrq_export.admit import ENGINE_STARTS, SESSION, admit
+from lrq_export.admit import SESSION, admit
 from lrq_export.doctor.finding import Finding, absent, ok, wrong
 from lrq_export.doctor.system import System
 from lrq_export.engine.built import BUILD, FOLDERS, PLAN, read_built
+from lrq_export.engine.plan_header import STARTS
 from lrq_export.engine.run_obstacle import run_obstacle
 from lrq_export.errors import InputError
 from lrq_export.package import ONNXRUNTIME_ENGINE
@@ -26,7 +27,7 @@ def admission(package: Path) -> tuple[Finding, dict[str, Any] | None]:
 def engine_findings(system: System, package: Path, files: dict[str, Any]) -> Iterator[Finding]:
     """One finding for each engine that there can be."""
     yield onnxruntime_engine(files)
-    for target in ENGINE_STARTS:
+    for target in STARTS:
         yield other_engine(system, package, files, target)
 
 
@@ -41,7 +42,7 @@ def other_engine(system: System, package: Path, files: dict[str, Any], target: s
     name, folder = f"engine {target}", FOLDERS[target]
     if f"{folder}/{BUILD}" not in files or f"{folder}/{PLAN}" not in files:
         again = f"lrq-export build {package} --target {target}"
-        return absent(name, f"serving by {ENGINE_STARTS[target][1]}", again)
+        return absent(name, f"serving by {STARTS[target][1]}", again)
     lack = run_obstacle(package, target, system)
     if lack is not None:
         return wrong(name, lack.message, lack.hint)

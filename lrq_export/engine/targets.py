@@ -181,9 +181,10 @@ def add_engines(
     built with other settings. The recipe becomes what was asked even where no engine is built: one that waits for
     another machine is not waited for any more once its settings are taken back.
     """
-    from lrq_export.verify.report_engines import show_added_engines
+    from lrq_export.verify.report_engines import check_report, show_added_engines
 
     manifest, progress = admit(package), progress or Silent()
+    check_report(package)
     recipe = Recipe.model_validate(manifest["recipe"])
     wanted = tuple(dict.fromkeys((*recipe.engine.targets, *targets)))
     settings = Engine.model_validate(recipe.engine.model_dump() | (changes or {}) | {"targets": wanted})

@@ -16,9 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lrq_export.admit import admit
 from lrq_export.calibrate.inputs import load_inputs
 from lrq_export.errors import LrqError, MissingError
+from lrq_export.loading import admit_target
 from lrq_export.models import family_of, model_inputs
 from lrq_export.package import MANIFEST, QUANTIZED
 from lrq_export.quantized import QuantizedFile
@@ -64,10 +64,11 @@ def compare(
     `inputs`: a file of recorded denoiser inputs; default: those that the package keeps. `samples`: how many of them.
     `replay`: a folder for the first tensor that differs, found by halving, and what it is computed from; nothing is
     written where all rungs hold. Raises UsageError for an unknown target, MissingError for one that the package does
-    not hold, or without polygraphy; InputError for a bad package or bad inputs.
+    not hold, or without polygraphy; InputError for a bad package, an engine of another version than the library here,
+    or bad inputs.
     """
     package = Path(package)
-    manifest, target = admit(package), Target(against, package)
+    manifest, target = admit_target(package, against), Target(against, package)
     if find_spec("polygraphy") is None:
         raise MissingError("polygraphy is not installed", hint="pip install 'lrq-export[rtx]'")
     compared = Compared(_subject(package, manifest, inputs, samples), target)

@@ -7,6 +7,7 @@ from typing import Any
 
 from lrq_export.engine.built import EARLIER, FOLDERS, BuiltEngine, built_engine
 from lrq_export.engine.targets import other_settings
+from lrq_export.errors import InputError
 from lrq_export.package import MODEL, ONNXRUNTIME_ENGINE, REPORT, REPORT_PAGE, write_bytes_atomic, write_json_atomic
 from lrq_export.recipe import Engine, Recipe
 from lrq_export.report_file import read_report
@@ -84,6 +85,12 @@ def _sizes(profile: Mapping[str, Any]) -> str:
     return " ".join(f"{axis} {'–'.join(map(str, sizes))}" for axis, sizes in least_and_most.items())
 
 
+def check_report(package: Path) -> None:
+    """Raise InputError for a package whose report cannot tell of an engine: said before one takes minutes."""
+    read_report(package)
+    _read_page(package)
+
+
 def show_added_engines(package: Path, recipe: Recipe) -> None:
     """Write report.json and report.html of a finished package anew where engines are told, and nowhere else.
 
@@ -95,7 +102,7 @@ def show_added_engines(package: Path, recipe: Recipe) -> None:
     report = read_report(package)
     report["recipe"] = recipe.model_dump(mode="json", by_alias=True)
     report["engines"] = engine_rows(package, report["source"]["parameters"], recipe.engine)
-    page = (package / REPORT_PAGE).read_bytes()
+    page = _read_page(package)
     for anchor in ("engines", "origin"):
         start = page.find(f'<section id="{anchor}">'.encode())
         end = page.find(_END, start) + len(_END)
@@ -104,3 +111,11 @@ def show_added_engines(package: Path, recipe: Recipe) -> None:
         page = page[:start] + render_section(anchor, report).encode() + page[end:]
     write_json_atomic(package / REPORT, report)
     write_bytes_atomic(package / REPORT_PAGE, page)
+
+
+def _read_page(package: Path) -> bytes:
+    path = package / REPORT_PAGE
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", hint="build the package again") from error

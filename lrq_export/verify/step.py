@@ -50,9 +50,9 @@ def first_of(graph: onnx.GraphProto, tensors: Iterable[str]) -> str:
     return next(name for node in graph.node for name in node.output if name in wanted)
 
 
-def reader_of(graph: onnx.GraphProto, weight: str) -> str:
-    """What the first node that reads a weight computes."""
-    return next(node.output[0] for node in graph.node if weight in node.input)
+def reader_of(graph: onnx.GraphProto, weight: str) -> str | None:
+    """What the first node that reads a weight computes; None if none does."""
+    return next((node.output[0] for node in graph.node if weight in node.input), None)
 
 
 def put_weights(path: Path, meant: Iterable[WeightTensor]) -> None:

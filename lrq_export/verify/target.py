@@ -14,7 +14,7 @@ from lrq_export.engine import tensorrt
 from lrq_export.engine.built import FOLDERS as NVIDIA_FOLDERS
 from lrq_export.engine.built import PLAN, read_built
 from lrq_export.engine.onnxruntime import engine_weights, lower_linears, open_session, session_config
-from lrq_export.engine.run_obstacle import machine_obstacle, run_obstacle, version_obstacle
+from lrq_export.engine.run_obstacle import machine_obstacle, run_obstacle
 from lrq_export.engine.targets import ONNXRUNTIME
 from lrq_export.errors import LrqError, MissingError, UsageError
 from lrq_export.models.base import InputSpec
@@ -96,11 +96,7 @@ class Target:
         """
         if not self.is_nvidia:
             return None
-        found = (
-            version_obstacle(self.package, self.name)
-            or machine_obstacle(self.name)
-            or run_obstacle(self.package, self.name)
-        )
+        found = machine_obstacle(self.name) or run_obstacle(self.package, self.name)
         if found is None:
             return None
         again = f"lrq-export verify {self.package} --against {self.name}"

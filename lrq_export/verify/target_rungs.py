@@ -154,23 +154,38 @@ class Compared:
     def bisect(self, folder: Path) -> "Bisection":
         """The first tensor that differs, or why there is none to show.
 
-        Searched is what leads from one layer's input to the first that differs from model.onnx. If none does, but a
+        Searched is what leads from one layer's input to the first that differs from model.onnx, and before it, if a
         weight is another than was meant: what reads it, beside the same model with the right one. `folder` gets that
         part of both models.
         """
-        cut = forced_model(self.subject, self.target.path, self.target.config).model
-        ours, theirs = folder / "target.onnx", folder / "reference.onnx"
+        graph = forced_model(self.subject, self.target.path, self.target.config).model.graph
+        reader = None if self.changed_weight is None else reader_of(graph, self.changed_weight)
+        suspects = [] if reader is None else [(reader, self.changed_weight)]
         if self.errors:
-            tensor, bound = first_of(cut.graph, [error.tensor for error in self.errors]), self._parity
-            read = self._reads()[next(error.case for error in self.errors if error.tensor == tensor)]
+            suspects.append((first_of(graph, [error.tensor for error in self.errors]), None))
+        order = {tensor: place for place, node in enumerate(graph.node) for tensor in node.output}
+        found = Bisection(lacks="given the same input, every layer agrees, and so does every weight that is read")
+        for tensor, weight in sorted(suspects, key=lambda suspect: order[suspect[0]]):
+            found = self._halve(folder, tensor, weight)
+            if found.divergence is not None:
+                break
+        return found
+
+    def _halve(self, folder: Path, tensor: str, weight: str | None) -> "Bisection":
+        """The first difference in the part that leads to `tensor`: from model.onnx's, or, of a wrong `weight`, its own.
+
+        With the wrong weight both models are the target's, so that no difference is too small.
+        """
+        ours, theirs = folder / "target.onnx", folder / "reference.onnx"
+        cut = forced_model(self.subject, self.target.path, self.target.config).model
+        if weight is None:
+            bound, read = self._parity, self._reads()[next(each.case for each in self.errors if each.tensor == tensor)]
             portable = forced_model(self.subject, self.subject.package / MODEL).model
             expected = write_step(portable, self.subject.package, tensor, theirs, read)
-        elif self.changed_weight is not None:
-            tensor, bound, read = reader_of(cut.graph, self.changed_weight), 0.0, self._reads()[0]
+        else:
+            bound, read = 0.0, self._reads()[0]
             expected = write_step(cut, self.target.path.parent, tensor, theirs, read)
             put_weights(theirs, self.target.weights())
-        else:
-            return Bisection(lacks="given the same input, every layer agrees, and so does every weight")
         feed = write_step(cut, self.target.path.parent, tensor, ours, read)
         if self.on_gpu:
             suspect = nvidia.TensorRtTensors(ours, feed, self.target)
@@ -179,10 +194,10 @@ class Compared:
         found = first_divergence(suspect, OnnxTensors(theirs, expected, config=self.target.config), bound=bound)
         if found is not None:
             return Bisection(found, save_replay(folder, found, suspect))
-        if self.errors:
+        if weight is None:
             why = f"run alone, the part that leads to {tensor} agrees: what differs is how it is fused with the rest"
         else:
-            why = f"what reads {self.changed_weight} computes the same on these inputs: name other --inputs"
+            why = f"what reads {weight} computes the same on these inputs: name other --inputs"
         return Bisection(lacks=f"{why}; both are in {folder}")
 
     @property

@@ -1,4 +1,7 @@
-"""What every offline page is held to: elements that close in order, ids of its own, nothing fetched from elsewhere."""
+"""What every offline page is held to: elements that close in order, ids of its own, nothing fetched from elsewhere.
+
+And plans that begin as those of NVIDIA's libraries do.
+"""
 
 import re
 from html.parser import HTMLParser
@@ -48,3 +51,16 @@ def structure_of():
 def fetched_by():
     """Every address in a text that a browser would fetch."""
     return FETCHED.findall
+
+
+@pytest.fixture(scope="session")
+def plan_of():
+    """Bytes that say they are a plan of a target's library in some version, and nothing more."""
+    from lrq_export.doctor.system import version_of
+    from lrq_export.engine.plan_header import STARTS
+
+    def make(target, version="1"):
+        numbers = [*version_of(version), 0, 0, 0][:4]
+        return STARTS[target][0] + bytes(20) + bytes(numbers) + bytes(16)
+
+    return make

@@ -213,6 +213,17 @@ def built(**facts):
     return resealed(put("engine/tensorrt/build.json", json.dumps(told).encode()))
 
 
+def plan_and_facts(plan, **facts):
+    """A plan of TensorRT-RTX, and what its build.json says of it."""
+    told = {"target": "tensorrt-rtx", "version": "1.7.1.116", "plugins": False} | facts
+
+    def edit(folder):
+        put("engine/tensorrt-rtx/model.plan", plan)(folder)
+        put("engine/tensorrt-rtx/build.json", json.dumps(told).encode())(folder)
+
+    return resealed(edit)
+
+
 def varint(number):
     """As protobuf writes it."""
     groups = [number >> shift & 127 for shift in range(0, max(number.bit_length(), 1), 7)]
@@ -245,6 +256,11 @@ HOSTILE = {
         lambda folder: ((folder / "manifest.json").unlink(), (folder / "manifest.json").mkdir()),
         "manifest.json: needed a plain file",
     ),
+    "a pipe as manifest": (
+        lambda folder: ((folder / "manifest.json").unlink(), os.mkfifo(folder / "manifest.json")),
+        "manifest.json: needed a plain file",
+    ),
+    "a zip as manifest": (put("manifest.json", ZIP), "manifest.json: not valid JSON"),
     "a link as manifest": (link("manifest.json", "/etc/passwd"), "manifest.json: needed a plain file"),
     # what everyone may write
     "a file that everyone may write": (mode(MODEL, 0o666), "chmod -R o-w"),
@@ -327,6 +343,12 @@ HOSTILE = {
         resealed(put("engine/tensorrt-rtx/model.engine", b"ftrt" + bytes(200))), "got an engine of TensorRT, needed"
     ),
     "facts of another target": (built(target="tensorrt-rtx"), "got the target 'tensorrt-rtx'"),
+    "a plan from another version than its facts tell": (
+        plan_and_facts(TENSORRT_RTX, version="1.6.1.120"), "an engine of version 1.7.1.116, and build.json says 1.6.1"
+    ),
+    "a plan from another patch": (plan_and_facts(TENSORRT_RTX, version="1.7.2.116"), "an engine of version 1.7.1.116"),
+    "the beginning of a plan": (plan_and_facts(TENSORRT_RTX[:27]), "model.plan: got no engine"),
+    "a plan of other sizes": (plan_and_facts(TENSORRT_RTX, engine_bytes=7), "engine_bytes: got 7"),
     "an engine of no version": (built(version=None), "build.json: version: "),
     "an engine of a version without end": (built(version="9" * 5000 + ".1"), "build.json: version: "),
     "an engine whose facts are a list": (resealed(put("engine/tensorrt/build.json", b"[]")), "needed an object"),

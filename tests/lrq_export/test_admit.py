@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hostile_packages import ENGINE, HOSTILE, MODEL, QUANTIZED, TENSORRT_RTX, flip, put, varint
+from hostile_packages import ENGINE, HOSTILE, MODEL, QUANTIZED, TENSORRT_RTX, flip, plan_and_facts, put, varint
 
 from lrq_export import admit as admission
 from lrq_export import package as packages
@@ -104,6 +104,20 @@ def test_fields_are_counted_over_all_files(package, copy_of, monkeypatch):
     monkeypatch.setattr(admission, "MOST_OF_ALL", whole - 1)
     with pytest.raises(InputError, match="fields"):
         admit(folder)
+
+
+@pytest.mark.parametrize("version", ["1.7.1.116", "1.7.1", "1.7.1.372"])
+def test_a_plan_of_the_version_that_its_facts_tell_is_admitted(package, copy_of, version):
+    """The twin; a byte holds a number modulo 256, and a version may be told in fewer numbers."""
+    folder = copy_of(package)
+    plan_and_facts(TENSORRT_RTX, version=version, engine_bytes=len(TENSORRT_RTX))(folder)
+    assert "engine/tensorrt-rtx/model.plan" in admit(folder)["files"]
+
+
+def test_a_plan_of_a_layout_that_is_not_known_is_left_to_its_library(package, copy_of):
+    folder = copy_of(package)
+    plan_and_facts(TENSORRT_RTX[:4] + b"\1" + TENSORRT_RTX[5:], version="9.9")(folder)
+    admit(folder)
 
 
 def test_a_sound_package_is_admitted(judged):
@@ -228,6 +242,8 @@ ENTRIES = {
     "doctor": "from lrq_export.cli import main; sys.argv[:] = ['lrq-export', 'doctor', sys.argv[1]]; main()",
     "verify": "from lrq_export.cli import main; sys.argv[:] = ['lrq-export', 'verify', sys.argv[1]]; main()",
     "serve": "from lrq_export.cli import main; sys.argv[:] = ['lrq-export', 'serve', sys.argv[1]]; main()",
+    "build": "from lrq_export.cli import main; sys.argv[:] = "
+    "['lrq-export', 'build', sys.argv[1], '--target', 'tensorrt-rtx']; main()",
 }
 WHOLE_PROGRAM = """
 import json, sys, time
@@ -264,24 +280,32 @@ def test_a_whole_program_refuses_within_the_bounds(judged, entry):
         assert not found["torch"], name
 
 
+NAMED = {
+    "load": "import lrq_export; lrq_export.load(sys.argv[1], target='tensorrt-rtx')",
+    "serve": "from lrq_export.cli import main; sys.argv[:] = "
+    "['lrq-export', 'serve', sys.argv[1], '--target', 'tensorrt-rtx']; main()",
+    "verify": "from lrq_export.cli import main; sys.argv[:] = "
+    "['lrq-export', 'verify', sys.argv[1], '--against', 'tensorrt-rtx']; main()",
+}
 OTHER_VERSION = """from lrq_export.engine import run_obstacle
     run_obstacle.installed_tensorrt = lambda *_: "{here}"
-    import lrq_export; lrq_export.load(sys.argv[1], target="tensorrt-rtx")"""
+    {entry}"""
 
 
-def test_a_plan_from_another_version_is_refused_within_the_bounds(package, copy_of, reseal):
+@pytest.mark.parametrize("entry", NAMED.values(), ids=NAMED)
+def test_a_plan_from_another_version_is_refused_within_the_bounds(package, copy_of, reseal, plan_of, entry):
     """As its build.json tells; without a GPU one of the same version is exit code 4, which torch is asked for."""
     folder = copy_of(package)
-    put("engine/tensorrt-rtx/model.plan", TENSORRT_RTX)(folder)
+    put("engine/tensorrt-rtx/model.plan", plan_of("tensorrt-rtx", "1.6.0.5"))(folder)
     facts = {"target": "tensorrt-rtx", "version": "1.6.0.5", "plugins": False}
     put("engine/tensorrt-rtx/build.json", json.dumps(facts).encode())(folder)
     reseal(folder)
-    found = program(OTHER_VERSION.format(here="1.7.1.116"), folder)
+    found = program(OTHER_VERSION.format(here="1.7.1.116", entry=entry), folder)
     assert found["code"] == 3
     assert found["peak"] < MOST_BYTES
     assert found["seconds"] < MOST_SECONDS
     assert not found["torch"]
-    same = program(OTHER_VERSION.format(here="1.6.0.5"), folder)
+    same = program(OTHER_VERSION.format(here="1.6.0.5", entry=entry), folder)
     assert (same["code"], same["torch"]) == (4, True)
 
 

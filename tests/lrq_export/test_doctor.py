@@ -313,7 +313,8 @@ def test_versions_are_compared_as_numbers():
 def engine(folder, target, version, **facts):
     start = b"ftrt" if target == "tensorrt" else b"vtrt"
     (folder / "engine" / target).mkdir()
-    (folder / "engine" / target / "model.plan").write_bytes(start + bytes(100))
+    numbers = bytes(map(int, version.split(".")))
+    (folder / "engine" / target / "model.plan").write_bytes(start + bytes(20) + numbers + bytes(100))
     told = {"target": target, "version": version, "plugins": False}
     put(folder / "engine" / target / "build.json", json.dumps(told | facts))
 

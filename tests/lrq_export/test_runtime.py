@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 
-from lrq_export.admit import ENGINE_STARTS
 from lrq_export.doctor.system import System
 from lrq_export.engine import run_obstacle, tensorrt_runner
 from lrq_export.engine.built import FOLDERS
@@ -235,14 +234,14 @@ def machine(monkeypatch, drop_in):
 
 
 @pytest.fixture
-def with_engine(package, copy_of, reseal):
+def with_engine(package, copy_of, reseal, plan_of):
     """A package that holds an engine of NVIDIA's, whose build.json says so."""
 
     def make(target, **facts):
         folder = copy_of(package)
         place = folder / FOLDERS[target]
         place.mkdir()
-        (place / "model.plan").write_bytes(ENGINE_STARTS[target][0])
+        (place / "model.plan").write_bytes(plan_of(target, facts.get("version", "1")))
         (place / "build.json").write_text(json.dumps({"target": target, "plugins": False, "version": "1"} | facts))
         reseal(folder)
         return folder

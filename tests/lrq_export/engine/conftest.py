@@ -4,22 +4,21 @@ from pathlib import Path
 
 import pytest
 
-from lrq_export.admit import ENGINE_STARTS
 from lrq_export.doctor.system import System
 from lrq_export.engine import run_obstacle, targets, tensorrt
 from lrq_export.errors import MissingError
 
 
 @pytest.fixture
-def builder(monkeypatch):
+def builder(monkeypatch, plan_of):
     """Stands for NVIDIA's library, which not every machine has: writes an engine, and keeps what it was asked for."""
     jobs = []
 
     def answer(job):
         jobs.append(job)
-        start, _ = ENGINE_STARTS[job["target"]]
-        Path(job["engine"]).write_bytes(start + b"...")
-        return {"version": "1", "engine_bytes": 7, "layers": 3, "plugin_layers": len(job["plugin_nodes"])}
+        plan = plan_of(job["target"])
+        Path(job["engine"]).write_bytes(plan)
+        return {"version": "1", "engine_bytes": len(plan), "layers": 3, "plugin_layers": len(job["plugin_nodes"])}
 
     monkeypatch.setattr(tensorrt, "obstacle", lambda target: None)
     monkeypatch.setattr(tensorrt, "find_library", lambda: None)

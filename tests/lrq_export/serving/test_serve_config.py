@@ -194,12 +194,12 @@ def test_a_plan_becomes_a_model_of_its_own(package, parsed, copy_of, reseal, tmp
     assert not (tmp_path / "s").exists()
 
 
-def test_a_plan_without_weights_is_refused_before_anything_is_written(package, copy_of, reseal, cli, tmp_path):
+def test_a_plan_without_weights_is_refused_before_anything_is_written(package, copy_of, reseal, cli, plan_of, tmp_path):
     stripped, folder = copy_of(package, "stripped"), tmp_path / "r"
     built = {"target": "tensorrt", "version": "1", "plugins": False}
     engine = stripped / "engine/tensorrt"
     engine.mkdir()
-    (engine / "model.plan").write_bytes(b"ftrt a plan")
+    (engine / "model.plan").write_bytes(plan_of("tensorrt"))
     (engine / "build.json").write_text(json.dumps(built | {"options": {"strip": True}}))
     reseal(stripped)
     cli("serve-config", stripped, "--triton", folder).refused(

@@ -223,12 +223,12 @@ def test_another_function_in_half_precision_is_found(with_half_network, edited):
 
 
 @pytest.fixture
-def gpu(with_network, copy_of, reseal, monkeypatch, known_answers):
+def gpu(with_network, copy_of, reseal, monkeypatch, known_answers, plan_of):
     """A package with a plan, and in TensorRT's place right answers; `spoilt` tensors come out 2 % too large."""
     folder, spoilt = copy_of(with_network), set()
-    (folder / "engine/tensorrt/model.plan").write_bytes(b"ftrt")
+    (folder / "engine/tensorrt/model.plan").write_bytes(plan_of("tensorrt", "11"))
     ranges = {"samples": [1, 2, 4], "height": [8, 8, 8], "width": [8, 8, 8], "text": [6, 6, 6]}
-    facts = {"target": "tensorrt", "plugins": False, "profiles": [ranges], "version": "11", "engine_bytes": 4}
+    facts = {"target": "tensorrt", "plugins": False, "profiles": [ranges], "version": "11"}
     (folder / "engine/tensorrt/build.json").write_text(json.dumps(facts))
     reseal(folder)
 
