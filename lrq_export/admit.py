@@ -12,11 +12,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lrq_export.doctor.system import version_of
-from lrq_export.engine.built import BUILD, PLAN, read_built
-from lrq_export.engine.plan_header import STARTS, plan_version
+from lrq_export.engine.built import BUILD, FOLDERS, PLAN, read_built
+from lrq_export.engine.plan_header import plan_version
 from lrq_export.errors import InputError, UsageError
 from lrq_export.onnx_scan import MOST_FIELDS, MOST_OF_ALL, check_model_file
-from lrq_export.package import MANIFEST, MODEL, QUANTIZED, list_files, load_manifest, verify_hashes
+from lrq_export.package import MANIFEST, MODEL, ONNXRUNTIME_ENGINE, QUANTIZED, list_files, load_manifest, verify_hashes
 from lrq_export.recipe import MOST_THREADS, Recipe
 from lrq_export.tensor_header import read_header
 from lrq_export.untrusted_json import read_json_object
@@ -31,12 +31,14 @@ PROVIDERS, THREADS = "providers", "threads"  # keys of session.json; the others 
 SESSION_KEYS = frozenset({"options", "config_where_products_saturate", PROVIDERS, THREADS})
 SESSION_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 SESSION_THREADS = ("intra_op", "inter_op")
+MOST_TENSORS = 100_000  # of all safetensors files of a package; some thousand are usual
 MOST_SIZE = 100_000  # of a whole number in a model's config
 MOST_LAYERS = 500  # of one kind
 ENGINES = (".plan", ".engine")
 # Fields of a manifest that loading relies on.
 FACTS = {"tool": dict, "source": dict, "recipe": dict, "layers": dict, "warnings": list, "fingerprint": str}
-
+# Where a build writes what an engine needs to be run.
+PLACES = {SESSION: (ONNXRUNTIME_ENGINE,), BUILD: tuple(FOLDERS.values())}
 REQUIRED = (MODEL, QUANTIZED)
 
 _admitted: set[tuple] = set()
@@ -110,28 +112,37 @@ def _check_sizes(path: Path, config: dict[str, Any], layers: int) -> None:
 
 
 def _check_files(package: Path, files: dict[str, Any]) -> None:
-    """Raise InputError for a file that is not what its name says, or for models of too many fields together."""
-    fields = 0
+    """Raise InputError for a file that is not what its name says, and for more of their kinds than a build writes."""
+    fields = tensors = 0
     for name in files:
-        fields += _check_file(package, name, files, min(MOST_FIELDS, MOST_OF_ALL - fields))
+        path, place = package / name, PurePosixPath(name)
+        if place.suffix == ".onnx":
+            beside = {PurePosixPath(each).name for each in files if PurePosixPath(each).parent == place.parent}
+            fields += check_model_file(path, beside, min(MOST_FIELDS, MOST_OF_ALL - fields))
+        elif place.suffix == ".safetensors":
+            _, entries = read_header(path)
+            tensors += len(entries)
+            if tensors > MOST_TENSORS:
+                raise InputError(
+                    f"{path}: got more than {MOST_TENSORS} tensors with those of the files before it",
+                    hint="do not use this package unless you trust its source",
+                )
+        elif place.suffix in ENGINES:
+            plan_version(path)
+        elif place.name in PLACES:
+            _check_facts_of_engine(package, place, files)
 
 
-def _check_file(package: Path, name: str, files: dict[str, Any], most: int = MOST_FIELDS) -> int:
-    """Raise InputError if a file is not what its name says; returns a model's fields, of which it may have `most`."""
-    path, place = package / name, PurePosixPath(name)
-    if place.suffix == ".safetensors":
-        read_header(path)
-    elif place.suffix == ".onnx":
-        beside = {PurePosixPath(each).name for each in files if PurePosixPath(each).parent == place.parent}
-        return check_model_file(path, beside, most)
-    elif place.suffix in ENGINES:
-        plan_version(path)
-    elif place.name == SESSION:
+def _check_facts_of_engine(package: Path, place: PurePosixPath, files: dict[str, Any]) -> None:
+    """Raise InputError for a session.json or build.json that is none, or lies where no build writes one."""
+    path, places = package / place, PLACES[place.name]
+    if place.parent.as_posix() not in places:
+        raise InputError(f"{path}: does not belong there, but in {' or '.join(places)}", hint="remove it")
+    if place.name == SESSION:
         _check_session(path)
-    elif place.name == BUILD and place.parent.name in STARTS:
-        plan = files.get((place.parent / PLAN).as_posix())
-        _check_built(path, plan and plan["bytes"])
-    return 0
+        return
+    plan = files.get((place.parent / PLAN).as_posix())
+    _check_built(path, plan and plan["bytes"])
 
 
 def _check_built(path: Path, plan_bytes: int | None) -> None:

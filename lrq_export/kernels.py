@@ -176,6 +176,7 @@ def find_library(path: Path | None = None) -> Path:
     if named is not None and not Path(named).is_file():
         raise MissingError(f"{named}: there is no such library", hint="build it with `lrq-export plugins build`")
     if named is not None:
+        plugins.check_code(Path(named))
         return Path(named)
     built = plugins.find_library() or plugins.default_folder() / "lib" / plugins.LIBRARY
     beside = built.parent / plugins.KERNELS

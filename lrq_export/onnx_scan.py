@@ -15,7 +15,8 @@ from pathlib import Path
 from lrq_export.errors import InputError
 
 MOST_FIELDS = 500_000  # of a file; a block of a transformer takes some 2,000
-MOST_OF_ALL = 2_500_000  # fields of all files of a package; those of FLUX.1-dev take some 1,700,000
+MOST_OF_ALL = 2_200_000  # fields of all files of a package; those of FLUX.1-dev take some 1,700,000
+FIELDS_OF_A_TENSOR = 4  # that a look at a tensor takes as long as, besides its own
 MOST_NESTED = 40  # messages in one another; ONNX's own limit for functions is below it
 MOST_AXES = 64
 FORGOTTEN = 1000  # fields; a look at one maps up to 64 KiB around it
@@ -94,6 +95,7 @@ class _Scan:
     def __init__(self, path: Path, data: mmap.mmap, beside: Collection[str], most: int):
         self.path, self.data, self.beside, self.most = path, data, beside, most
         self.visited, self.typed = 0, 0  # fields, and bytes of values one by one
+        self.forget = FORGOTTEN  # fields until what was looked at is given back
 
     def model(self) -> None:
         if GRAPH not in self.message("model", 0, len(self.data), 0):
@@ -120,6 +122,7 @@ class _Scan:
             if number in single or number in repeated:
                 found[number].append(value)
         if kind == "tensor":
+            self.visited += FIELDS_OF_A_TENSOR
             self.tensor(found)
         if kind == "node" and self.text(found, OP_TYPE) == "EPContext":
             self.cached_engine(found)
@@ -132,8 +135,9 @@ class _Scan:
             self.visited += 1
             if self.visited > self.most:
                 raise _Unsound(f"it has more than {self.most} fields")
-            if self.visited % FORGOTTEN == 0:  # a page that was looked at counts as this process's memory
+            if self.visited >= self.forget:  # a page that was looked at counts as this process's memory
                 self.data.madvise(mmap.MADV_DONTNEED)
+                self.forget = self.visited + FORGOTTEN
             tag, place = data[place], place + 1
             if tag > 127:  # most take one byte
                 tag, place = self.varint(place - 1, end)

@@ -378,8 +378,8 @@ def _refuse_holes(path: Path) -> None:
     with open(path, "rb") as file:
         try:
             first = os.lseek(file.fileno(), 0, os.SEEK_DATA)
-        except OSError:  # no data at all
-            first = facts.st_size
+        except OSError as error:  # no data at all; or a file system that cannot tell
+            first = facts.st_size if error.errno == errno.ENXIO else 0
     if first >= LARGE or 0 < stored < facts.st_size // 16:
         raise InputError(
             f"{path}: got {facts.st_size} bytes of which {stored} are stored, needed a file that is not empty space",

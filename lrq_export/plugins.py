@@ -23,6 +23,7 @@ from lrq_export.errors import CheckFailed, MissingError, UsageError
 from lrq_export.progress import Progress, Silent
 
 LIBRARY, KERNELS = "liblrq_plugins.so", "liblrq_kernels.so"
+_OURS = "liblrq_*.so*"
 VARIABLE = "LRQ_PLUGINS"  # the library, or its folder
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120a")
 BYTES_PER_JOB = 4 << 30  # what compiling one product for tensor cores takes
@@ -65,11 +66,34 @@ def find_library() -> Path | None:
     Raises MissingError if LRQ_PLUGINS names nothing that is there, or for one that everyone may change.
     """
     found = _named_or_built()
-    if found is not None and any(path.stat().st_mode & stat.S_IWOTH for path in (found, found.parent)):
-        raise MissingError(
-            f"{found}: everyone on this machine may change it, and it is code", hint=f"chmod o-w {found} {found.parent}"
-        )
+    if found is not None:
+        check_code(found)
     return found
+
+
+def check_code(library: Path) -> None:
+    """Raise MissingError if everyone on this machine may change what is loaded with a library.
+
+    That is the file, ours beside it, which it needs, and any folder on the way to it. In one with the sticky bit, such
+    as /tmp, nobody can move what is another's.
+    """
+    places = (library.resolve(), library.absolute())  # the loader looks beside either
+    beside = [path for place in places for path in place.parent.glob(_OURS)]
+    changeable = [
+        path for path in (*places, *beside, *(place.parent for place in places)) if _mode(path) & stat.S_IWOTH
+    ]
+    for folder in {parent for place in places for parent in place.parent.parents}:
+        if _mode(folder) & stat.S_IWOTH and not _mode(folder) & stat.S_ISVTX:
+            changeable.append(folder)
+    if changeable:
+        raise MissingError(
+            f"{changeable[0]}: everyone on this machine may change it, and {library.name} is code",
+            hint=f"chmod o-w {changeable[0]}",
+        )
+
+
+def _mode(path: Path) -> int:
+    return path.stat().st_mode
 
 
 def _named_or_built() -> Path | None:

@@ -10,7 +10,7 @@ served; it is replaced once that is there.
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from lrq_export.engine.run_obstacle import without_weights
 from lrq_export.engine.session_settings import CUDA, FOLD_BODIES, SessionSettings
 from lrq_export.errors import MissingError, UsageError
 from lrq_export.models import model_inputs
+from lrq_export.models.base import SAMPLES
 from lrq_export.package import (
     MANIFEST,
     MODEL,
@@ -29,9 +30,10 @@ from lrq_export.package import (
     verify_hashes,
     write_bytes_atomic,
 )
+from lrq_export.plugins import check_code
 from lrq_export.serving.plugin_libraries import registers_itself, with_companions
 from lrq_export.serving.signature import inputs_of, outputs_of
-from lrq_export.serving.triton import KIND_AUTO, KIND_CPU, KIND_GPU, config_text, model_config, tensorrt_config
+from lrq_export.serving.triton import KIND_AUTO, KIND_CPU, KIND_GPU, config_text, model_config
 
 TENSORRT_PLAN = f"{FOLDERS[TENSORRT]}/{PLAN}"
 CONFIG, PLUGINS = "config.pbtxt", "plugins"
@@ -76,15 +78,21 @@ def write_repository(package: Path, folder: Path, layout: Layout) -> list[Path]:
     batched = layout.max_batch > 0 and not any(spec.shared for spec in specs.values())
     files = _model_files(package, layout.portable)
     parameters = _parameters(package, layout)
+    max_batch = layout.max_batch if batched else 0
+    of_all = {"instances": layout.instances, "version": layout.version}
+    inputs, outputs = inputs_of(specs).values(), outputs_of(package).values()
     settings = model_config(
-        layout.name, inputs_of(specs).values(), outputs_of(package).values(),
-        max_batch=layout.max_batch if batched else 0, instances=layout.instances, version=layout.version,
-        kind=_kind(package, layout), parameters=parameters,
-    )  # fmt: skip
-    written = [(folder / layout.name, files, settings)]
+        layout.name, inputs, outputs, max_batch=max_batch, kind=_kind(package, layout), parameters=parameters, **of_all
+    )
+    written, plan_batch = [(folder / layout.name, files, settings)], None
     if serves_plan(package, layout):
-        name = f"{layout.name}-tensorrt"
-        written.append((folder / name, {PLAN: plan}, tensorrt_config(name, layout.instances, layout.version)))
+        name, profiles = f"{layout.name}-tensorrt", _profiles(package)
+        plan_batch = _batch_of_all(profiles, max_batch)
+        settings = model_config(
+            name, inputs, outputs, max_batch=plan_batch, kind=KIND_GPU, platform="tensorrt_plan",
+            profiles=len(profiles), **of_all,
+        )  # fmt: skip
+        written.append((folder / name, {PLAN: plan}, settings))
     for model, _, _ in written:
         if (model / str(layout.version)).exists():
             hint = f"pass --model-version {layout.version + 1}"
@@ -93,7 +101,7 @@ def write_repository(package: Path, folder: Path, layout: Layout) -> list[Path]:
         write_bytes_atomic(folder / f"{layout.name}-tensorrt" / PLUGINS / library, code)
     for model, model_files, message in written:
         _write_model(model, model_files, layout, config_text(message))
-    readme = _readme(layout, batched, parameters, serves_plan(package, layout))
+    readme = _readme(layout, batched, parameters, plan_batch)
     write_bytes_atomic(folder / "README.md", readme.encode())
     return [model for model, _, _ in written]
 
@@ -103,14 +111,30 @@ def serves_plan(package: Path, layout: Layout) -> bool:
     return layout.gpu is not False and (package / TENSORRT_PLAN).is_file()
 
 
+def _profiles(package: Path) -> tuple[Mapping[str, Sequence[int]], ...]:
+    built = built_engine(package, TENSORRT)
+    return () if built is None else built.profiles
+
+
+def _batch_of_all(profiles: Sequence[Mapping[str, Sequence[int]]], most: int) -> int:
+    """The largest batch, up to `most`, that every profile takes; 0, which means no batching, for none above 1.
+
+    Triton puts requests of one shape together before it looks for a profile that takes them.
+    """
+    batch = min((ranges[SAMPLES][-1] for ranges in profiles if SAMPLES in ranges), default=0)
+    return min(batch, most) if batch > 1 else 0
+
+
 def check_plan(package: Path, layout: Layout) -> None:
-    """Raise MissingError for a plan without its weights, UsageError for plugins of none."""
+    """Raise MissingError for a plan without weights or plugins that all may change; UsageError for plugins of none."""
     served = serves_plan(package, layout)
     stripped = without_weights(package, TENSORRT) if served else None
     if stripped is not None:
         raise stripped
     if layout.plugins and not served:
         raise UsageError(f"--plugins: the package has no {TENSORRT_PLAN} that would use them", hint="leave it out")
+    for library in layout.plugins:
+        check_code(library)
 
 
 def warnings(package: Path, layout: Layout) -> list[str]:
@@ -195,7 +219,7 @@ def _link(path: Path, target: Path) -> None:
         raise UsageError(f"--link: {target}: {error.strerror}", hint="leave --link out to copy the model") from None
 
 
-def _readme(layout: Layout, batched: bool, parameters: Mapping[str, str], tensorrt: bool) -> str:
+def _readme(layout: Layout, batched: bool, parameters: Mapping[str, str], plan_batch: int | None) -> str:
     lines = [
         f"# Triton model repository of {layout.name}", "",
         "    tritonserver --model-repository=.", "",
@@ -213,12 +237,12 @@ def _readme(layout: Layout, batched: bool, parameters: Mapping[str, str], tensor
             f"- `{option}` is in config.pbtxt, but Triton's stock ONNX Runtime backend hands on no option that it does "
             f"not know by name. Without it, {WITHOUT_OPTION[option]}."
         )
-    if tensorrt:
+    if plan_batch is not None:
         name = f"{layout.name}-tensorrt"
         libraries = preloaded(layout) or ["PATH/OF/THE/PLUGINS.so"]
         lines += [
-            f"- {name}: TensorRT backend; Triton reads inputs and outputs from the plan. A plan with plugins needs",
-            "  their library before it is loaded:", "",
+            f"- {name}: TensorRT backend, {f'batches of up to {plan_batch}' if plan_batch else 'no batching'}.",
+            "  A plan with plugins needs their library before it is loaded:", "",
             f"      tritonserver --model-repository=. '{preload(libraries)}'", "",
             f"  or `LD_PRELOAD={':'.join(libraries)} tritonserver ...`. Not yet run: no GPU was at hand.",
         ]  # fmt: skip

@@ -31,39 +31,31 @@ def model_config(
     max_batch: int = 0,
     instances: int = 1,
     version: int = 1,
+    profiles: int = 1,
     parameters: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The `ModelConfig` of one version of an engine. With `max_batch` > 0 every tensor's first axis is the batch.
 
-    `kind`: the processors that it runs on.
+    `kind`: the processors that it runs on. `profiles`: how many a plan has; Triton takes the first alone unless all
+    are named. Of a plan, too, all inputs and outputs are told: with none, Triton batches whatever the plan allows.
     """
     backend, _, _ = platform.partition("_")
+    instance: dict[str, Any] = {"kind": Enumerated(kind), "count": instances}
+    if profiles > 1:
+        instance["profile"] = [str(index) for index in range(profiles)]
     config: dict[str, Any] = {
         "name": name, "platform": platform, "backend": backend, "max_batch_size": max_batch,
         "input": [_tensor(info, max_batch > 0) for info in inputs],
         "output": [_tensor(info, max_batch > 0) for info in outputs],
-        "version_policy": _only(version),
-        "instance_group": [{"kind": Enumerated(kind), "count": instances}],
+        # A config describes one version, and names it: whatever else lies there, no other is served by it.
+        "version_policy": {"specific": {"versions": [version]}},
+        "instance_group": [instance],
     }  # fmt: skip
     if max_batch > 0:
         config["dynamic_batching"] = {"max_queue_delay_microseconds": BATCH_DELAY}
     if parameters:
         config["parameters"] = Table({key: {"string_value": value} for key, value in parameters.items()})
     return config
-
-
-def _only(version: int) -> dict[str, Any]:
-    """A config describes one version, and names it: whatever else lies there, no other is served by it."""
-    return {"specific": {"versions": [version]}}
-
-
-def tensorrt_config(name: str, instances: int = 1, version: int = 1) -> dict[str, Any]:
-    """The `ModelConfig` of a plan. Its inputs, outputs and batch are left out: Triton reads them from the plan."""
-    return {
-        "name": name, "platform": "tensorrt_plan", "backend": "tensorrt",
-        "version_policy": _only(version),
-        "instance_group": [{"kind": Enumerated(KIND_GPU), "count": instances}],
-    }  # fmt: skip
 
 
 def _tensor(info: TensorInfo, batched: bool) -> dict[str, Any]:

@@ -243,6 +243,22 @@ NOISE = random.Random(1).randbytes(50_000)
 TENSORRT_RTX = b"vtrt" + bytes(20) + bytes([1, 7, 1, 0x74]) + bytes(100)
 OPTIONS = {"providers": [], "options": {"session.model_external_initializers_file_folder_path": "/etc"}}
 
+
+def many(pattern, count, content):
+    """Files that are each within what one may hold."""
+
+    def edit(folder):
+        for index in range(count):
+            put(pattern.format(index), content)(folder)
+
+    return resealed(edit)
+
+
+EMPTY = onnx.TensorProto(data_type=1, dims=[0]).SerializeToString()
+GRAPH = (b"\x2a" + varint(len(EMPTY)) + EMPTY) * 60_000  # its initializers
+TENSORS = onnx.ModelProto(ir_version=10).SerializeToString() + b"\x3a" + varint(len(GRAPH)) + GRAPH
+HEADER = json.dumps({f"t{index}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for index in range(27_000)})
+
 # name: (what is done to the package, what the message says)
 HOSTILE = {
     "a flipped byte": (change_bytes(ENGINE, flip), "engine/onnxruntime/model.onnx: was edited"),
@@ -362,6 +378,10 @@ HOSTILE = {
     "an option that names a path": (
         resealed(put("engine/onnxruntime/session.json", packages.json_bytes(OPTIONS))), "external_initializers"
     ),
+    "the options of no engine": (many("engine/{}/session.json", 60, b"{}"), "does not belong there"),
+    "the facts of no engine": (many("graphs/{}/tensorrt/build.json", 60, b"{}"), "does not belong there"),
+    "tensors without end": (many("graphs/{}.safetensors", 60, header(HEADER.encode())), "more than 100000 tensors"),
+    "models of tensors without end": (many("graphs/y{}.onnx", 9, TENSORS), "fields"),
     "no providers": (resealed(put("engine/onnxruntime/session.json", b"{}")), "providers: needed a list"),
     # shapes and places that tensors claim
     "an enormous shape": (first_weight(dims=[1 << 40, 1 << 20]), "its shape"),

@@ -12,7 +12,7 @@ from hostile_packages import ENGINE, HOSTILE, MODEL, QUANTIZED, TENSORRT_RTX, fl
 
 from lrq_export import admit as admission
 from lrq_export import package as packages
-from lrq_export.admit import _check_file, admit
+from lrq_export.admit import _check_files, admit
 from lrq_export.engine.onnxruntime import open_session
 from lrq_export.errors import InputError
 from lrq_export.onnx_scan import check_model_file
@@ -23,7 +23,7 @@ MOST_SECONDS, MOST_BYTES = 5.0, 256 << 20
 
 CHILD = """
 import json, sys, time
-from lrq_export.admit import _check_file, admit
+from lrq_export.admit import admit
 from lrq_export.errors import LrqError
 def peak(): # of this program alone: what getrusage says, a child has from its parent
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -73,8 +73,8 @@ def test_a_hostile_package_is_refused(judged, name):
 
 
 def test_the_memory_of_a_scan_does_not_grow_with_the_file(tmp_path):
-    """A hundred thousand weights, 800 MB of holes."""
-    path, size, count = tmp_path / "model.onnx", 8000, 100_000
+    """Sixty thousand weights, 780 MB of holes."""
+    path, size, count = tmp_path / "model.onnx", 13_000, 60_000
     weight = b"\x08" + varint(size) + b"\x10\x03\x4a" + varint(size)  # dims, INT8, raw data
     entry = b"\x2a" + varint(len(weight) + size) + weight
     with open(path, "wb") as file:
@@ -103,6 +103,17 @@ def test_fields_are_counted_over_all_files(package, copy_of, monkeypatch):
     monkeypatch.setattr(admission, "_admitted", set())
     monkeypatch.setattr(admission, "MOST_OF_ALL", whole - 1)
     with pytest.raises(InputError, match="fields"):
+        admit(folder)
+
+
+def test_tensors_are_counted_over_all_files(package, copy_of, monkeypatch):
+    folder = copy_of(package)
+    whole = sum(len(read_header(path)[1]) for path in folder.rglob("*.safetensors"))
+    monkeypatch.setattr(admission, "MOST_TENSORS", whole)
+    admit(folder)
+    monkeypatch.setattr(admission, "_admitted", set())
+    monkeypatch.setattr(admission, "MOST_TENSORS", whole - 1)
+    with pytest.raises(InputError, match="tensors"):
         admit(folder)
 
 
@@ -182,6 +193,7 @@ def test_random_flips_of_every_file_are_refused(package, copy_of):
 @pytest.mark.parametrize("name", [MODEL, ENGINE, "graphs/0-trace.onnx", QUANTIZED, "engine/onnxruntime/session.json"])
 def test_random_damage_behind_right_hashes_ends_in_one_line_or_in_a_working_session(package, copy_of, name):
     folder, dice, files = copy_of(package), random.Random(6), packages.load_manifest(package)["files"]
+    beside = {each: files[each] for each in files if Path(each).parent == Path(name).parent}
     content = (folder / name).read_bytes()
     refused = []
     for _ in range(25):
@@ -190,7 +202,7 @@ def test_random_damage_behind_right_hashes_ends_in_one_line_or_in_a_working_sess
             edited[dice.randrange(dice.choice((len(edited), min(2000, len(edited)))))] ^= dice.randrange(1, 256)
         (folder / name).write_bytes(edited)
         try:
-            _check_file(folder, name, files)
+            _check_files(folder, beside)
             if name.startswith("engine"):
                 open_session(folder / "engine/onnxruntime")
         except InputError as error:

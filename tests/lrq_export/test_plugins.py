@@ -5,11 +5,13 @@ CMake is a script here: what the real one makes of the sources is for tests/plug
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from lrq_export import plugins
+from lrq_export import kernels, plugins
 from lrq_export.errors import MissingError
+from lrq_export.serving import repository
 
 CONFIGURED = "-- core: fine"
 
@@ -52,14 +54,57 @@ def test_what_is_built_is_found_and_printed(cache, cmake, cli):
     assert (built.code, built.out) == (0, f"{library}\n")
     assert plugins.find_library() == library
     assert cli("plugins", "path").out == f"{library}\n"
-    for writable in (library, library.parent):  # code that someone else could put there
-        mode = writable.stat().st_mode
-        writable.chmod(mode | 0o002)
-        cli("plugins", "path").refused(4, f"{library}: everyone on this machine may change it", "chmod o-w")
-        writable.chmod(mode)
-    assert plugins.find_library() == library
     given = arguments.read_text().splitlines()
     assert {"-DLRQ_CUDA_ARCHITECTURES=89;90a", "-DLRQ_ONE_OF_EACH=ON", str(plugins.sources())} <= set(given)
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A library that is named, beside it one that it needs, and a link to it from elsewhere."""
+    path = tmp_path / "far" / "lib" / plugins.LIBRARY
+    path.parent.mkdir(parents=True)
+    path.touch()
+    path.with_name(plugins.KERNELS).touch()
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / plugins.LIBRARY).symlink_to(path)
+    monkeypatch.setenv(plugins.VARIABLE, str(path))
+    return path
+
+
+@pytest.mark.parametrize("place", [".", "..", "../..", f"../{plugins.KERNELS}"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_code_that_everyone_may_change_is_refused(library, cli, monkeypatch, place, linked):
+    """The library, its folders, and the kernels that the loader finds beside it; through a link, too."""
+    if linked:
+        monkeypatch.setenv(plugins.VARIABLE, str(library.parents[2] / "near" / plugins.LIBRARY))
+    assert cli("plugins", "path").code == 0
+    writable = Path(os.path.normpath(library / place))
+    mode = writable.stat().st_mode
+    writable.chmod(mode | 0o002)
+    cli("plugins", "path").refused(4, f"{writable}: everyone on this machine may change it", f"chmod o-w {writable}")
+    writable.chmod(mode)
+    assert cli("plugins", "path").code == 0
+
+
+def test_folders_of_all_in_which_each_keeps_his_own_are_fine(library):
+    """As /tmp is; but not for the library's own, where a library that it needs could be added."""
+    library.parents[1].chmod(0o1777)
+    assert plugins.find_library() == library
+    library.parent.chmod(0o1777)
+    with pytest.raises(MissingError, match="everyone"):
+        plugins.find_library()
+
+
+def test_named_kernels_and_those_for_triton_are_held_to_it_too(library, package, monkeypatch):
+    monkeypatch.setenv(kernels.ENVIRONMENT, str(library.with_name(plugins.KERNELS)))
+    assert kernels.find_library() == library.with_name(plugins.KERNELS)
+    monkeypatch.setattr(repository, "serves_plan", lambda *_: True)
+    repository.check_plan(package, repository.Layout("tiny", plugins=(library,)))
+    library.with_name(plugins.KERNELS).chmod(0o666)
+    with pytest.raises(MissingError, match="everyone"):
+        kernels.find_library()
+    with pytest.raises(MissingError, match="everyone"):
+        repository.check_plan(package, repository.Layout("tiny", plugins=(library,)))
 
 
 def test_another_folder_and_json(cache, cmake, cli, tmp_path):
