@@ -16,7 +16,9 @@ def add_engines(package: Path, overrides: Mapping[str, str], others: Sequence[st
     from lrq_export.admit import admit
     from lrq_export.package import MANIFEST
 
-    if not package.exists() or (package.is_dir() and not os.path.lexists(package / MANIFEST)):
+    asked = "engine.targets" in overrides
+    source = package.is_dir() and not os.path.lexists(package / MANIFEST)
+    if not package.exists() or (source and not asked):
         raise UsageError(
             f"{package}: is no package, and no folder was named for one",
             hint=f"lrq-export build {package} -o OUT, or name a package and --target",
@@ -27,7 +29,7 @@ def add_engines(package: Path, overrides: Mapping[str, str], others: Sequence[st
         raise UsageError(
             f"{foreign[0]}: {package} is built already", hint="leave it out, or build again from the source with -o"
         )
-    if "engine.targets" not in overrides:
+    if not asked:
         raise UsageError(f"{package}: is built already", hint="name an engine to add with --target")
     from lrq_export.engine.targets import add_engines as run
     from lrq_export.engine.targets import engine_warnings, finish_elsewhere

@@ -301,7 +301,7 @@ def _sync(path: Path, flags: int) -> None:
 
 def _no_manifest(path: Path) -> InputError:
     previous = beside(path.parent, ".previous")
-    hint = "build it with lrq-export build"
+    hint = "build it with lrq-export build SOURCE -o OUT"
     if not path.exists() and previous.exists():
         hint = f"run the same build again, it restores {previous}"
     if any(each.suffix == ".partial" for each in (path.parent, path.parent.parent)):

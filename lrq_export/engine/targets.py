@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from lrq_export.engine.built import BUILD, EARLIER, FOLDERS, RTX, TENSORRT, Buil
 from lrq_export.engine.profiles import parse_profile, recorded_sizes
 from lrq_export.errors import InputError, MissingError
 from lrq_export.models import model_inputs
+from lrq_export.models.base import InputSpec
 from lrq_export.package import (
     MANIFEST,
+    ONNXRUNTIME_ENGINE,
     QUANTIZED,
     RECIPE,
     is_package,
@@ -185,6 +187,11 @@ def add_engines(
 
     manifest, progress = admit(package), progress or Silent()
     check_report(package)
+    if ONNXRUNTIME in targets and not (package / ONNXRUNTIME_ENGINE / tensorrt.MODEL).is_file():
+        raise MissingError(
+            f"{package / ONNXRUNTIME_ENGINE}: the package holds no ONNX Runtime engine",
+            hint="build the package again from its source: every build writes one",
+        )
     recipe = Recipe.model_validate(manifest["recipe"])
     wanted = tuple(dict.fromkeys((*recipe.engine.targets, *targets)))
     settings = Engine.model_validate(recipe.engine.model_dump() | (changes or {}) | {"targets": wanted})
@@ -219,9 +226,23 @@ def finish_elsewhere(out: Path, missing: Sequence[MissingError], targets: Sequen
 
 def _request(target: str, folder: Path, config: dict[str, Any], settings: Engine) -> tensorrt.Request:
     specs = model_inputs(config, str(folder / MANIFEST))
+    _check_inputs(folder, specs)
     recorded = recorded_sizes(specs, Reference.load(folder).inputs)
     profiles = [parse_profile(text, recorded, specs) for text in settings.profiles or ("",)]
     return tensorrt.Request(target, profiles, specs, settings)
+
+
+def _check_inputs(folder: Path, specs: Mapping[str, InputSpec]) -> None:
+    """Raise InputError for a config whose inputs are not those of the graph that engines are made of."""
+    graph = {tensor.name: tuple(tensor.shape) for tensor in rewritten_graph(folder).graph.inputs}
+    for name, spec in specs.items():
+        got, needed = spec.shape, graph.get(name, ())
+        sizes = [pair for pair in zip(got, needed, strict=False) if isinstance(pair[1], int)]  # others are free
+        if len(got) != len(needed) or any(one != other for one, other in sizes):
+            raise InputError(
+                f"{folder / MANIFEST}: source: by its config {name} is {got}, the graph takes {needed or 'none'}",
+                hint="build the package again",
+            )
 
 
 def _link_files(package: Path, folder: Path, files: Sequence[str]) -> None:

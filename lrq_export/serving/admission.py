@@ -16,21 +16,22 @@ class Admission:
 
     def __init__(self, workers: int, queue: int):
         self.workers, self.queue = workers, queue
-        self.inside = 0  # read, waiting or running
+        self.inside = 0  # read, waiting, running, or being answered
         self.running = 0
+        self.sending = 0  # answers that are not read to the end
         self._turns = asyncio.Semaphore(workers)  # first come, first served
         self._mean_seconds = 0.0
 
     @property
     def waiting(self) -> int:
-        return self.inside - self.running
+        return self.inside - self.running - self.sending
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
         """A place inside. Raises RefusedError (503) when all are taken; nothing of the request was kept by then."""
         if self.inside >= self.workers + self.queue:
             raise RefusedError(
-                503, "busy", f"the queue is full: {self.waiting} wait, {self.running} run",
+                503, "busy", f"the queue is full: {self.waiting} wait, {self.running} run, {self.sending} are answered",
                 {"Retry-After": str(self.seconds_until_free())},
             )  # fmt: skip
         self.inside += 1
@@ -38,6 +39,15 @@ class Admission:
             yield
         finally:
             self.inside -= 1
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """While an answer is sent, in a place inside."""
+        self.sending += 1
+        try:
+            yield
+        finally:
+            self.sending -= 1
 
     async def turn(self) -> None:
         """Wait to be the next to run; `done` gives the turn back."""

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -38,11 +38,21 @@ class Bounds:
 
 
 class Answer(Response):
-    """Sent in pieces, each when the client has read most of those before; `sent` is told whether it was in time."""
+    """Sent in pieces, each when the client has read most of those before; `sent` is told whether it read all in time.
 
-    def __init__(self, content: bytes, headers: Mapping[str, str], seconds: float, sent: Callable[[bool], None]):
+    `gone` tells whether the client has left: what is sent to it then vanishes.
+    """
+
+    def __init__(
+        self,
+        content: bytes,
+        headers: Mapping[str, str],
+        seconds: float,
+        gone: Callable[[], Awaitable[bool]],
+        sent: Callable[[bool], None],
+    ):
         super().__init__(content, headers=dict(headers))
-        self._seconds, self._sent = seconds, sent
+        self._seconds, self._gone, self._sent = seconds, gone, sent
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         whole = False
@@ -52,9 +62,10 @@ class Answer(Response):
                 for begin in range(0, len(self.body), PIECE):
                     piece = self.body[begin : begin + PIECE]
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
+                whole = not await self._gone()
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-            whole = True
         except TimeoutError:
+            whole = False
             log.warning("an answer was not read in %g s", self._seconds)
         finally:
             self._sent(whole)
@@ -82,6 +93,7 @@ class Service:
             except RefusedError as refused:
                 self.metrics.failures.labels(refused.reason).inc()
                 return error_response(refused.status, str(refused), refused.headers)
+            place.enter_context(self.admission.answering())
             held = place.pop_all()  # until the answer is sent
 
         def sent(whole: bool) -> None:
@@ -92,7 +104,7 @@ class Service:
             self.metrics.answered.inc()
             self.metrics.request_seconds.observe(time.perf_counter() - started)
 
-        return Answer(answer, headers, self.bounds.body_seconds, sent)
+        return Answer(answer, headers, self.bounds.body_seconds, request.is_disconnected, sent)
 
     async def _in_turn(self, request: Request, body: bytearray) -> tuple[dict[str, str], bytes]:
         await self.admission.turn()

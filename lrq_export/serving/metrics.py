@@ -8,7 +8,7 @@ from lrq_export.serving.admission import Admission
 # Seconds. A denoising step takes milliseconds on a small model, and minutes on a video model without a GPU.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 # Every kind of failure from the start: a rate over a series that appears with its first failure misses that one.
-REASONS = ("invalid", "too large", "busy", "slow", "gone", "failed")
+REASONS = ("invalid", "too large", "busy", "slow", "gone", "failed", "unread")
 
 
 class Metrics:
@@ -27,7 +27,9 @@ class Metrics:
         self.run_seconds = Histogram(
             "lrq_run_seconds", "In the session alone.", buckets=BUCKETS, registry=registry
         )  # fmt: skip
-        Gauge("lrq_queue_depth", "Requests that wait.", registry=registry).set_function(lambda: admission.waiting)
+        Gauge("lrq_queue_depth", "Requests that arrive or wait.", registry=registry).set_function(
+            lambda: admission.waiting
+        )
         Gauge("lrq_running", "Requests in the session.", registry=registry).set_function(lambda: admission.running)
         ProcessCollector(registry=registry)
 

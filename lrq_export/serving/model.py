@@ -63,6 +63,8 @@ class ServedModel:
             if fed[name].shape != array.shape:
                 needed = list(fed[name].shape)
                 raise invalid(f"{name}: got shape {list(array.shape)}, needed {needed} as the other inputs have")
+            if self.specs[name].shared and (array != array[:1]).any():  # the model takes the first sample's for all
+                raise invalid(f"{name}: got values that differ between samples, needed the same for all")
         return fed
 
     def run(self, fed: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

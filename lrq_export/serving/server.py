@@ -97,10 +97,10 @@ async def _until_signalled(server: Any, service: Any, listener: socket.socket, d
 
 
 async def end(server: Any, service: Any, drain_seconds: float) -> None:
-    """Take no more requests after `drain_seconds`; once all inside are answered, leave those who do not read that."""
+    """Take no more requests after `drain_seconds`; once all are computed, leave those who do not read their answers."""
     await asyncio.sleep(drain_seconds)
     server.should_exit = True
-    while service.admission.inside:
+    while service.admission.inside > service.admission.sending:
         await asyncio.sleep(0.05)
     await asyncio.sleep(LINGER_SECONDS)
     for connection in list(server.server_state.connections):

@@ -41,9 +41,8 @@ class Target:
         self.path = package / FOLDERS[name] / tensorrt.MODEL
         self.plan = self.path.with_name(PLAN)
         if not self.path.is_file():
-            raise MissingError(
-                f"{package}: holds no network for {name}", hint=f"run lrq-export build {package} --target {name}"
-            )
+            again = f"run lrq-export build {package} --target {name}" if self.is_nvidia else "build the package again"
+            raise MissingError(f"{package}: holds no network for {name}", hint=again)
 
     @property
     def is_nvidia(self) -> bool:

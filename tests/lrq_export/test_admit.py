@@ -149,9 +149,18 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-@pytest.mark.parametrize("name", ["a flipped byte", "data above the package"])
+@pytest.mark.parametrize(
+    "name", ["a flipped byte", "data above the package", "a pipe as manifest", "a zip as manifest", "no manifest"]
+)
 def test_every_command_refuses_it_with_exit_code_3(judged, cli, command, name):
     cli(command[0], judged["paths"][name], *command[1:]).refused(3, HOSTILE[name][1])
+
+
+@pytest.mark.parametrize("name", ["a pipe as manifest", "a link as manifest"])
+def test_a_build_does_not_wait_for_what_lies_where_it_writes(judged, tiny, cli, copy_of, name):
+    """Opening a pipe waits for whoever writes to it."""
+    place = judged["paths"][name]
+    cli("build", tiny.source, "-o", place, *tiny.arguments).refused(2, str(place))
 
 
 REFUSE = """

@@ -13,6 +13,7 @@ from lrq_export.bench.contenders import BASELINES, Contender, inputs_of, until_d
 from lrq_export.bench.memory import Job
 from lrq_export.bench.run import bench, require_speedup
 from lrq_export.doctor.system import Driver
+from lrq_export.engine import run_obstacle
 from lrq_export.engine.onnxruntime import layer_times, open_session
 from lrq_export.errors import CheckFailed, MissingError, UsageError
 from lrq_export.machine import describe_gpus
@@ -146,6 +147,20 @@ def test_what_a_library_raises_is_a_note_of_its_row(package, tiny, with_a_plan, 
     assert noted == [
         ("torch bf16", device, "torch bf16: RuntimeError: no kernel for this") for device in ("meta", "cpu")
     ]
+
+
+def test_an_engine_that_cannot_run_here_is_told(package, copy_of, reseal, plan_of, monkeypatch):
+    """It is in the package: left out without a word, its row would be missed."""
+    folder = copy_of(package)
+    (folder / "engine/tensorrt").mkdir()
+    (folder / "engine/tensorrt/model.plan").write_bytes(plan_of("tensorrt", "10.16"))
+    built = {"target": "tensorrt", "version": "10.16", "plugins": False}
+    (folder / "engine/tensorrt/build.json").write_text(json.dumps(built))
+    reseal(folder)
+    monkeypatch.setattr(run_obstacle, "installed_tensorrt", lambda *_: "11.1")
+    rows = bench(folder, batches=(1,), runs=1, threads=1)["rows"]
+    assert [(row["target"], row["note"] is None) for row in rows] == [("onnxruntime", True), ("tensorrt", False)]
+    assert "the engine is of tensorrt 10.16, the library here is 11.1" in rows[1]["note"]
 
 
 @pytest.fixture

@@ -184,6 +184,7 @@ def without_graphs(folder):
 
 ONES = torch.ones(1)
 NO_LAYER = '{"adapter_nmse": 0, "statistics": {}}'
+ADD_RTX = ("build", "--target", "tensorrt-rtx")
 ADD, VERIFY = ("build", "--target", "tensorrt"), ("verify", "--against", "onnxruntime")
 SAMPLE = ("sample", "-o", "not-written.png")
 NONSENSE = {
@@ -198,6 +199,10 @@ NONSENSE = {
     "an engine of empty patches": (config(patch_size=0), SAMPLE, "manifest.json: not a config of PixArt"),
     "a target of empty patches": (config(patch_size=0), VERIFY, "manifest.json: not a config of PixArt"),
     "a plan of empty patches": (config(patch_size=0), ADD, "manifest.json: not a config of PixArt"),
+    "a plan of more channels": (
+        config(in_channels=100_000), ADD_RTX, "manifest.json: source: by its config hidden_states is"
+    ),
+    "no page": (lambda folder: (folder / "report.html").unlink(), ADD_RTX, "report.html: cannot be read"),
     "a repository of empty patches": (
         config(patch_size=0), ("serve-config", "--triton", "not-written"), "manifest.json: not a config of PixArt"
     ),

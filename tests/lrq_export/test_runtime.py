@@ -364,6 +364,15 @@ def test_bound_inputs_and_outputs_give_the_same_bits(drop_in):
     assert not torch.equal(bound(inputs), plain(inputs | {"timestep": torch.zeros(1)}))
 
 
+def test_what_is_bound_lies_as_the_engine_reads_it(drop_in):
+    """It is told an address alone, not strides."""
+    bound, plain = (OnnxRuntimeRunner(drop_in.session, bind=bind) for bind in (True, False))
+    turned = arguments(batch=2, height=8)
+    turned["hidden_states"] = turned["hidden_states"].transpose(2, 3)
+    straight = turned | {"hidden_states": turned["hidden_states"].contiguous()}
+    assert torch.equal(bound(tensors(drop_in.specs, turned)), plain(tensors(drop_in.specs, straight)))
+
+
 def test_an_absent_optional_input_takes_its_sizes_from_the_others():
     specs = {
         "hidden_states": InputSpec(("samples", 1, "height", "width")), "text": InputSpec(("samples", "length", 3)),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def test_an_engine_is_added_and_nothing_else_changes(package, copy_of, builder, 
     assert list(engines(folder)) == [("tensorrt-rtx", folder / FOLDER)]
     assert admit(folder) == manifest
     assert not list(folder.parent.glob("*.partial"))
+
+
+def test_the_engine_that_only_a_build_writes_is_not_said_to_be_there(package, copy_of, reseal, cli):
+    bare = copy_of(package)
+    shutil.rmtree(bare / "engine/onnxruntime")
+    reseal(bare)
+    again = "build the package again"
+    cli("build", bare, "--target", "onnxruntime").refused(4, "the package holds no ONNX Runtime engine", again)
+    cli("verify", bare, "--against", "onnxruntime").refused(4, "holds no network for onnxruntime", again)
+    assert "holds engines for onnxruntime" in cli("build", package, "--target", "onnxruntime").out
 
 
 def test_the_report_tells_of_the_added_engine_and_keeps_the_rest(package, copy_of, builder):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -120,6 +121,7 @@ def test_an_answer_keeps_its_place_until_it_is_read_or_time_is_up(reads):
 
     async def send(message):
         inside.append((message["type"], service.admission.inside))
+        assert (service.admission.sending, service.admission.waiting) == (1, 0)
         if message.get("body") and not reads:
             await asyncio.Event().wait()
 
@@ -130,7 +132,8 @@ def test_an_answer_keeps_its_place_until_it_is_read_or_time_is_up(reads):
     assert service.admission.inside == 0
     counted = service.metrics.registry.get_sample_value
     assert counted("lrq_answered_total") == reads
-    assert (counted("lrq_failures_total", {"reason": "unread"}) or 0) == (not reads)
+    assert counted("lrq_failures_total", {"reason": "unread"}) == (not reads)
+    assert service.admission.sending == 0
 
 
 def test_a_long_answer_is_sent_in_pieces():
@@ -139,12 +142,61 @@ def test_a_long_answer_is_sent_in_pieces():
     async def send(message):
         told.append(message)
 
-    asyncio.run(Answer(body, {}, 5, lambda whole: told.append(whole))({}, None, send))
+    asyncio.run(Answer(body, {}, 5, stays, lambda whole: told.append(whole))({}, None, send))
     start, *pieces, last, whole = told
     assert dict(start["headers"])[b"content-length"] == str(len(body)).encode()
     assert b"".join(piece["body"] for piece in pieces) == body
     assert [len(piece["body"]) for piece in pieces] == [PIECE] * 4
     assert (last["body"], last["more_body"], whole) == (b"", False, True)
+
+
+async def stays():
+    return False
+
+
+async def leaves():
+    return True
+
+
+def test_an_answer_to_a_client_that_left_is_not_counted_as_read():
+    """What is sent behind its back vanishes without an error."""
+    told = []
+
+    async def send(message):
+        pass
+
+    asyncio.run(Answer(b"x", {}, 5, leaves, told.append)({}, None, send))
+    asyncio.run(Answer(b"x", {}, 5, stays, told.append)({}, None, send))
+    assert told == [False, True]
+
+
+def test_a_drain_waits_before_it_refuses(monkeypatch):
+    """For so long load balancers need to notice that the server is not ready any more."""
+    monkeypatch.setattr(server, "LINGER_SECONDS", 0)
+    uvicorn = SimpleNamespace(should_exit=False, server_state=SimpleNamespace(connections=[]))
+
+    async def drained():
+        ending = asyncio.create_task(server.end(uvicorn, SimpleNamespace(admission=Admission(1, 1)), 0.3))
+        await asyncio.sleep(0.1)
+        assert not uvicorn.should_exit
+        await ending
+
+    asyncio.run(drained())
+    assert uvicorn.should_exit
+
+
+def test_a_drain_does_not_wait_for_who_does_not_read(monkeypatch):
+    monkeypatch.setattr(server, "LINGER_SECONDS", 0.1)
+    ended, admission = [], Admission(1, 1)
+    connection = SimpleNamespace(transport=SimpleNamespace(abort=lambda: ended.append(admission.sending)))
+    uvicorn = SimpleNamespace(should_exit=False, server_state=SimpleNamespace(connections=[connection]))
+
+    async def drained():
+        with admission.admitted(), admission.answering():
+            await asyncio.wait_for(server.end(uvicorn, SimpleNamespace(admission=admission), 0.0), 10)
+
+    asyncio.run(drained())
+    assert ended == [1]
 
 
 def test_a_drain_leaves_those_who_read_nothing_once_all_are_answered(monkeypatch):
@@ -213,6 +265,23 @@ def test_what_the_model_does_not_take_is_refused(arrays, part):
         assert len(answer.json()["error"].splitlines()) == 1
         assert session.fed == []
         assert metric(client, "lrq_failures_total", reason="invalid") == 1
+
+
+def test_what_samples_share_is_the_same_for_all_of_them():
+    """The model takes the first sample's, which would answer the others wrongly."""
+    positions = np.arange(4, dtype=np.float32).reshape(1, 2, 2)
+    with serving() as (_, session, service):
+        session.specs = service.model.specs = {"x": SPECS["x"], "ids": InputSpec((SAMPLES, "tokens", 2), shared=True)}
+        given = {"x": X.repeat(2, 0), "ids": positions.repeat(2, 0)}
+        assert service.model.check(given)["ids"].shape == (2, 2, 2)
+        given["ids"][1, 0, 1] += 1
+        with pytest.raises(RefusedError, match="ids: got values that differ between samples"):
+            service.model.check(given)
+
+
+def test_a_server_sends_what_is_small_at_once():
+    with server.listen("127.0.0.1", 0) as listener:
+        assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_missing_input_is_named():

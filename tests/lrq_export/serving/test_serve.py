@@ -224,6 +224,42 @@ def test_a_second_signal_ends_it_at_once_and_says_so(package):
     assert len(answered) < 3
 
 
+def test_its_bounds_are_those_of_the_command(package):
+    """Of workers, of a body, its seconds and sizes, and of a drain; each is another than without its flag."""
+    flags = ("--workers", 2, "--body-limit", 1, "--body-seconds", 1.5, "--limit", "samples=8", "--drain-seconds", 2)
+    with server(package, "--name", "tiny", "--threads", "1", *map(str, flags)) as (process, address):
+        threads, answered = start_slow_requests(address, 2)
+        wait_for_metric(address, "lrq_running 2.0")
+        for thread in threads:
+            thread.join(60)
+        assert len(answered) == 2
+        with triton.InferenceServerClient(address) as client:
+            with pytest.raises(triton.InferenceServerException, match="needed at most 8"):
+                client.infer("tiny", as_inputs(arrays(batch=9)))
+            with pytest.raises(triton.InferenceServerException, match="needed at most 1048576 bytes"):
+                client.infer("tiny", as_inputs(arrays(batch=8, size=256)))
+        with half_a_request(address) as slow:
+            assert b" 408 " in slow.recv(100)
+        half_a_request(address).close()
+        wait_for_metric(address, 'lrq_failures_total{reason="slow"} 1.0', 'lrq_failures_total{reason="gone"} 1.0')
+        process.send_signal(signal.SIGTERM)
+        with triton.InferenceServerClient(address) as client:
+            until = time.monotonic() + 1.5
+            while client.is_server_ready():
+                assert time.monotonic() < until
+            assert client.infer("tiny", as_inputs(arrays())).as_numpy("sample").shape == (2, 1, 8, 8)
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+
+
+def half_a_request(address):
+    """A connection over which half of a body came."""
+    host, port = address.split(":")
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhello")
+    return connection
+
+
 @pytest.mark.parametrize("library", ["uvicorn", "fastapi", "prometheus_client"])
 def test_a_library_that_is_missing_is_named_with_its_extra(package, cli, monkeypatch, library):
     for name in [name for name in sys.modules if name.startswith("lrq_export.serving.")]:

@@ -83,15 +83,21 @@ def test_the_served_config_is_the_same_message(messages, package):
     assert from_text.parameters["a\nb"].string_value == 'c"d'
 
 
-def test_inputs_that_samples_share_are_not_batched(package, parsed, tmp_path, monkeypatch):
+@pytest.fixture
+def shared_inputs(monkeypatch):
+    """The inputs of FLUX, whose position ids are one for all samples."""
     widths = {"in_channels": 16, "joint_attention_dim": 8, "pooled_projection_dim": 8}
     specs = Flux().inputs(widths | {"axes_dims_rope": (2, 2, 4), "guidance_embeds": True})
     monkeypatch.setattr(repository, "model_inputs", lambda config, where: specs)
+    return specs
+
+
+def test_inputs_that_samples_share_are_not_batched(package, parsed, tmp_path, shared_inputs):
     (model,) = write_repository(package, tmp_path, Layout("tiny"))
     config = parsed(model)
     assert config.max_batch_size == 0
     assert not config.HasField("dynamic_batching")
-    assert [len(each.dims) for each in config.input] == [len(spec.shape) for spec in specs.values()]
+    assert [len(each.dims) for each in config.input] == [len(spec.shape) for spec in shared_inputs.values()]
     assert not any(each.HasField("reshape") for each in config.input)
 
 
@@ -194,6 +200,54 @@ def test_a_plan_becomes_a_model_of_its_own(package, parsed, copy_of, reseal, tmp
     assert not (tmp_path / "s").exists()
 
 
+PROFILES = {  # what each takes of samples: whether and how far requests are batched, and the profiles that are named
+    (): (0, []),
+    ((1, 4),): (4, []),
+    ((1, 4), (1, 32)): (4, ["0", "1"]),
+    ((1, 32), (2, 16)): (8, ["0", "1"]),
+    ((1, 1), (1, 4)): (0, ["0", "1"]),
+}
+
+
+@pytest.mark.parametrize("samples", PROFILES)
+def test_a_plan_is_batched_as_all_of_its_profiles_allow(package, parsed, copy_of, reseal, plan_of, tmp_path, samples):
+    """Triton reads a plan's first profile alone, and batches as far as that goes, unless the config says otherwise."""
+    folder, (batch, named) = copy_of(package), PROFILES[samples]
+    profiles = [{"samples": [least, least, most], "height": [8, 8, 8]} for least, most in samples]
+    built = {"target": "tensorrt", "version": "1", "plugins": False, "profiles": profiles}
+    (folder / "engine/tensorrt").mkdir()
+    (folder / "engine/tensorrt/model.plan").write_bytes(plan_of("tensorrt"))
+    (folder / "engine/tensorrt/build.json").write_text(json.dumps(built))
+    reseal(folder)
+    onnx_model, plan = map(parsed, write_repository(folder, tmp_path / "r", Layout("tiny", instances=3)))
+    assert (plan.platform, plan.backend, plan.max_batch_size) == ("tensorrt_plan", "tensorrt", batch)
+    assert plan.HasField("dynamic_batching") == (batch > 0)
+    assert [(group.count, list(group.profile)) for group in plan.instance_group] == [(3, named)]
+    rank = {tensor.name: len(tensor.reshape.shape or tensor.dims) for tensor in plan.input}
+    assert rank["hidden_states"] == (3 if batch else 4)  # the sign by which Triton's backend knows
+    if batch:
+        assert (plan.input, plan.output) == (onnx_model.input, onnx_model.output)
+        assert plan.dynamic_batching.max_queue_delay_microseconds == 1000
+    none = parsed(write_repository(folder, tmp_path / "none", Layout("tiny", max_batch=0))[1])
+    assert none.max_batch_size == 0
+    told = (tmp_path / "r/README.md").read_text()
+    assert (f"TensorRT backend, batches of up to {batch}" if batch else "TensorRT backend, no batching") in told
+
+
+def test_a_plan_whose_inputs_samples_share_is_not_batched(
+    package, parsed, copy_of, plan_of, reseal, shared_inputs, tmp_path
+):
+    folder = copy_of(package)
+    built = {"target": "tensorrt", "version": "1", "plugins": False, "profiles": [{"samples": [1, 1, 4]}]}
+    (folder / "engine/tensorrt").mkdir()
+    (folder / "engine/tensorrt/model.plan").write_bytes(plan_of("tensorrt"))
+    (folder / "engine/tensorrt/build.json").write_text(json.dumps(built))
+    reseal(folder)
+    plan = parsed(write_repository(folder, tmp_path, Layout("tiny"))[1])
+    assert plan.max_batch_size == 0
+    assert len(next(tensor for tensor in plan.input if tensor.name == "img_ids").dims) == 3
+
+
 def test_a_plan_without_weights_is_refused_before_anything_is_written(package, copy_of, reseal, cli, plan_of, tmp_path):
     stripped, folder = copy_of(package, "stripped"), tmp_path / "r"
     built = {"target": "tensorrt", "version": "1", "plugins": False}
@@ -234,6 +288,7 @@ def test_the_kserve_service_has_a_name_that_kubernetes_takes(name, wanted, tmp_p
     model = service["spec"]["predictor"]["model"]
     assert (model["modelFormat"], model["protocolVersion"]) == ({"name": "triton"}, "v2")
     assert model["storageUri"] == "s3://bucket/models: #1"
+    assert model["readinessProbe"]["httpGet"]["path"] == "/v2/health/ready"
     assert not {"resources", "args"} & model.keys()
 
 
@@ -270,6 +325,12 @@ def test_a_service_with_a_plan_has_a_gpu_and_its_plugins(tmp_path):
     assert model["resources"] == {"limits": {"nvidia.com/gpu": "1"}}
     folder = "/mnt/models/Tiny-tensorrt/plugins"
     assert model["args"] == [f"--backend-config=tensorrt,plugins={folder}/one.so;{folder}/two.so"]
+
+
+def test_a_service_on_gpus_alone_asks_for_one(tmp_path):
+    write_kserve(tmp_path / "k.yaml", Layout("Tiny", gpu=True), "s3://models")
+    model = yaml.safe_load((tmp_path / "k.yaml").read_text())["spec"]["predictor"]["model"]
+    assert model["resources"] == {"limits": {"nvidia.com/gpu": "1"}}
 
 
 def test_the_command_writes_both_and_refuses_the_package_itself(package, cli, tmp_path):

@@ -174,6 +174,21 @@ def test_a_fault_that_no_weight_shows_is_found(package, edited, tmp_path):
     assert "LayerNormRotate" in findings.bisection.divergence.op
 
 
+def test_a_weight_that_is_wrong_before_a_fault_that_shows_is_found_first(package, edited, tmp_path):
+    """Too little for any bound: what is seen of it is further down, where it was not made."""
+    name = "transformer_blocks.0.attn1.to_out.0.bias"
+
+    def spoil(model):
+        flip(name, 0x01)(model)
+        norms = [node for node in model.graph.node if node.op_type == "LayerNormRotate"]
+        next(each for each in norms[-1].attribute if each.name == "epsilon").f = 0.1
+
+    findings = compare(edited(package, ENGINE, spoil), "onnxruntime", replay=tmp_path / "replay")
+    assert failed(findings)[:2] == ["T1", "T2"]
+    assert findings.bisection.divergence.tensor == reader(onnx.load(package / ENGINE), name).output[0]
+    assert findings.bisection.divergence.nmse < 1e-9
+
+
 def test_the_network_of_tensorrt_runs_in_onnx_runtime_where_there_is_no_gpu(with_network, cli):
     outcome = cli("verify", with_network, "--against", "tensorrt")
     assert outcome.code == 0
