@@ -78,7 +78,7 @@ def check_code(library: Path) -> None:
     as /tmp, nobody can move what is another's.
     """
     places = (library.resolve(), library.absolute())  # the loader looks beside either
-    beside = [path for place in places for path in place.parent.glob(_OURS)]
+    beside = [path for place in places for path in place.parent.glob(_OURS) if path.exists()]
     changeable = [
         path for path in (*places, *beside, *(place.parent for place in places)) if _mode(path) & stat.S_IWOTH
     ]

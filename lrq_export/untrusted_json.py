@@ -19,11 +19,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def read_bounded(path: Path) -> bytes:
     """A whole file of text. Raises InputError for one that cannot be read or exceeds MOST_BYTES."""
-    if path.exists() and not path.is_file():  # opening a pipe waits for whoever writes to it
-        raise InputError(
-            f"{path}: cannot be read: got a folder or a device, needed a plain file", hint="check the file"
-        )
     try:
+        if path.exists() and not path.is_file():  # opening a pipe waits for whoever writes to it
+            raise InputError(
+                f"{path}: cannot be read: got a folder or a device, needed a plain file", hint="check the file"
+            )
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
             if len(data) > MOST_BYTES:

@@ -56,7 +56,7 @@ def all_contenders(
 
     Baselines, of which there are some with a `source` alone, are on each device that a target runs on.
     """
-    opened, refused = [], {}
+    opened, refused, lacking = [], {}, {}
 
     def attempt(name: str, device: torch.device | None = None) -> None:
         try:
@@ -77,11 +77,11 @@ def all_contenders(
         if lack is None:
             attempt(target)
         elif target in FOLDERS and built_engine(package, target) is not None:
-            refused[target, None] = lack  # an engine that is there and cannot run here
+            lacking[target, None] = lack  # an engine that is there and cannot run here
     for device in dict.fromkeys(target.device for target in opened):
         for name in BASELINES if source is not None else ():
             attempt(name, device)
-    return opened, refused
+    return opened, refused | lacking
 
 
 def open_contender(
