@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lrq_export.errors import UsageError
+from lrq_export.package import MANIFEST, MODEL
 
+_OF_PACKAGES = (MANIFEST, MODEL)
 _TABLE = "engine."
 _WHOLE_BUILDS = ("engine.intra_op_threads", "engine.inter_op_threads")  # of ONNX Runtime's engine, which is there
 
@@ -14,11 +16,9 @@ _WHOLE_BUILDS = ("engine.intra_op_threads", "engine.inter_op_threads")  # of ONN
 def add_engines(package: Path, overrides: Mapping[str, str], others: Sequence[str], as_json: bool) -> None:
     """Build the engines that `overrides` ask for into the package; `others` are flags that only a whole build takes."""
     from lrq_export.admit import admit
-    from lrq_export.package import MANIFEST
 
-    asked = "engine.targets" in overrides
-    source = package.is_dir() and not os.path.lexists(package / MANIFEST)
-    if not package.exists() or (source and not asked):
+    # A package may have lost its manifest, or have another kind of thing there: what is wrong with it is said below.
+    if not package.exists() or (package.is_dir() and not any(os.path.lexists(package / name) for name in _OF_PACKAGES)):
         raise UsageError(
             f"{package}: is no package, and no folder was named for one",
             hint=f"lrq-export build {package} -o OUT, or name a package and --target",
@@ -29,7 +29,7 @@ def add_engines(package: Path, overrides: Mapping[str, str], others: Sequence[st
         raise UsageError(
             f"{foreign[0]}: {package} is built already", hint="leave it out, or build again from the source with -o"
         )
-    if not asked:
+    if "engine.targets" not in overrides:
         raise UsageError(f"{package}: is built already", hint="name an engine to add with --target")
     from lrq_export.engine.targets import add_engines as run
     from lrq_export.engine.targets import engine_warnings, finish_elsewhere
