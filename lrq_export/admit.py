@@ -8,6 +8,7 @@ The author of a package is trusted with what its graph computes: no check bounds
 """
 
 import reprlib
+from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,7 +32,7 @@ PROVIDERS, THREADS = "providers", "threads"  # keys of session.json; the others 
 SESSION_KEYS = frozenset({"options", "config_where_products_saturate", PROVIDERS, THREADS})
 SESSION_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 SESSION_THREADS = ("intra_op", "inter_op")
-MOST_TENSORS = 100_000  # of all safetensors files of a package; some thousand are usual
+FIELDS_OF_AN_ENTRY = 12  # of a model's, that reading one in a header of safetensors takes as long as
 MOST_SIZE = 100_000  # of a whole number in a model's config
 MOST_LAYERS = 500  # of one kind
 ENGINES = (".plan", ".engine")
@@ -113,18 +114,20 @@ def _check_sizes(path: Path, config: dict[str, Any], layers: int) -> None:
 
 def _check_files(package: Path, files: dict[str, Any]) -> None:
     """Raise InputError for a file that is not what its name says, and for more of their kinds than a build writes."""
-    fields = tensors = 0
-    for name in files:
-        path, place = package / name, PurePosixPath(name)
+    fields, places = 0, {name: PurePosixPath(name) for name in files}
+    beside: dict[PurePosixPath, set[str]] = defaultdict(set)
+    for place in places.values():
+        beside[place.parent].add(place.name)
+    for name, place in places.items():
+        path = package / name
         if place.suffix == ".onnx":
-            beside = {PurePosixPath(each).name for each in files if PurePosixPath(each).parent == place.parent}
-            fields += check_model_file(path, beside, min(MOST_FIELDS, MOST_OF_ALL - fields))
+            fields += check_model_file(path, beside[place.parent], min(MOST_FIELDS, MOST_OF_ALL - fields))
         elif place.suffix == ".safetensors":
-            _, entries = read_header(path)
-            tensors += len(entries)
-            if tensors > MOST_TENSORS:
+            metadata, entries = read_header(path)
+            fields += FIELDS_OF_AN_ENTRY * (len(metadata) + len(entries))
+            if fields > MOST_OF_ALL:
                 raise InputError(
-                    f"{path}: got more than {MOST_TENSORS} tensors with those of the files before it",
+                    f"{path}: got more tensors and metadata than a package has, with those of the files before it",
                     hint="do not use this package unless you trust its source",
                 )
         elif place.suffix in ENGINES:

@@ -27,6 +27,7 @@ GRAPH, FUNCTIONS = 7, 25  # of a model
 NODES, INITIALIZERS, SPARSE_INITIALIZERS = 1, 5, 15  # of a graph
 FUNCTION_NODES, FUNCTION_ATTRIBUTES = 7, 11
 OP_TYPE, ATTRIBUTES = 4, 5  # of a node
+EP_CONTEXT = b"EPContext"  # an op_type
 ATTRIBUTE_NAME, INTEGER, STRING, REFERENCE = 1, 3, 4, 21
 DIMS, DATA_TYPE, SEGMENT, TENSOR_NAME, RAW, EXTERNAL, LOCATION = 1, 2, 3, 8, 9, 13, 14  # of a tensor
 KEY, VALUE = 1, 2  # of an entry of a tensor's external data
@@ -63,6 +64,19 @@ WIRES = {
 }  # fmt: skip
 # Fields that may occur often and are looked at when their message is whole.
 REPEATED = {"node": {ATTRIBUTES}, "tensor": {DIMS, SEGMENT, EXTERNAL, *TYPED}}
+
+
+def _looked_at(kind: str) -> dict[int, tuple[str | None, bool, bool, set[int]]]:
+    """Of each field: the message inside it or None, whether it counts once, whether it is kept, its wire types."""
+    inside, single, wires = INSIDE[kind], SINGLE[kind], WIRES.get(kind, {})
+    kept = single | REPEATED.get(kind, set())
+    return {
+        number: (inside.get(number), number in single, number in kept, wires.get(number, {BYTES}))
+        for number in inside.keys() | kept
+    }
+
+
+LOOKED_AT = {kind: _looked_at(kind) for kind in INSIDE}  # in one place, for there are a million fields
 LAST_BYTES = bytes(range(128))  # what a number of variable length ends with
 Range = tuple[int, int]
 
@@ -95,11 +109,18 @@ class _Scan:
     def __init__(self, path: Path, data: mmap.mmap, beside: Collection[str], most: int):
         self.path, self.data, self.beside, self.most = path, data, beside, most
         self.visited, self.typed = 0, 0  # fields, and bytes of values one by one
-        self.forget = FORGOTTEN  # fields until what was looked at is given back
+        self.pause = 0  # fields until the next `rest`
 
     def model(self) -> None:
         if GRAPH not in self.message("model", 0, len(self.data), 0):
             raise _Unsound("it holds no graph")
+
+    def rest(self) -> None:
+        """Raise _Unsound for too many fields; give back what was looked at: its pages are this process's memory."""
+        if self.visited > self.most:
+            raise _Unsound(f"it has more than {self.most} fields")
+        self.data.madvise(mmap.MADV_DONTNEED)
+        self.pause = min(self.visited + FORGOTTEN, self.most + 1)
 
     def message(self, kind: str, begin: int, end: int, depth: int) -> dict[int, list]:
         """What a message holds of SINGLE and REPEATED: numbers, (begin, end) of bytes, and what messages hold."""
@@ -108,23 +129,23 @@ class _Scan:
         if depth > MOST_NESTED:
             raise _Unsound(f"more than {MOST_NESTED} messages are nested in one another")
         found: dict[int, list] = defaultdict(list)
-        inside, single, repeated, wires = INSIDE[kind], SINGLE[kind], REPEATED.get(kind, ()), WIRES.get(kind, {})
+        looked_at = LOOKED_AT[kind]
         for number, wire, value in self.fields(begin, end):
-            inner = inside.get(number)
-            if inner is None and number not in single and number not in repeated:
+            if number not in looked_at:
                 continue
-            if wire not in wires.get(number, (BYTES,)):
+            inner, once, kept, wires = looked_at[number]
+            if wire not in wires:
                 raise _Unsound(f"field {number} of a {kind} is of another kind")
             if inner is not None:
                 value = self.message(inner, *value, depth + 1)
-            if number in single and found[number]:
+            if once and found[number]:
                 raise _Unsound(f"field {number} of a {kind} occurs twice")
-            if number in single or number in repeated:
+            if kept:
                 found[number].append(value)
         if kind == "tensor":
             self.visited += FIELDS_OF_A_TENSOR
             self.tensor(found)
-        if kind == "node" and self.text(found, OP_TYPE) == "EPContext":
+        if kind == "node" and any(self.data[slice(*place)] == EP_CONTEXT for place in found[OP_TYPE]):
             self.cached_engine(found)
         return found
 
@@ -133,11 +154,8 @@ class _Scan:
         place, data = begin, self.data
         while place < end:
             self.visited += 1
-            if self.visited > self.most:
-                raise _Unsound(f"it has more than {self.most} fields")
-            if self.visited >= self.forget:  # a page that was looked at counts as this process's memory
-                self.data.madvise(mmap.MADV_DONTNEED)
-                self.forget = self.visited + FORGOTTEN
+            if self.visited >= self.pause:
+                self.rest()
             tag, place = data[place], place + 1
             if tag > 127:  # most take one byte
                 tag, place = self.varint(place - 1, end)

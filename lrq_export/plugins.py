@@ -74,15 +74,14 @@ def find_library() -> Path | None:
 def check_code(library: Path) -> None:
     """Raise MissingError if everyone on this machine may change what is loaded with a library.
 
-    That is the file, ours beside it, which it needs, and any folder on the way to it. In one with the sticky bit, such
-    as /tmp, nobody can move what is another's.
+    That is the file, ours beside it, which it needs, and any folder on the way to them, through links, too. In one with
+    the sticky bit, such as /tmp, nobody can move what is another's.
     """
-    places = (library.resolve(), library.absolute())  # the loader looks beside either
-    beside = [path for place in places for path in place.parent.glob(_OURS) if path.exists()]
-    changeable = [
-        path for path in (*places, *beside, *(place.parent for place in places)) if _mode(path) & stat.S_IWOTH
-    ]
-    for folder in {parent for place in places for parent in place.parent.parents}:
+    beside = [path for place in _ways(library) for path in place.parent.glob(_OURS) if path.exists()]
+    places = list(dict.fromkeys(place for path in (library, *beside) for place in _ways(path)))
+    own = dict.fromkeys(path for place in places for path in (place.resolve(), place, place.parent))
+    changeable = [path for path in own if _mode(path) & stat.S_IWOTH]
+    for folder in dict.fromkeys(parent for place in places for parent in place.parent.parents):
         if _mode(folder) & stat.S_IWOTH and not _mode(folder) & stat.S_ISVTX:
             changeable.append(folder)
     if changeable:
@@ -90,6 +89,16 @@ def check_code(library: Path) -> None:
             f"{changeable[0]}: everyone on this machine may change it, and {library.name} is code",
             hint=f"chmod o-w {changeable[0]}",
         )
+
+
+def _ways(path: Path) -> list[Path]:
+    """A file that is there, by every name that leads to it: its own, and those to which links on the way lead."""
+    ways = [path.absolute()]
+    for way in ways:  # which grows
+        for each in (way, *way.parents):
+            if each.is_symlink():
+                ways.append(each.parent / os.readlink(each) / way.relative_to(each))
+    return ways
 
 
 def _mode(path: Path) -> int:

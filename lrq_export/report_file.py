@@ -1,6 +1,5 @@
 """report.json of a finished package, read again: by `build` that finds it up to date, by what adds to or repeats it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lrq_export.errors import InputError
 from lrq_export.package import REPORT
+from lrq_export.untrusted_json import read_json_object
 
 
 class _Source(BaseModel):
@@ -44,17 +44,13 @@ class _Report(BaseModel):
 def read_report(package: Path) -> dict[str, Any]:
     """The report of an admitted package, whole. Raises InputError for a file that is no report."""
     path = package / REPORT
+    report = read_json_object(path)
     try:
-        report = json.loads(path.read_bytes())
         _Report.model_validate(report)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "its top"
+        where = ".".join(map(str, first["loc"]))
         raise InputError(
             f"{path}: not the report of a build: {where}: {first['msg']}", hint="build the package again"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not the report of a build: {error}", hint="build the package again") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}", hint="build the package again") from error
     return report

@@ -159,12 +159,14 @@ class Compared:
         part of both models.
         """
         graph = forced_model(self.subject, self.target.path, self.target.config).model.graph
-        reader = None if self.changed_weight is None else reader_of(graph, self.changed_weight)
-        suspects = [] if reader is None else [(reader, self.changed_weight)]
+        weight = self.changed_weight if self.target.runs_in_onnxruntime else None  # not where a plugin reads it
+        reader = None if weight is None else reader_of(graph, weight)
+        suspects = [] if reader is None else [(reader, weight)]
         if self.errors:
             suspects.append((first_of(graph, [error.tensor for error in self.errors]), None))
         order = {tensor: place for place, node in enumerate(graph.node) for tensor in node.output}
-        found = Bisection(lacks="given the same input, every layer agrees, and so does every weight that is read")
+        same = "every weight that is read" if self.changed_weight is None else f"all that shows {self.changed_weight}"
+        found = Bisection(lacks=f"given the same input, every layer agrees, and so does {same}")
         for tensor, weight in sorted(suspects, key=lambda suspect: order[suspect[0]]):
             found = self._halve(folder, tensor, weight)
             if found.divergence is not None:
@@ -174,7 +176,7 @@ class Compared:
     def _halve(self, folder: Path, tensor: str, weight: str | None) -> "Bisection":
         """The first difference in the part that leads to `tensor`: from model.onnx's, or, of a wrong `weight`, its own.
 
-        With the wrong weight both models are the target's, so that no difference is too small.
+        With the wrong weight both models are the target's, in ONNX Runtime, so that no difference is too small.
         """
         ours, theirs = folder / "target.onnx", folder / "reference.onnx"
         cut = forced_model(self.subject, self.target.path, self.target.config).model
@@ -187,7 +189,7 @@ class Compared:
             expected = write_step(cut, self.target.path.parent, tensor, theirs, read)
             put_weights(theirs, self.target.weights())
         feed = write_step(cut, self.target.path.parent, tensor, ours, read)
-        if self.on_gpu:
+        if self.on_gpu and weight is None:
             suspect = nvidia.TensorRtTensors(ours, feed, self.target)
         else:
             suspect = OnnxTensors(ours, feed, config=self.target.config)

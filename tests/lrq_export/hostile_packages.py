@@ -244,12 +244,14 @@ TENSORRT_RTX = b"vtrt" + bytes(20) + bytes([1, 7, 1, 0x74]) + bytes(100)
 OPTIONS = {"providers": [], "options": {"session.model_external_initializers_file_folder_path": "/etc"}}
 
 
-def many(pattern, count, content):
-    """Files that are each within what one may hold."""
+def many(pattern, count, content, then=None):
+    """Files that are each within what one may hold, and then one that is none."""
 
     def edit(folder):
         for index in range(count):
             put(pattern.format(index), content)(folder)
+        if then is not None:
+            put(pattern.format("z"), then)(folder)
 
     return resealed(edit)
 
@@ -258,6 +260,7 @@ EMPTY = onnx.TensorProto(data_type=1, dims=[0]).SerializeToString()
 GRAPH = (b"\x2a" + varint(len(EMPTY)) + EMPTY) * 60_000  # its initializers
 TENSORS = onnx.ModelProto(ir_version=10).SerializeToString() + b"\x3a" + varint(len(GRAPH)) + GRAPH
 HEADER = json.dumps({f"t{index}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for index in range(27_000)})
+METADATA = json.dumps({"__metadata__": {f"k{index}": "" for index in range(149_000)}})
 
 # name: (what is done to the package, what the message says)
 HOSTILE = {
@@ -380,7 +383,9 @@ HOSTILE = {
     ),
     "the options of no engine": (many("engine/{}/session.json", 60, b"{}"), "does not belong there"),
     "the facts of no engine": (many("graphs/{}/tensorrt/build.json", 60, b"{}"), "does not belong there"),
-    "tensors without end": (many("graphs/{}.safetensors", 60, header(HEADER.encode())), "more than 100000 tensors"),
+    "tensors without end": (many("graphs/{}.safetensors", 60, header(HEADER.encode())), "more tensors and metadata"),
+    "metadata without end": (many("graphs/{}.safetensors", 60, header(METADATA.encode())), "more tensors and metadata"),
+    "models without end": (many("graphs/{}.onnx", 9000, b"\x3a\x00", then=b"?"), "graphs/z.onnx: not an ONNX model"),
     "models of tensors without end": (many("graphs/y{}.onnx", 9, TENSORS), "fields"),
     "no providers": (resealed(put("engine/onnxruntime/session.json", b"{}")), "providers: needed a list"),
     # shapes and places that tensors claim

@@ -226,7 +226,11 @@ NONSENSE = {
     "a node that reads nothing": (first_node(lambda node: node.ClearField("input")), ADD, "no graph of a build"),
     "a pass that is a list": (outcome("[1]"), ("inspect", "--passes"), "says not what its pass did"),
     "a report of no source": (report(lambda facts: facts.pop("source")), ADD, "report.json: not the report"),
-    "a report of text": (lambda folder: (folder / "report.json").write_text("?"), ADD, "report.json: not the report"),
+    "a report of text": (lambda folder: (folder / "report.json").write_text("?"), ADD, "report.json: not valid JSON"),
+    "a report without end": (
+        lambda folder: (folder / "report.json").write_text('{"x": [' + "[]," * 400_000 + "[]]}"),
+        ADD, "report.json: got up to"
+    ),
     "no report": (lambda folder: (folder / "report.json").unlink(), ADD, "report.json: cannot be read"),
     "a pass that says nothing": (
         without_metadata("lrq.pass"), ("inspect", "--passes"), "says not what its pass did"

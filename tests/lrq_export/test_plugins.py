@@ -86,6 +86,34 @@ def test_code_that_everyone_may_change_is_refused(library, cli, monkeypatch, pla
     assert cli("plugins", "path").code == 0
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "needed", "beside the link"])
+def test_every_link_on_the_way_is_looked_at(library, tmp_path, monkeypatch, kind):
+    """A link in a folder that everyone may write can be turned, whatever it leads to now."""
+    changeable = tmp_path / "open"
+    changeable.mkdir()
+    if kind == "file":
+        (changeable / plugins.LIBRARY).symlink_to(library)
+        (tmp_path / "near" / plugins.LIBRARY).unlink()
+        (tmp_path / "near" / plugins.LIBRARY).symlink_to(changeable / plugins.LIBRARY)
+        monkeypatch.setenv(plugins.VARIABLE, str(tmp_path / "near"))
+    elif kind == "folder":
+        (changeable / "lib").symlink_to(library.parent)
+        (tmp_path / "lib").symlink_to("open/lib")
+        monkeypatch.setenv(plugins.VARIABLE, str(tmp_path / "lib"))
+    elif kind == "beside the link":
+        (changeable / plugins.KERNELS).touch()
+        (tmp_path / "near" / plugins.KERNELS).symlink_to(changeable / plugins.KERNELS)
+        monkeypatch.setenv(plugins.VARIABLE, str(tmp_path / "near"))
+    else:
+        kernels_there = library.with_name(plugins.KERNELS)
+        kernels_there.rename(changeable / plugins.KERNELS)
+        kernels_there.symlink_to(f"../../open/{plugins.KERNELS}")
+    assert plugins.find_library() is not None
+    changeable.chmod(0o777)
+    with pytest.raises(MissingError, match="everyone"):
+        plugins.find_library()
+
+
 def test_folders_of_all_in_which_each_keeps_his_own_are_fine(library):
     """As /tmp is; but not for the library's own, where a library that it needs could be added."""
     library.parents[1].chmod(0o1777)

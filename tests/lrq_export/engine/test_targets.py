@@ -19,7 +19,7 @@ from lrq_export.compiler import build
 from lrq_export.engine import targets, tensorrt
 from lrq_export.engine.built import FOLDERS
 from lrq_export.engine.targets import add_engines, engines
-from lrq_export.errors import CheckFailed
+from lrq_export.errors import CheckFailed, InputError
 from lrq_export.package import load_manifest, verify_hashes
 from lrq_export.quantized import onnx_float
 from lrq_export.recipe import Engine
@@ -54,6 +54,17 @@ def test_the_engine_that_only_a_build_writes_is_not_said_to_be_there(package, co
     cli("build", bare, "--target", "onnxruntime").refused(4, "the package holds no ONNX Runtime engine", again)
     cli("verify", bare, "--against", "onnxruntime").refused(4, "holds no network for onnxruntime", again)
     assert "holds engines for onnxruntime" in cli("build", package, "--target", "onnxruntime").out
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
+def test_a_report_that_cannot_tell_of_an_engine_is_refused_before_one_is_built(package, copy_of, reseal, builder, name):
+    folder = copy_of(package)
+    (folder / name).unlink()
+    reseal(folder)
+    with pytest.raises(InputError, match=name):
+        add_engines(folder, ["tensorrt-rtx"])
+    assert builder == []
+    assert not folder.with_name(folder.name + ".partial").exists()
 
 
 def test_the_report_tells_of_the_added_engine_and_keeps_the_rest(package, copy_of, builder):

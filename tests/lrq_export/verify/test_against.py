@@ -189,6 +189,36 @@ def test_a_weight_that_is_wrong_before_a_fault_that_shows_is_found_first(package
     assert findings.bisection.divergence.nmse < 1e-9
 
 
+def test_a_fault_before_a_wrong_weight_is_found_first(package, edited, tmp_path):
+    """The twin of that."""
+
+    def spoil(model):
+        flip("proj_out.bias", 0x01)(model)
+        norms = [node for node in model.graph.node if node.op_type == "LayerNormRotate"]
+        next(each for each in norms[0].attribute if each.name == "epsilon").f = 0.1
+
+    findings = compare(edited(package, ENGINE, spoil), "onnxruntime", replay=tmp_path / "replay")
+    assert failed(findings)[:2] == ["T1", "T2"]
+    assert "LayerNormRotate" in findings.bisection.divergence.op
+
+
+def test_a_wrong_weight_is_looked_for_in_onnx_runtime_though_a_gpu_found_more(gpu, reseal, monkeypatch, tmp_path):
+    """Bit for bit, as no other library computes."""
+    folder, spoilt = gpu
+    network = folder / "engine/tensorrt/model.onnx"
+    model = onnx.load(network)
+    flip("transformer_blocks.0.attn1.to_out.0.bias", 0x01)(model)
+    onnx.save(model, network)
+    reseal(folder)
+    spoilt.add(layer_inputs(rewritten_graph(folder))["transformer_blocks.1.attn1.to_out.0"])
+    compared = Compared(_subject(folder, load_manifest(folder), None, 3), Target("tensorrt", folder))
+    assert not compared.weights().passed
+    assert not compared.layers_on_gpu().passed
+    monkeypatch.setattr(nvidia, "TensorRtTensors", None)
+    found = compared.bisect(tmp_path / "replay")
+    assert 0 < found.divergence.nmse < 1e-9
+
+
 def test_the_network_of_tensorrt_runs_in_onnx_runtime_where_there_is_no_gpu(with_network, cli):
     outcome = cli("verify", with_network, "--against", "tensorrt")
     assert outcome.code == 0
