@@ -173,8 +173,6 @@ STRUCTS = (Tokens, Modulation, Rotation, Weight, Linear)
 def find_library(path: Path | None = None) -> Path:
     """Where liblrq_kernels is: the argument, $LRQ_KERNELS, beside the plugins that $LRQ_PLUGINS or a build has."""
     named = path or os.environ.get(ENVIRONMENT)
-    if named is not None and not Path(named).is_file():
-        raise MissingError(f"{named}: there is no such library", hint="build it with `lrq-export plugins build`")
     if named is not None:
         plugins.check_code(Path(named))
         return Path(named)

@@ -77,6 +77,8 @@ def check_code(library: Path) -> None:
     That is the file, ours beside it, which it needs, and any folder on the way to them, through links, too. In one with
     the sticky bit, such as /tmp, nobody can move what is another's.
     """
+    if not library.is_file():
+        raise MissingError(f"{library}: there is no such library", hint="build it with lrq-export plugins build")
     beside = [path for place in _ways(library) for path in place.parent.glob(_OURS) if path.exists()]
     places = list(dict.fromkeys(place for path in (library, *beside) for place in _ways(path)))
     own = dict.fromkeys(path for place in places for path in (place.resolve(), place, place.parent))
@@ -92,12 +94,12 @@ def check_code(library: Path) -> None:
 
 
 def _ways(path: Path) -> list[Path]:
-    """A file that is there, by every name that leads to it: its own, and those to which links on the way lead."""
+    """A file that is there, by every name by which the system finds it: its own, then with link after link gone."""
     ways = [path.absolute()]
     for way in ways:  # which grows
-        for each in (way, *way.parents):
-            if each.is_symlink():
-                ways.append(each.parent / os.readlink(each) / way.relative_to(each))
+        link = next((each for each in (*reversed(way.parents), way) if each.is_symlink()), None)
+        if link is not None:
+            ways.append(link.parent / os.readlink(link) / way.relative_to(link))
     return ways
 
 

@@ -114,6 +114,13 @@ def test_every_link_on_the_way_is_looked_at(library, tmp_path, monkeypatch, kind
         plugins.find_library()
 
 
+def test_a_library_that_is_none_is_missing(library, tmp_path):
+    (tmp_path / "circle.so").symlink_to("circle.so")
+    for path in (tmp_path / "circle.so", tmp_path / "none.so", tmp_path):
+        with pytest.raises(MissingError, match="no such library"):
+            plugins.check_code(path)
+
+
 def test_folders_of_all_in_which_each_keeps_his_own_are_fine(library):
     """As /tmp is; but not for the library's own, where a library that it needs could be added."""
     library.parents[1].chmod(0o1777)

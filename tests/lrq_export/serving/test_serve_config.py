@@ -14,7 +14,7 @@ import tritonclient
 import yaml
 from google.protobuf import json_format, text_format
 
-from lrq_export.errors import UsageError
+from lrq_export.errors import MissingError, UsageError
 from lrq_export.models.flux import Flux
 from lrq_export.serving import repository
 from lrq_export.serving.kserve import write_kserve
@@ -195,7 +195,7 @@ def test_a_plan_becomes_a_model_of_its_own(package, parsed, copy_of, reseal, tmp
     assert len(write_repository(with_plan, tmp_path / "cpu", Layout("tiny", gpu=False))) == 1
     with pytest.raises(UsageError, match="--plugins"):
         write_repository(package, tmp_path / "s", Layout("tiny", plugins=(library,)))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(MissingError, match="no such library"):
         write_repository(with_plan, tmp_path / "s", Layout("tiny", plugins=(tmp_path / "none.so",)))
     assert not (tmp_path / "s").exists()
 
