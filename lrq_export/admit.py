@@ -124,7 +124,8 @@ def _check_files(package: Path, files: dict[str, Any]) -> None:
             fields += check_model_file(path, beside[place.parent], min(MOST_FIELDS, MOST_OF_ALL - fields))
         elif place.suffix == ".safetensors":
             metadata, entries = read_header(path)
-            fields += FIELDS_OF_AN_ENTRY * (len(metadata) + len(entries))
+            axes = sum(len(entry.shape) for entry in entries.values())
+            fields += FIELDS_OF_AN_ENTRY * (len(metadata) + len(entries)) + axes
             if fields > MOST_OF_ALL:
                 raise InputError(
                     f"{path}: got more tensors and metadata than a package has, with those of the files before it",

@@ -19,6 +19,8 @@ MOST_OF_ALL = 2_200_000  # fields of all files of a package; those of FLUX.1-dev
 FIELDS_OF_A_TENSOR = 4  # that a look at a tensor takes as long as, besides its own
 MOST_NESTED = 40  # messages in one another; ONNX's own limit for functions is below it
 MOST_AXES = 64
+MOST_ATTRIBUTES = 32  # of a node that stands for an engine
+MOST_PLACES = 8  # entries of external data, of which three are known
 FORGOTTEN = 1000  # fields; a look at one maps up to 64 KiB around it
 MOST_TYPED = 4 << 20  # bytes of values that are stored one by one, which are read to be counted: weights are raw data
 
@@ -145,7 +147,7 @@ class _Scan:
         if kind == "tensor":
             self.visited += FIELDS_OF_A_TENSOR
             self.tensor(found)
-        if kind == "node" and any(self.data[slice(*place)] == EP_CONTEXT for place in found[OP_TYPE]):
+        if kind == "node" and any(map(self.is_cached_engine, found[OP_TYPE])):
             self.cached_engine(found)
         return found
 
@@ -265,6 +267,8 @@ class _Scan:
     def external(self, name: str, needed: int, entries: list[dict[int, list]]) -> None:
         """Raise _Unsound unless a tensor's bytes lie whole in a file of the package beside the model."""
         facts: dict[str, str] = {}
+        if len(entries) > MOST_PLACES:
+            raise _Unsound(f"tensor {name} lies in more than {MOST_PLACES} places")
         for entry in entries:
             if facts.setdefault(self.text(entry, KEY), self.text(entry, VALUE)) != self.text(entry, VALUE):
                 raise _Unsound(f"tensor {name} lies in two places")
@@ -284,8 +288,14 @@ class _Scan:
                 f"tensor {name} takes {needed} bytes and has {length} at {offset} of {location}, which has {size}"
             )
 
+    def is_cached_engine(self, op_type: Range) -> bool:
+        begin, end = op_type
+        return end - begin == len(EP_CONTEXT) and self.data[begin:end] == EP_CONTEXT
+
     def cached_engine(self, found: dict[int, list]) -> None:
         """Raise _Unsound unless a node that stands for an engine names one of the package, beside the model."""
+        if len(found[ATTRIBUTES]) > MOST_ATTRIBUTES:
+            raise _Unsound(f"an EPContext node has more than {MOST_ATTRIBUTES} attributes")
         facts = {self.text(each, ATTRIBUTE_NAME): each for each in found[ATTRIBUTES]}
         if any(each[REFERENCE] for each in found[ATTRIBUTES]):  # a function's caller would say what they are
             raise _Unsound("an attribute of an EPContext node refers to another")

@@ -100,6 +100,11 @@ def _entry(path: Path, name: str, raw: Any) -> HeaderEntry:
             f"{path}: {name}: got shape {reprlib.repr(shape)} at {reprlib.repr(offsets)}, needed lists of sizes",
             hint="fetch the file again",
         )
+    if len(fields) > 3:
+        raise InputError(
+            f"{path}: {name}: got {reprlib.repr(sorted(fields))}, needed dtype, shape and data_offsets alone",
+            hint="fetch the file again",
+        )
     begin, end = offsets
     needed = math.prod(shape) * ITEM_BYTES[code]
     if end - begin != needed:

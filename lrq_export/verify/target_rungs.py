@@ -165,8 +165,9 @@ class Compared:
         if self.errors:
             suspects.append((first_of(graph, [error.tensor for error in self.errors]), None))
         order = {tensor: place for place, node in enumerate(graph.node) for tensor in node.output}
-        same = "every weight that is read" if self.changed_weight is None else f"all that shows {self.changed_weight}"
-        found = Bisection(lacks=f"given the same input, every layer agrees, and so does {same}")
+        found = Bisection(lacks="given the same input, every layer agrees, and so does every weight that is read")
+        if weight != self.changed_weight:
+            found = Bisection(lacks=f"{self.changed_weight} is read by a plugin, which ONNX Runtime does not run")
         for tensor, weight in sorted(suspects, key=lambda suspect: order[suspect[0]]):
             found = self._halve(folder, tensor, weight)
             if found.divergence is not None:

@@ -384,6 +384,17 @@ HOSTILE = {
     "the options of no engine": (many("engine/{}/session.json", 60, b"{}"), "does not belong there"),
     "the facts of no engine": (many("graphs/{}/tensorrt/build.json", 60, b"{}"), "does not belong there"),
     "tensors without end": (many("graphs/{}.safetensors", 60, header(HEADER.encode())), "more tensors and metadata"),
+    "a tensor of further keys": (
+        resealed(put("x.safetensors", tensor_file({"x": [{}] * 1000}))), "needed dtype, shape and data_offsets alone"
+    ),
+    "an engine of many attributes": (
+        onnx_edit(
+            lambda model: model.graph.node.add(op_type="EPContext").attribute.extend(
+                onnx.helper.make_attribute(f"a{index}", 1) for index in range(40_000)
+            )
+        ),
+        "more than 32 attributes",
+    ),
     "metadata without end": (many("graphs/{}.safetensors", 60, header(METADATA.encode())), "more tensors and metadata"),
     "models without end": (many("graphs/{}.onnx", 9000, b"\x3a\x00", then=b"?"), "graphs/z.onnx: not an ONNX model"),
     "models of tensors without end": (many("graphs/y{}.onnx", 9, TENSORS), "fields"),
