@@ -158,29 +158,28 @@ class Compared:
         weight is another than was meant: what reads it, beside the same model with the right one. `folder` gets that
         part of both models.
         """
-        graph = forced_model(self.subject, self.target.path, self.target.config).model.graph
-        weight = self.changed_weight if self.target.runs_in_onnxruntime else None  # not where a plugin reads it
-        reader = None if weight is None else reader_of(graph, weight)
+        cut = forced_model(self.subject, self.target.path, self.target.config).model
+        weight = self.changed_weight if self.target.runs_in_onnxruntime else None
+        reader = None if weight is None else reader_of(cut.graph, weight)
         suspects = [] if reader is None else [(reader, weight)]
         if self.errors:
-            suspects.append((first_of(graph, [error.tensor for error in self.errors]), None))
-        order = {tensor: place for place, node in enumerate(graph.node) for tensor in node.output}
+            suspects.append((first_of(cut.graph, [error.tensor for error in self.errors]), None))
+        order = {tensor: place for place, node in enumerate(cut.graph.node) for tensor in node.output}
         found = Bisection(lacks="given the same input, every layer agrees, and so does every weight that is read")
         if weight != self.changed_weight:
-            found = Bisection(lacks=f"{self.changed_weight} is read by a plugin, which ONNX Runtime does not run")
-        for tensor, weight in sorted(suspects, key=lambda suspect: order[suspect[0]]):
-            found = self._halve(folder, tensor, weight)
+            found = Bisection(lacks=f"ONNX Runtime does not run what reads {self.changed_weight}")
+        for tensor, wrong in sorted(suspects, key=lambda suspect: order[suspect[0]]):
+            found = self._halve(folder, cut, tensor, wrong)
             if found.divergence is not None:
                 break
         return found
 
-    def _halve(self, folder: Path, tensor: str, weight: str | None) -> "Bisection":
+    def _halve(self, folder: Path, cut: onnx.ModelProto, tensor: str, weight: str | None) -> "Bisection":
         """The first difference in the part that leads to `tensor`: from model.onnx's, or, of a wrong `weight`, its own.
 
         With the wrong weight both models are the target's, in ONNX Runtime, so that no difference is too small.
         """
         ours, theirs = folder / "target.onnx", folder / "reference.onnx"
-        cut = forced_model(self.subject, self.target.path, self.target.config).model
         if weight is None:
             bound, read = self._parity, self._reads()[next(each.case for each in self.errors if each.tensor == tensor)]
             portable = forced_model(self.subject, self.subject.package / MODEL).model
